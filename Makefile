@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.10 or newer and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format docs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed ## Make the virtual environment
+
+demo: install ## Train a small GPT on real text with the suite's callbacks
+	$(BIN)/python -m examples.gpt.demo
+
+test: install ## The test suite (CPU)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: install ## The test suite with soaks, shaped networks and kill matrices
+	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: install ## Build the documentation into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove what was made here
+	rm -rf $(VENV) site logs .pytest_cache .mypy_cache .ruff_cache

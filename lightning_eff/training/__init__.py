@@ -1,0 +1,1 @@
+"""What the callbacks and strategies share around Lightning's Trainer."""
