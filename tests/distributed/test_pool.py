@@ -1,0 +1,159 @@
+import os
+import random
+import signal
+import time
+import warnings
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+
+from tests.distributed.faults import InjectedError, fail_at
+from tests.distributed.pool import Pool, PoolTimeoutError, WorkerError
+
+
+def _world_sum(value, *, times=1.0):
+    tensor = torch.tensor(value * times * (dist.get_rank() + 1))
+    dist.all_reduce(tensor)
+    return dist.get_rank(), tensor, torch.get_num_threads()
+
+
+def test_results_come_in_the_order_of_the_ranks(pool):
+    results = pool.run(_world_sum, 2.0, times=10.0)
+
+    assert [(rank, tensor.item(), threads) for rank, tensor, threads in results] == [(0, 60.0, 1), (1, 60.0, 1)]
+
+
+def _dirty():
+    dist.new_group([0, 1])
+    os.environ["POOL_TEST"] = "dirty"
+    os.chdir("/")
+    torch.manual_seed(17)
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+
+
+def _state():
+    groups = len(dist.distributed_c10d._world.pg_map)
+    draws = (torch.rand(1).item(), np.random.rand(), random.random())
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return groups, os.environ.get("POOL_TEST"), os.getcwd(), draws, dtype, deterministic
+
+
+def test_no_state_is_left_between_tasks(pool):
+    before = pool.run(_state)
+    pool.run(_dirty)
+
+    assert pool.run(_state) == before
+
+
+def _fail(rank):
+    if dist.get_rank() == rank:
+        raise LookupError("a key of rank one")
+    dist.barrier()  # never completes
+
+
+def test_a_failure_names_its_rank_and_the_pool_starts_anew():
+    pool = Pool(2)
+    try:
+        pool.run(_state)
+        first = pool.pids
+        with pytest.raises(WorkerError, match=r"_fail failed on rank 1(?s:.*)LookupError: a key of rank one") as caught:
+            pool.using(grace=0.2).run(_fail, rank=1)
+
+        assert isinstance(caught.value.__cause__, LookupError)
+        assert not pool.pids
+        for pid in first:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        assert [rank for rank, *_ in pool.run(_world_sum, 1.0)] == [0, 1]
+        assert not pool.pids & first
+
+        _check_hang_and_death(pool)  # on the same workers: starting a pool takes seconds
+    finally:
+        pool.close()
+
+
+def _hang_on_rank_one():
+    while dist.get_rank() == 1:
+        time.sleep(0.01)
+
+
+def _die_on_rank_one():
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def _check_hang_and_death(pool):
+    with pytest.raises(WorkerError, match=r"rank 1(?s:.*)exit code -9") as caught:
+        pool.run(_die_on_rank_one)
+    assert caught.value.results == {0: "alive"}
+
+    with pytest.raises(PoolTimeoutError, match=r"hung for 2 s on rank 1(?s:.*)in _hang_on_rank_one"):
+        pool.using(time_limit=2).run(_hang_on_rank_one)
+
+
+def test_a_local_function_is_refused_with_the_reason(pool):
+    with pytest.raises(TypeError, match="top of a module"):
+        pool.run(lambda: None)
+
+
+def _warn():
+    try:
+        warnings.warn("look out", UserWarning, stacklevel=2)
+    except UserWarning as warning:
+        return str(warning)
+    return None
+
+
+def test_warnings_are_errors_in_the_workers_as_in_the_test(pool):
+    assert pool.run(_warn) == ["look out", "look out"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert pool.run(_warn) == [None, None]
+
+
+class _Regression(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _fit(root, fault=None):
+    torch.manual_seed(3)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=3, default_root_dir=root, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[fault] if fault else [],
+    )  # fmt: skip
+    model = _Regression()
+    try:
+        trainer.fit(model, torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=2))
+    except InjectedError as error:
+        return str(error)
+    environment = type(trainer.strategy.cluster_environment)
+    return trainer.global_rank, trainer.world_size, trainer.global_step, environment, model.layer.weight.detach()
+
+
+def test_lightning_recognises_torchrun_and_trains_in_the_workers(pool, tmp_path):
+    (rank0, *facts0, weight0), (rank1, *facts1, weight1) = pool.run(_fit, tmp_path)
+
+    assert (rank0, rank1) == (0, 1)
+    assert facts0 == facts1 == [2, 3, TorchElasticEnvironment]
+    assert torch.equal(weight0, weight1)
+
+
+def test_fail_at_raises_at_the_rank_and_the_step(pool, tmp_path):
+    message = "rank {}, step 2, on_train_batch_start"
+
+    assert pool.run(_fit, tmp_path, fail_at(step=2)) == [message.format(0), message.format(1)]
