@@ -1,0 +1,229 @@
+import logging
+import re
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from lightning_eff.callbacks import TensorBoardLayout
+
+TAG = "custom_scalars__config__"
+
+
+class Clipper(Callback):
+    """A callback that speaks the protocol, and does nothing else."""
+
+    def tensorboard_charts(self, trainer):
+        return {
+            "norm": ["Margin", ["clip/norm", "clip/clipped", "clip/threshold"]],
+            "events": ["Multiline", ["clip/fraction", "clip/skipped"]],
+        }
+
+
+class ChartPerOptimizer(Callback):
+    def tensorboard_charts(self, trainer):
+        return {f"norm {i}": ["Multiline", [f"norms/{i}"]] for i in range(len(trainer.optimizers))}
+
+
+def fit(tmp_path, *callbacks, logger=None, ckpt_path=None, max_steps=2, **kwargs):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=TensorBoardLogger(tmp_path, name="", version="run") if logger is None else logger,
+        default_root_dir=tmp_path,
+        max_steps=max_steps,
+        limit_train_batches=2,  # whole epochs: Lightning warns when a run resumes within one
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"enable_checkpointing": False, **kwargs},
+    )
+    trainer.fit(BoringModel(), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def written(path):
+    """Every layout in a log directory, as `{category: {title: (kind, tags)}}`."""
+    accumulator = EventAccumulator(str(path), size_guidance={"tensors": 0}).Reload()
+    if TAG not in accumulator.Tags()["tensors"]:
+        return []
+    assert accumulator.SummaryMetadata(TAG).plugin_data.plugin_name == "custom_scalars"
+    layouts = []
+    for event in accumulator.Tensors(TAG):
+        proto = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+        layouts.append({c.title: {chart.title: _chart(chart) for chart in c.chart} for c in proto.category})
+    return layouts
+
+
+def _chart(chart):
+    if chart.WhichOneof("content") == "margin":
+        (series,) = chart.margin.series
+        return "Margin", [series.value, series.lower, series.upper]
+    return "Multiline", list(chart.multiline.tag)
+
+
+def test_collects_the_charts_of_every_callback_that_has_some(tmp_path):
+    fit(tmp_path, TensorBoardLayout(), Clipper(), LearningRateMonitor(), Callback())
+    (layout,) = written(tmp_path / "run")
+    assert list(layout) == ["training", "Clipper"]
+    assert list(layout["training"]) == ["loss", "learning rate"]
+    assert layout["Clipper"] == {
+        "norm": ("Margin", ["clip/norm", "clip/clipped", "clip/threshold"]),
+        "events": ("Multiline", ["(?:clip/fraction)$", "(?:clip/skipped)$"]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tag", "drawn"),
+    [
+        ("train_loss", True),
+        ("train_loss_epoch", True),
+        ("train/loss", True),
+        ("loss", True),
+        ("val_loss", True),
+        ("valid/loss", True),
+        ("train_loss_scale", False),
+        ("val_accuracy", False),
+    ],
+)
+def test_default_loss_chart(tmp_path, tag, drawn):
+    # TensorBoard draws a tag when one of the chart's patterns matches at its start.
+    trainer = pl.Trainer(logger=TensorBoardLogger(tmp_path), enable_checkpointing=False, accelerator="cpu")
+    layout = TensorBoardLayout()
+    layout.on_train_start(trainer, BoringModel())
+    trainer.logger.finalize("success")
+    trainer.logger.experiment.close()
+    (found,) = written(trainer.logger.log_dir)
+    assert any(re.match(pattern, tag) for pattern in found["training"]["loss"][1]) is drawn
+
+
+def test_own_charts_are_added_and_replace_a_category_of_the_same_name(tmp_path):
+    own = {
+        "accuracy": {"both": ["Multiline", ["train_acc", "val_acc"]]},
+        "Clipper": {"only": ["Multiline", ["clip/norm"]]},
+        "training": {},
+    }
+    fit(tmp_path, TensorBoardLayout(own), Clipper())
+    (layout,) = written(tmp_path / "run")
+    assert layout == {
+        "Clipper": {"only": ("Multiline", ["(?:clip/norm)$"])},
+        "accuracy": {"both": ("Multiline", ["(?:train_acc)$", "(?:val_acc)$"])},
+    }
+
+
+def test_nothing_is_written_when_no_chart_is_left(tmp_path):
+    fit(tmp_path, TensorBoardLayout({"training": {}}))
+    assert written(tmp_path / "run") == []
+
+
+def test_two_callbacks_of_one_class_keep_their_charts(tmp_path):
+    class Named(Clipper):
+        def __init__(self, name):
+            self.name = name
+
+        @property
+        def state_key(self):
+            return self.name
+
+        def tensorboard_charts(self, trainer):
+            return {"norm": ["Multiline", [self.name]]}
+
+    fit(tmp_path, TensorBoardLayout(), Named("a"), Named("b"))
+    (layout,) = written(tmp_path / "run")
+    assert layout["Named"] == {"norm": ("Multiline", ["(?:a)$"])}
+    assert layout["Named 2"] == {"norm": ("Multiline", ["(?:b)$"])}
+
+
+def test_charts_may_depend_on_the_optimizers(tmp_path):
+    fit(tmp_path, TensorBoardLayout(), ChartPerOptimizer())
+    (layout,) = written(tmp_path / "run")
+    assert list(layout["ChartPerOptimizer"]) == ["norm 0"]
+
+
+def test_a_logger_with_a_prefix_gets_tags_with_the_prefix(tmp_path):
+    fit(tmp_path, TensorBoardLayout(), Clipper(), logger=TensorBoardLogger(tmp_path, "", "run", prefix="a.b"))
+    (layout,) = written(tmp_path / "run")
+    assert layout["Clipper"]["norm"] == ("Margin", ["a.b-clip/norm", "a.b-clip/clipped", "a.b-clip/threshold"])
+    pattern = layout["Clipper"]["events"][1][0]
+    assert re.match(pattern, "a.b-clip/fraction")
+    assert not re.match(pattern, "axb-clip/fraction")
+
+
+def test_every_tensorboard_logger_gets_it(tmp_path):
+    loggers = [TensorBoardLogger(tmp_path, "", "one"), CSVLogger(tmp_path), TensorBoardLogger(tmp_path, "", "two")]
+    fit(tmp_path, TensorBoardLayout(), logger=loggers)
+    assert written(tmp_path / "one") == written(tmp_path / "two") != []
+
+
+@pytest.mark.parametrize("logger", [False, "csv"])
+def test_no_tensorboard_logger_is_fine(tmp_path, caplog, logger):
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, TensorBoardLayout(), Clipper(), logger=CSVLogger(tmp_path) if logger == "csv" else logger)
+    assert caplog.text.count("no TensorBoardLogger") == 1
+
+
+def test_a_second_fit_does_not_write_it_again(tmp_path):
+    layout = TensorBoardLayout()
+    fit(tmp_path, layout, Clipper())
+    fit(tmp_path, layout, Clipper())
+    assert len(written(tmp_path / "run")) == 1
+    fit(tmp_path, layout, Clipper(), logger=TensorBoardLogger(tmp_path, "", "other"))
+    assert len(written(tmp_path / "other")) == 1
+
+
+def test_resume_writes_only_what_is_new(tmp_path):
+    trainer = fit(tmp_path, TensorBoardLayout(), Clipper())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"]["TensorBoardLayout"]
+    assert list(state["written"]) == [str(tmp_path / "run")]
+
+    fit(tmp_path, TensorBoardLayout(), Clipper(), ckpt_path=tmp_path / "a.ckpt", max_steps=4)
+    assert len(written(tmp_path / "run")) == 1
+
+    # A callback that joined the run: the dashboard must learn about it.
+    fit(tmp_path, TensorBoardLayout(), Clipper(), ChartPerOptimizer(), ckpt_path=tmp_path / "a.ckpt", max_steps=4)
+    before, after = written(tmp_path / "run")
+    assert "ChartPerOptimizer" not in before
+    assert "ChartPerOptimizer" in after
+
+
+def test_only_rank_zero_collects_and_writes(tmp_path, monkeypatch):
+    class Refuse(Callback):
+        def tensorboard_charts(self, trainer):
+            raise AssertionError("asked on another rank than zero")
+
+    trainer = pl.Trainer(logger=TensorBoardLogger(tmp_path), callbacks=[Refuse()], accelerator="cpu")
+    monkeypatch.setattr(type(trainer), "is_global_zero", False)
+    TensorBoardLayout().on_train_start(trainer, BoringModel())
+    assert list(tmp_path.rglob("events*")) == []
+
+
+@pytest.mark.parametrize(
+    ("charts", "message"),
+    [
+        ({"a": {"b": ["Line", ["x"]]}}, r"charts\['a'\]\['b'\] must be \['Multiline'"),
+        ({"a": {"b": "x"}}, r"charts\['a'\]\['b'\] must be"),
+        ({"a": ["Multiline", ["x"]]}, r"charts\['a'\] must be a dict of charts"),
+        ({"a": {"b": ["Multiline", "x"]}}, "list of tags"),
+        ({"a": {"b": ["Multiline", []]}}, "list of tags"),
+        ({"a": {"b": ["Margin", ["x", "y"]]}}, "exactly three tags .* not 2"),
+        ({"a": {"b": ["Multiline", ["lr-("]]}}, "not a valid regular expression"),
+    ],
+)
+def test_bad_charts_are_refused(charts, message):
+    with pytest.raises(ValueError, match=message):
+        TensorBoardLayout(charts)
+
+
+def test_bad_charts_of_a_callback_are_refused_by_its_name(tmp_path):
+    class Wrong(Callback):
+        def tensorboard_charts(self, trainer):
+            return {"norm": ["Margin", ["a"]]}
+
+    with pytest.raises(ValueError, match=r"Wrong.tensorboard_charts\['norm'\]"):
+        fit(tmp_path, TensorBoardLayout(), Wrong())
