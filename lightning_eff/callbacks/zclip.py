@@ -1,0 +1,299 @@
+"""ZClip as a Lightning callback."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
+from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
+
+NonFinite = Literal["zero", "skip", "raise", "ignore"]
+
+
+class ZClip(Callback):
+    """Clips the gradients of a step whose norm is an outlier among the recent ones, in place of a fixed threshold.
+
+    Each optimizer has its own statistics, taken from the gradients of its own ``param_groups`` after accumulation,
+    reduction over ranks and unscaling. They are saved in the checkpoint, in the middle of the warm-up too.
+
+    Runs in: ``on_before_optimizer_step``, behind the suite's monitors of gradients.
+    Reads: the gradients, once.
+    Changes: the gradients; with ``nonfinite="skip"`` whether the optimizer steps.
+    Collectives: none on one device and under DDP; FSDP2 one scalar all-reduce a step for each sharded mesh dimension.
+    Host syncs: none in a step; ``nonfinite="raise"`` one a step, ``"skip"`` one a step unless the optimizer is fused.
+    Strategies: one device, DDP and its kin, FSDP2 and tensor parallelism (``ModelParallelStrategy``).
+
+    Args:
+        alpha: weight of the past in the running mean and variance, in [0, 1). 0.97 remembers about 33 steps.
+        z_thresh: a norm more than this many standard deviations above the mean is an outlier, > 0.
+        max_grad_norm: no step is longer than this, whatever the statistics say, in the warm-up too; None for no cap.
+            Where healthy norms are above it, ZClip is a plain clip at this value, and says so in a warning.
+        eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
+        warmup_steps: norms collected before the first decision, >= 1.
+        mode: ``"zscore"`` clips an outlier according to ``clip_option``; ``"percentile"`` clips it to
+            mean + z_thresh * std.
+        clip_option: where a ``"zscore"`` outlier is clipped to: ``"adaptive_scaling"`` to
+            mean + z_thresh^2 / z * std (the further out, the harder), ``"mean"`` to the mean.
+        clip_factor: multiplies the whole threshold of ``"adaptive_scaling"``, > 0.
+        skip_update_on_spike: keep the statistics as they are on an outlier, rather than feeding them the threshold.
+        relearn_after: after this many outliers in a row (at least ``warmup_steps``) the level of the norms has changed
+            for good, and the statistics are taken anew from the last ``warmup_steps`` raw norms. None never does
+            that: the authors' behaviour, which clips every step for ever once the norms have doubled.
+        nonfinite: what becomes of a step whose norm is NaN or infinite. ``"zero"``: its gradients are zeros, decided
+            on the device; momentum and weight decay go on. ``"skip"``: the optimizer does not step, on all ranks.
+            ``"raise"``: FloatingPointError. ``"ignore"``: the gradients are left as they are. Such a norm never
+            enters the statistics. Under a GradScaler the scaler skips the step and lowers its scale, whatever is set.
+        log_statistics: also log ``zclip/mean``, ``zclip/std``, ``zclip/spikes`` and ``zclip/relearned``.
+
+    Logs, at the Trainer's ``log_every_n_steps`` (``zclip/<i>/...`` with several optimizers): ``zclip/grad_norm`` and
+    ``zclip/grad_norm_clipped``, of that step; ``zclip/threshold``, above which that step was clipped (infinite in a
+    warm-up without a cap); ``zclip/z_score``; ``zclip/clipped``, the fraction of steps clipped since the last log;
+    ``zclip/skipped``, the number of steps with a non-finite norm so far.
+
+    With a fused optimizer, ``nonfinite="skip"`` and no GradScaler, clip and skip are folded into the optimizer's own
+    kernel (``optimizer.grad_scale``, ``optimizer.found_inf``): ``parameter.grad`` is scaled in the step, not before.
+
+    Raises:
+        ValueError: an argument out of its range.
+        MisconfigurationException: in ``setup``, for a second clipper (``gradient_clip_val`` or another ZClip) and for
+            FSDP1 and DeepSpeed, which do not show the gradients to a callback; at the start of ``fit``, for LBFGS.
+        FloatingPointError: with ``nonfinite="raise"``, on all ranks.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_eff.callbacks import ZClip
+        >>> trainer = L.Trainer(max_steps=1, callbacks=[ZClip(z_thresh=3.0, max_grad_norm=None)], logger=False)
+
+    Source: Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", arXiv 2504.02507, and its released
+    code where the paper is silent.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.97,
+        z_thresh: float = 2.5,
+        max_grad_norm: float | None = 1.0,
+        eps: float = 1e-6,
+        warmup_steps: int = 25,
+        mode: Mode = "zscore",
+        clip_option: ClipOption = "adaptive_scaling",
+        clip_factor: float = 1.0,
+        skip_update_on_spike: bool = False,
+        relearn_after: int | None = 100,
+        nonfinite: NonFinite = "zero",
+        log_statistics: bool = False,
+    ) -> None:
+        self.config = ZClipConfig(
+            alpha=alpha,
+            z_thresh=z_thresh,
+            max_grad_norm=max_grad_norm,
+            eps=eps,
+            warmup_steps=warmup_steps,
+            mode=mode,
+            clip_option=clip_option,
+            clip_factor=clip_factor,
+            skip_update_on_spike=skip_update_on_spike,
+            relearn_after=relearn_after,
+        )
+        if nonfinite not in get_args(NonFinite):
+            raise ValueError(f"nonfinite={nonfinite!r} is not allowed: it must be one of {get_args(NonFinite)}")
+        self.nonfinite: NonFinite = nonfinite
+        self.log_statistics = log_statistics
+        self._states: list[ZClipState] = []
+        self._folded: dict[int, RemovableHandle] = {}  # optimizer's index -> the hook that ends the folding
+        self._warned_of_cap = False
+
+    @property
+    def spikes(self) -> list[int]:
+        """Outliers clipped so far, for each optimizer. Waits for the device."""
+        return [int(state["spikes"]) for state in self._states]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if trainer.gradient_clip_val:
+            raise MisconfigurationException(
+                f"ZClip and Trainer(gradient_clip_val={trainer.gradient_clip_val}) would both clip the gradients: "
+                "remove gradient_clip_val, or keep it as the cap with ZClip(max_grad_norm=...)"
+            )
+        if sum(isinstance(callback, ZClip) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise MisconfigurationException(
+                "Two ZClip callbacks would both clip the gradients: keep one; it has statistics for each optimizer"
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"ZClip does not support {type(trainer.strategy).__name__}, whose flattened or partitioned gradients "
+                "give each rank another norm: use ModelParallelStrategy (FSDP2) in its place"
+            )
+        if self.nonfinite != "zero" and _scaler(trainer) is not None:
+            warnings.warn(
+                f"ZClip(nonfinite={self.nonfinite!r}) has no effect with a GradScaler, which skips a step with "
+                "non-finite gradients itself",
+                stacklevel=2,
+            )
+        _move_behind_monitors(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = trainer.optimizers
+        if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+            raise MisconfigurationException(
+                "ZClip does not support LBFGS, which evaluates several gradients in one step: use an optimizer that "
+                "takes one, such as AdamW or SGD"
+            )
+        if len(self._states) != len(optimizers):
+            if self._states:
+                warnings.warn(
+                    f"ZClip has statistics of {len(self._states)} optimizers and there are {len(optimizers)} now: "
+                    "they are learned anew",
+                    stacklevel=2,
+                )
+            self._states = [ZClipState(self.config) for _ in optimizers]
+        if self.nonfinite == "skip" and _scaler(trainer) is None:
+            for index, optimizer in enumerate(optimizers):
+                if _can_fold(optimizer):
+                    self._folded[index] = optimizer.register_step_post_hook(_end_folding)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        index = next(i for i, candidate in enumerate(trainer.optimizers) if candidate is optimizer)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = global_grad_norm(parameters)
+        if norm is None:  # training_step returned None
+            return
+        scaler = _scaler(trainer)
+        if scaler is not None and _unscales_itself(optimizer):
+            norm = norm / scaler._get_scale_async().to(norm)  # get_scale() would wait for the device
+        state = self._states[index]
+        # Under a GradScaler non-finite gradients must stay: the scaler looks for them, skips and lowers its scale.
+        zero = self.nonfinite == "zero" and scaler is None
+        coefficient = zclip_update(norm, state, on_nonfinite=0.0 if zero else 1.0)
+        if index in self._folded:
+            # 32-bit copies, because the kernel reads them as such.
+            optimizer.grad_scale = coefficient.reciprocal().float()  # type: ignore[attr-defined]
+            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        elif self.nonfinite in ("skip", "raise") and scaler is None and not torch.isfinite(norm):
+            if self.nonfinite == "raise":
+                raise FloatingPointError(
+                    f"the gradient norm of optimizer {index} is {float(norm)} at global step {trainer.global_step}; "
+                    "ZClip(nonfinite='raise') stops here"
+                )
+            for parameter in parameters:  # an optimizer leaves a parameter without gradient as it is
+                parameter.grad = None
+        else:
+            scale_(local_grads(parameters), coefficient, zero_nonfinite=zero)
+        if trainer._logger_connector.should_update_logs:
+            self._log(pl_module, index)
+
+    def _log(self, pl_module: LightningModule, index: int) -> None:
+        state = self._states[index]
+        prefix = "zclip" if len(self._states) == 1 else f"zclip/{index}"
+        values = {
+            "grad_norm": state["norm"],
+            "grad_norm_clipped": state["norm_clipped"],
+            "threshold": state["threshold"],
+            "z_score": state["z_score"],
+            "clipped": state["recent_clipped"] / state["recent_steps"],
+            "skipped": state["nonfinite"],
+        }
+        if self.log_statistics:
+            values |= {"mean": state["mean"], "std": state["var"].sqrt()}
+            values |= {"spikes": state["spikes"], "relearned": state["relearned"]}
+        for name, value in values.items():
+            # A copy: the state is written in place before the logger reads the value.
+            pl_module.log(f"{prefix}/{name}", value.float().clone(), on_step=True, on_epoch=False, batch_size=1)
+        for name in ("recent_steps", "recent_clipped", "recent_nonfinite"):
+            state[name].zero_()
+        self._warn_of_cap(state)
+
+    def _warn_of_cap(self, state: ZClipState) -> None:
+        """Say once, where a value is read anyway, that the cap hides the statistics."""
+        cap = self.config.max_grad_norm
+        if self._warned_of_cap or cap is None:
+            return
+        if state["count"] >= self.config.warmup_steps and state["mean"] > cap:
+            self._warned_of_cap = True
+            warnings.warn(
+                f"the mean gradient norm is {float(state['mean']):.3g}, above ZClip(max_grad_norm={cap}): nearly every "
+                "step is clipped at max_grad_norm, as by a fixed clip. Raise it, or set it to None",
+                stacklevel=2,
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._unhook(trainer)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unhook(trainer)
+
+    def _unhook(self, trainer: Trainer) -> None:
+        for index, handle in self._folded.items():
+            handle.remove()
+            if index < len(trainer.optimizers):
+                _end_folding(trainer.optimizers[index])
+        self._folded = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [state.state_dict() for state in self._states]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._states = [ZClipState(self.config) for _ in state_dict["optimizers"]]
+        for state, saved in zip(self._states, state_dict["optimizers"], strict=True):
+            state.load_state_dict(saved)
+
+    def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
+        """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
+        count = len(trainer.optimizers)
+        charts: dict[str, list[Any]] = {}
+        for index in range(count):
+            prefix, suffix = ("zclip", "") if count == 1 else (f"zclip/{index}", f" ({index})")
+            margin = [f"{prefix}/{name}" for name in ("grad_norm", "grad_norm_clipped", "threshold")]
+            charts[f"gradient norm, clipped to threshold{suffix}"] = ["Margin", margin]
+            charts[f"z-score{suffix}"] = ["Multiline", [f"{prefix}/z_score"]]
+            charts[f"fraction of steps clipped{suffix}"] = ["Multiline", [f"{prefix}/clipped"]]
+            charts[f"steps with a non-finite norm{suffix}"] = ["Multiline", [f"{prefix}/skipped"]]
+        return charts
+
+
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's fused kernel takes ``grad_scale`` and ``found_inf``, and Lightning leaves it to that."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _can_fold(optimizer: Optimizer) -> bool:
+    """Whether clip and skip can be left to the optimizer's kernel; with DTensors it takes no plain tensors."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return _unscales_itself(optimizer) and not any(is_dtensor(parameter) for parameter in parameters)
+
+
+def _end_folding(optimizer: Optimizer, *_: Any) -> None:
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)
+
+
+def _move_behind_monitors(trainer: Trainer, clipper: Callback) -> None:
+    """Reorder so that every callback with ``observes_gradients = True`` sees the gradients before they are clipped."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    here = callbacks.index(clipper)
+    last = max((i for i, other in enumerate(callbacks) if getattr(other, "observes_gradients", False)), default=-1)
+    if last > here:
+        # A new list: the Trainer is iterating over the old one.
+        trainer.callbacks = [*callbacks[:here], *callbacks[here + 1 : last + 1], clipper, *callbacks[last + 1 :]]  # type: ignore[attr-defined]

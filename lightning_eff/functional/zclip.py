@@ -1,0 +1,286 @@
+"""ZClip: clip a gradient when its norm is an outlier among the recent ones (arXiv 2504.02507).
+
+In a plain torch loop::
+
+    state = ZClipState(ZClipConfig(z_thresh=2.5))           # once
+    ...
+    loss.backward()
+    norm = zclip_grad_norm_(model.parameters(), state)      # each step, before optimizer.step()
+
+The whole decision is taken on the device: nothing here waits for it, and reading a value is left to the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_eff.functional.gradients import global_grad_norm, local_grads, scale_, statistics_dtype
+
+Mode = Literal["zscore", "percentile"]
+ClipOption = Literal["adaptive_scaling", "mean"]
+
+STD_FLOOR = 1e-3
+"""Smallest standard deviation that a z-score is measured against, as a fraction of the mean.
+
+Norms that were equal in the whole warm-up have no variance, and any rise would be an infinite outlier for ever.
+Gradient norms of real training vary by per cents, far above it.
+"""
+
+FIELDS = (
+    "mean",
+    "var",
+    "count",  # finite norms seen: the place in the ring, and the end of the warm-up
+    "streak",  # outliers in a row, up to now
+    "steps",
+    "spikes",  # outliers in total
+    "clipped",  # steps scaled down in total, by the z-score or by max_grad_norm
+    "nonfinite",  # steps with a NaN or infinite norm in total
+    "relearned",  # times the statistics were learned anew
+    "recent_steps",  # since the caller last set the three to 0
+    "recent_clipped",
+    "recent_nonfinite",
+    "norm",  # of the last step, before clipping
+    "norm_clipped",
+    "threshold",  # the last step was clipped if and only if its norm was above
+    "z_score",
+    "coefficient",  # what the last step's gradients are to be multiplied by
+)
+INDEX = {name: index for index, name in enumerate(FIELDS)}
+
+
+@dataclass(frozen=True)
+class ZClipConfig:
+    """What ZClip is told; the defaults are the paper's.
+
+    Args:
+        alpha: weight of the past in the running mean and variance, in [0, 1). 0.97 remembers about 33 steps.
+        z_thresh: a norm more than this many standard deviations above the mean is an outlier, > 0.
+        max_grad_norm: no step is longer than this, whatever the statistics say, in the warm-up too; None for no cap.
+        eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
+        warmup_steps: norms collected before the first decision, >= 1.
+        mode: ``"zscore"`` clips an outlier according to ``clip_option``; ``"percentile"`` clips it to
+            mean + z_thresh * std.
+        clip_option: where a ``"zscore"`` outlier is clipped to: ``"adaptive_scaling"`` to
+            mean + z_thresh^2 / z * std (the further out, the harder), ``"mean"`` to the mean.
+        clip_factor: multiplies the whole threshold of ``"adaptive_scaling"``, > 0.
+        skip_update_on_spike: keep the statistics as they are on an outlier, rather than feeding them the threshold.
+        relearn_after: after this many outliers in a row (at least ``warmup_steps``) the level has changed for good,
+            and mean and variance are taken anew from the last ``warmup_steps`` raw norms. None never does that: the
+            authors' behaviour, which clips every step for ever once the norms have doubled.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    alpha: float = 0.97
+    z_thresh: float = 2.5
+    max_grad_norm: float | None = 1.0
+    eps: float = 1e-6
+    warmup_steps: int = 25
+    mode: Mode = "zscore"
+    clip_option: ClipOption = "adaptive_scaling"
+    clip_factor: float = 1.0
+    skip_update_on_spike: bool = False
+    relearn_after: int | None = 100
+
+    def __post_init__(self) -> None:
+        _check("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
+        _check("z_thresh", self.z_thresh, 0 < self.z_thresh < math.inf, "positive and finite")
+        if self.max_grad_norm is not None:
+            _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive, or None for no cap")
+        _check("eps", self.eps, 0 <= self.eps < math.inf, "at least 0 and finite")
+        _check("warmup_steps", self.warmup_steps, _is_count(self.warmup_steps), "an integer of at least 1")
+        _check("mode", self.mode, self.mode in get_args(Mode), f"one of {get_args(Mode)}")
+        _check(
+            "clip_option", self.clip_option, self.clip_option in get_args(ClipOption), f"one of {get_args(ClipOption)}"
+        )
+        _check("clip_factor", self.clip_factor, 0 < self.clip_factor < math.inf, "positive and finite")
+        if self.relearn_after is not None:
+            allowed = "an integer of at least 1, or None to never learn anew"
+            _check("relearn_after", self.relearn_after, _is_count(self.relearn_after), allowed)
+        if self.mode == "percentile" and self.clip_option != "adaptive_scaling":
+            warnings.warn(f"clip_option={self.clip_option!r} has no effect with mode='percentile'", stacklevel=3)
+        if self.clip_factor != 1.0 and (self.mode, self.clip_option) != ("zscore", "adaptive_scaling"):
+            warnings.warn(
+                f"clip_factor={self.clip_factor} has an effect only with mode='zscore' and "
+                "clip_option='adaptive_scaling'",
+                stacklevel=3,
+            )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+
+
+@dataclass
+class ZClipState:
+    """Statistics of one stream of norms, on the device of the gradients.
+
+    Attributes:
+        config: what ZClip is told.
+        values: float64 (float32 on MPS) tensor of shape (len(FIELDS),): mean, variance, counters and the last step's
+            figures, in the order of ``FIELDS``.
+        norms: tensor of shape (warmup_steps,): the last raw finite norms, as a ring.
+    """
+
+    config: ZClipConfig = field(default_factory=ZClipConfig)
+    values: Tensor = field(default_factory=lambda: torch.zeros(len(FIELDS), dtype=torch.float64))
+    norms: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.norms):
+            self.norms = torch.zeros(self.config.warmup_steps, dtype=torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The value of that name in ``FIELDS``: a 0-d tensor that shares memory with ``values``."""
+        return self.values[INDEX[name]]
+
+    def to(self, device: torch.device) -> ZClipState:
+        """Move to ``device`` in place, for those who resume on another one."""
+        if self.values.device != device:
+            dtype = statistics_dtype(device)
+            self.values = self.values.to(dtype).to(device)
+            self.norms = self.norms.to(dtype).to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to carry on exactly, as Python numbers."""
+        return {**dict(zip(FIELDS, self.values.tolist(), strict=True)), "norms": self.norms.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a ``state_dict``; with another ``warmup_steps`` the statistics are learned anew, with a warning."""
+        if len(state_dict["norms"]) != self.config.warmup_steps:
+            warnings.warn(
+                f"warmup_steps={self.config.warmup_steps} differs from the {len(state_dict['norms'])} of the saved "
+                "ZClip state: the statistics are learned anew",
+                stacklevel=2,
+            )
+            return
+        self.values = torch.tensor([state_dict[name] for name in FIELDS], dtype=torch.float64)
+        self.norms = torch.tensor(state_dict["norms"], dtype=torch.float64)
+
+
+def zclip_update(norm: Tensor, state: ZClipState, *, on_nonfinite: float = 0.0) -> Tensor:
+    """Take one norm into the statistics and say what the gradients are to be multiplied by.
+
+    A norm of NaN, infinity or exactly 0 (nothing contributed to this step) never enters the statistics.
+
+    Args:
+        norm: 0-d tensor, the global L2 norm of a step's gradients.
+        state: changed in place.
+        on_nonfinite: the coefficient for a non-finite norm.
+
+    Returns:
+        The coefficient, a 0-d tensor: 1 for a step that is not clipped. Shares memory with ``state.values``.
+    """
+    config = state.config
+    state.to(norm.device)
+    norm = norm.to(state.values.dtype)
+    mean, var, count, streak = (state[name] for name in ("mean", "var", "count", "streak"))
+    finite = torch.isfinite(norm)
+    valid = finite & (norm > 0)
+    warm = count >= config.warmup_steps
+    infinity = torch.full_like(norm, math.inf)
+    cap = infinity if config.max_grad_norm is None else torch.full_like(norm, config.max_grad_norm)
+
+    # Is it an outlier, and what is it clipped to?
+    std = torch.maximum(var.sqrt(), STD_FLOOR * mean)
+    z_score = (norm - mean) / (std + config.eps)
+    if config.mode == "percentile":
+        trigger = target = mean + config.z_thresh * std
+        outlier = norm > trigger
+    else:
+        trigger = mean + config.z_thresh * (std + config.eps)
+        outlier = z_score > config.z_thresh
+        if config.clip_option == "mean":
+            target = mean
+        else:
+            target = (mean + config.z_thresh / (z_score / config.z_thresh) * std) * config.clip_factor
+    spike = outlier & valid & warm
+    limit = torch.minimum(torch.where(spike, target, norm), cap)
+    clipped = valid & (norm > limit)
+    coefficient = torch.where(clipped, limit / (norm + 1e-6), 1.0)
+    coefficient = torch.where(finite, coefficient, on_nonfinite)
+
+    # The statistics see the threshold in place of an outlier, but not the cap (variance: about the new mean).
+    seen = torch.where(spike, target, norm)
+    updated = warm & valid
+    if config.skip_update_on_spike:
+        updated = updated & ~spike
+    new_mean = config.alpha * mean + (1 - config.alpha) * seen
+    new_var = config.alpha * var + (1 - config.alpha) * (seen - new_mean) ** 2
+
+    # The ring of raw norms: its mean and variance are the statistics at the end of the warm-up, and again when
+    # outliers have lasted so long that they are the new level.
+    place = torch.arange(config.warmup_steps, device=norm.device) == torch.remainder(count, config.warmup_steps)
+    state.norms.copy_(torch.where(place & valid, norm, state.norms))
+    count = count + valid
+    streak = torch.where(valid, torch.where(spike, streak + 1, 0.0), streak)
+    learn = ~warm & (count >= config.warmup_steps)
+    relearn = torch.zeros_like(learn)
+    if config.relearn_after is not None:
+        relearn = streak >= max(config.relearn_after, config.warmup_steps)
+    anew = learn | relearn
+    ring_mean = state.norms.mean()
+    ring_var = (state.norms - ring_mean).square().mean()
+    values = {
+        "mean": torch.where(anew, ring_mean, torch.where(updated, new_mean, mean)),
+        "var": torch.where(anew, ring_var, torch.where(updated, new_var, var)),
+        "count": count,
+        "streak": torch.where(relearn, 0.0, streak),
+        "steps": state["steps"] + 1,
+        "spikes": state["spikes"] + spike,
+        "clipped": state["clipped"] + clipped,
+        "nonfinite": state["nonfinite"] + ~finite,
+        "relearned": state["relearned"] + relearn,
+        "recent_steps": state["recent_steps"] + 1,
+        "recent_clipped": state["recent_clipped"] + clipped,
+        "recent_nonfinite": state["recent_nonfinite"] + ~finite,
+        "norm": norm,
+        "norm_clipped": torch.where(finite, norm * coefficient, 0.0 if on_nonfinite == 0 else norm),
+        "threshold": torch.where(warm, torch.minimum(trigger, cap), cap),
+        "z_score": torch.where(warm & valid, z_score, 0.0),
+        "coefficient": coefficient,
+    }
+    state.values.copy_(torch.stack([values[name] for name in FIELDS]))
+    return state["coefficient"]
+
+
+def zclip_grad_norm_(parameters: Iterable[Tensor], state: ZClipState) -> Tensor | None:
+    """Clip the gradients of ``parameters`` in place where their norm is an outlier; a non-finite step becomes zeros.
+
+    Args:
+        parameters: leaf tensors with gradients, plain or DTensor.
+        state: the statistics, changed in place; one for each optimizer.
+
+    Returns:
+        The norm before clipping, a 0-d tensor, or None when there is no gradient (the statistics are left alone).
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.zeros(3))
+        >>> state = ZClipState(ZClipConfig(warmup_steps=4, max_grad_norm=None))
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 1.1, 5.0):
+        ...     parameter.grad = torch.tensor([norm, 0.0, 0.0])
+        ...     _ = zclip_grad_norm_([parameter], state)
+        >>> print(f"{parameter.grad.norm():.6f}")
+        1.033777
+    """
+    parameters = list(parameters)
+    norm = global_grad_norm(parameters)
+    if norm is None:
+        return None
+    coefficient = zclip_update(norm, state)
+    scale_(local_grads(parameters), coefficient, zero_nonfinite=True)
+    return norm
