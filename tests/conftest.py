@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
+import lightning_eff  # noqa: F401  (registers its strategies now, so that no test is blamed for it)
 from tests.distributed.pool import Pool
+from tests.leaks import Photograph, WrittenFiles, leaks_since, seed_everything
+from tests.memory import PoisonedEmpty
+from tests.operators import OperatorCounter
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +19,35 @@ def pool() -> Iterator[Pool]:
     pool = Pool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def written_files() -> WrittenFiles:
+    """One listener for the session."""
+    return WrittenFiles()
+
+
+@pytest.fixture(autouse=True)
+def leak_police(written_files: WrittenFiles) -> Iterator[None]:
+    """Every test starts from the same seeds and leaves nothing behind: see tests/leaks.py."""
+    seed_everything(0)
+    before = Photograph.take()
+    written_files.start()
+    yield
+    left = written_files.stop() + leaks_since(before)
+    if left:
+        pytest.fail("left behind: " + "; ".join(left), pytrace=False)
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """`torch.empty` and its relatives return NaN."""
+    with PoisonedEmpty():
+        yield
+
+
+@pytest.fixture
+def operators() -> Iterator[OperatorCounter]:
+    """Counts the operator calls and host syncs of the whole test; for a part of it use `OperatorCounter` directly."""
+    with OperatorCounter() as counter:
+        yield counter

@@ -45,7 +45,6 @@ TIME_LIMIT = 90.0  # of one task; below pytest's own limit, so that the pool can
 GRACE = 3.0  # what the other ranks get to report after the first one has failed
 
 _ALL_RANKS_ARE_DONE = b"all ranks are done"
-_END = b"end"
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
@@ -99,10 +98,7 @@ class Pool:
         return _Options(self, time_limit, grace, process_group)
 
     def close(self) -> None:
-        """Ask the workers to end, and kill those that do not."""
-        self._send(_END)
-        for worker in self._workers:
-            worker.process.join(5)
+        """End the workers: between tasks they hold nothing, and an interpreter with torch takes seconds to leave."""
         self._kill()
 
     def _run(
@@ -250,9 +246,9 @@ def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> No
             torch.set_num_threads(1)
             connection.send_bytes(pickle.dumps({"result": "ready"}))
             with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
-                while (task := connection.recv_bytes()) != _END:
+                while True:
                     with _clean_state():
-                        connection.send_bytes(_answer(task))
+                        connection.send_bytes(_answer(connection.recv_bytes()))
                         # A rank that closes its connections while another still reads from them is an error there.
                         connection.recv_bytes()
         except BaseException as error:  # the parent raises it

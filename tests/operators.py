@@ -1,0 +1,93 @@
+"""Counting what a run asks of torch: operator calls, and moments when the host waits for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import Self
+
+# Operators that return a value, or a size that depends on values, to the host: `.item()`, `float(t)`, `bool(t)`,
+# `torch.equal`, boolean indexing. On a GPU each one waits for everything queued before it.
+_WAITING_OPERATORS = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique_dim",
+    "aten::_unique",
+    "aten::_unique2",
+    "aten::unique_consecutive",
+}
+# These copy to the host without an operator when the tensor is on the CPU already.
+_WAITING_METHODS = {
+    torch.Tensor.tolist: "tolist",
+    torch.Tensor.numpy: "numpy",
+    torch.Tensor.cpu: "cpu",
+    torch.Tensor.__array__: "__array__",
+}
+
+
+class OperatorCounter:
+    """A context manager that counts operator calls and host syncs on the CPU, where a sync costs nothing.
+
+    `operators` maps an operator's name to its calls; `host_syncs` is how often the host would have waited. A copy to
+    the CPU by `.to("cpu")` is not an operator here and is not seen.
+    """
+
+    def __init__(self) -> None:
+        self.operators: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self._modes = (_Dispatched(self), _Called(self))
+
+    @property
+    def host_syncs(self) -> int:
+        return self.waits.total()
+
+    @property
+    def calls(self) -> int:
+        return self.operators.total()
+
+    @property
+    def collectives(self) -> int:
+        return sum(n for name, n in self.operators.items() if name.startswith(("c10d::", "_c10d_functional::")))
+
+    def __enter__(self) -> Self:
+        for mode in self._modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for mode in reversed(self._modes):
+            mode.__exit__(*exception)
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self, counter: OperatorCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        self.counter.operators[name] += 1
+        masked = name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in _WAITING_OPERATORS or masked:
+            self.counter.waits[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    def __init__(self, counter: OperatorCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _WAITING_METHODS:
+            self.counter.waits[_WAITING_METHODS[func]] += 1
+        return func(*args, **(kwargs or {}))
