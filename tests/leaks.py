@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -153,20 +154,17 @@ def _children() -> set[int]:
     tasks = Path(f"/proc/{os.getpid()}/task")
     children = {child.pid for child in multiprocessing.active_children()}
     for task in tasks.iterdir() if tasks.exists() else ():
-        try:
+        with contextlib.suppress(OSError):  # the thread has ended, or the kernel does not keep this file
             children |= {int(pid) for pid in (task / "children").read_text().split()}
-        except OSError:  # the thread has ended, or the kernel does not keep this file
-            continue
     return {pid for pid in children if pid is not None} - known
 
 
 def _command(pid: int) -> str:
     try:
-        return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip() or "ended, never waited for"
-        )
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return "?"
+    return b" ".join(words).decode().strip() or "ended, never waited for"
 
 
 def seed_everything(seed: int) -> None:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import warnings
 
 import pytest
 import torch
@@ -103,9 +102,7 @@ def test_a_file_in_the_repository_is_found(written_files, tmp_path):
 
 
 def test_every_test_starts_from_the_same_seed():
-    first = torch.rand(1).item()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
 
-    assert first == torch.rand(1).item()
+    assert first == torch.rand(1)
