@@ -1,0 +1,160 @@
+"""The global norm against float64, over plain tensors and over DTensors on two ranks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_eff.functional.gradients import global_grad_norm, local_grads, scale_, sum_of_squares
+
+
+def parameters_with_grads(*grads):
+    parameters = [nn.Parameter(torch.zeros(grad.shape, dtype=grad.dtype)) for grad in grads]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    return parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (1,), (63,), (1023, 7), (0, 3)], ids=str)
+def test_norm_equals_float64(dtype, shape):
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    grads = [torch.randn(shape, dtype=wide).to(dtype) for _ in range(3)]
+    expected = math.sqrt(sum(grad.to(wide).abs().square().sum().item() for grad in grads))
+    norm = global_grad_norm(parameters_with_grads(*grads))
+    assert norm.dtype == torch.float64
+    assert norm.shape == ()
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_sixteen_bit_norm_has_more_than_three_digits():
+    # 4096 x 4096 of 1e-3: a norm taken in bfloat16 is 4.0625.
+    grad = torch.full((4096, 4096), 1e-3, dtype=torch.bfloat16)
+    assert global_grad_norm(parameters_with_grads(grad)).item() == pytest.approx(4096 * grad[0, 0].item(), rel=5e-5)
+
+
+def test_mixed_dtypes_and_missing_gradients():
+    parameters = parameters_with_grads(torch.ones(4, dtype=torch.bfloat16), torch.ones(3, dtype=torch.float64))
+    parameters.append(nn.Parameter(torch.ones(100)))
+    assert global_grad_norm(parameters).item() == pytest.approx(math.sqrt(7))
+    assert global_grad_norm(parameters[2:]) is None
+    assert global_grad_norm([]) is None
+
+
+def test_non_contiguous_gradients():
+    grad = torch.randn(8, 6)
+    parameter = parameters_with_grads(grad)[0]
+    parameter.grad = grad.t().contiguous().t()
+    assert global_grad_norm([parameter]).item() == pytest.approx(grad.norm().item(), rel=1e-6)
+    scale_(local_grads([parameter]), torch.tensor(0.5))
+    assert torch.equal(parameter.grad, grad * 0.5)
+
+
+def test_a_nonfinite_element_gives_a_nonfinite_norm():
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not sum_of_squares([torch.ones(5), torch.tensor([1.0, bad])]).isfinite()
+
+
+def test_scale_works_in_place_on_every_dtype():
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
+    tensors = [torch.full((3,), 2.0, dtype=dtype) for dtype in dtypes]
+    scale_(tensors, torch.tensor(0.25, dtype=torch.float64))
+    for tensor, dtype in zip(tensors, dtypes, strict=True):
+        assert torch.equal(tensor, torch.full((3,), 0.5, dtype=dtype))
+
+
+def test_scaling_bfloat16_does_not_round_the_coefficient():
+    tensor = torch.full((1,), 384.0, dtype=torch.bfloat16)
+    scale_([tensor], torch.tensor(1 / 3))
+    assert tensor.item() == 128.0  # with 1/3 rounded to bfloat16 it would be 128.5, rounded to 128 or 129
+
+
+def test_zero_nonfinite():
+    tensors = [torch.tensor([1.0, math.nan, math.inf, -math.inf]), torch.ones(2)]
+    scale_(tensors, torch.tensor(0.0), zero_nonfinite=True)
+    assert [t.tolist() for t in tensors] == [[0.0] * 4, [0.0] * 2]
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"shape \(5, 3\) is sparse .*sparse=False"):
+        global_grad_norm(list(embedding.parameters()))
+
+
+def _fsdp2_norms(dtype_name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from tests.operators import OperatorCounter
+
+    results = {}
+    for kind in ("fsdp", "hsdp"):
+        mesh = (
+            init_device_mesh("cpu", (2,))
+            if kind == "fsdp"
+            else init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        )
+        torch.manual_seed(0)
+        # 5 rows over two ranks are uneven, 1 row leaves rank one without an element.
+        model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 1, bias=False)).to(getattr(torch, dtype_name))
+        fully_shard(model, mesh=mesh)
+        plain = nn.Parameter(torch.zeros(2))
+        plain.grad = torch.tensor([3.0, 4.0])
+        model(torch.ones(2, 7, dtype=getattr(torch, dtype_name))).sum().backward()
+        parameters = [*model.parameters(), plain]
+        with OperatorCounter() as counter:
+            norm = global_grad_norm(parameters)
+        full = [parameter.grad.full_tensor().double() for parameter in model.parameters()]
+        expected = math.sqrt(sum(grad.square().sum().item() for grad in full) + 25)
+        scale_(local_grads(parameters), torch.tensor(0.5))
+        after = [parameter.grad.full_tensor().double() for parameter in model.parameters()]
+        halved = all(torch.equal(a, f * 0.5) for a, f in zip(after, full, strict=True))
+        results[kind] = (norm.item(), expected, counter.collectives, halved)
+        for parameter in model.parameters():
+            parameter.grad = None
+        results[kind] += (global_grad_norm(list(model.parameters())).item(),)
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sharded_gradients_have_the_norm_of_the_whole(pool, dtype):
+    first, second = pool.run(_fsdp2_norms, dtype)
+    assert first == second
+    for kind in ("fsdp", "hsdp"):
+        norm, expected, collectives, halved, without_gradients = first[kind]
+        assert norm == pytest.approx(expected, rel=1e-6), kind
+        assert collectives == 1, kind
+        assert halved, kind
+        assert without_gradients == 0.0, kind
+
+
+def _one_rank_without_gradient():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(distribute_tensor(torch.zeros(4), mesh, [Shard(0)]))
+    if mesh.get_local_rank() == 0:
+        parameter.grad = distribute_tensor(torch.full((4,), 2.0), mesh, [Shard(0)], src_data_rank=None)
+    return global_grad_norm([parameter]).item()
+
+
+def test_a_rank_without_a_gradient_takes_part(pool):
+    assert pool.run(_one_rank_without_gradient) == [pytest.approx(math.sqrt(8))] * 2
+
+
+def _partial_gradient():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    with pytest.raises(TypeError, match="not reduced yet"):
+        global_grad_norm([parameter])
+
+
+def test_a_gradient_that_awaits_its_reduction_is_refused(pool):
+    pool.run(_partial_gradient)

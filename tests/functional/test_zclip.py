@@ -1,0 +1,333 @@
+"""ZClip's arithmetic against golden values, against a plain reference in Python floats, and on the streams it fails on."""
+
+import io
+import math
+import random
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_grad_norm_, zclip_update
+from tests.operators import OperatorCounter
+
+
+class Reference:
+    """The method of arXiv 2504.02507, section 3, and its released code's details, one norm at a time in floats."""
+
+    def __init__(self, config):
+        self.config, self.buffer, self.mean, self.var = config, [], None, None
+
+    def step(self, norm):
+        """Return the norm after clipping."""
+        c = self.config
+        target = None
+        warming_up = self.mean is None
+        if not warming_up:
+            std = math.sqrt(self.var)
+            if c.mode == "percentile":
+                target = self.mean + c.z_thresh * std if norm > self.mean + c.z_thresh * std else None
+            else:
+                z = (norm - self.mean) / (std + c.eps)
+                if z > c.z_thresh:
+                    adaptive = (self.mean + c.z_thresh * std / (z / c.z_thresh)) * c.clip_factor
+                    target = adaptive if c.clip_option == "adaptive_scaling" else self.mean
+        limit = norm if target is None else target
+        if c.max_grad_norm is not None:
+            limit = min(limit, c.max_grad_norm)
+        clipped = norm * limit / (norm + 1e-6) if norm > limit else norm
+        if warming_up:
+            self.buffer.append(norm)
+            if len(self.buffer) == c.warmup_steps:
+                self.mean = sum(self.buffer) / len(self.buffer)
+                self.var = sum((b - self.mean) ** 2 for b in self.buffer) / len(self.buffer)
+        elif not (target is not None and c.skip_update_on_spike):
+            seen = norm if target is None else target
+            self.mean = c.alpha * self.mean + (1 - c.alpha) * seen
+            self.var = c.alpha * self.var + (1 - c.alpha) * (seen - self.mean) ** 2
+        return clipped
+
+
+def feed(state, norms):
+    """Run ZClip over a list of norms and return the norms after clipping."""
+    clipped = []
+    for norm in norms:
+        zclip_update(torch.tensor(norm, dtype=torch.float64), state)
+        clipped.append(state["norm_clipped"].item())
+    return clipped
+
+
+def normal_norms(seed, n, mean, std):
+    generator = random.Random(seed)
+    return [generator.gauss(mean, std) for _ in range(n)]
+
+
+# Measured on the authors' code: norms 1.0 1.2 0.8 1.0 | 1.1 5.0; after the 5.0: its clipped norm, mean, variance.
+GOLDEN = {
+    "adaptive": (dict(max_grad_norm=None), 1.033777, 1.00392332, 0.01911854),
+    "capped": (dict(max_grad_norm=1.0), 1.000000, 1.00392332, 0.01911854),
+    "mean": (dict(max_grad_norm=None, clip_option="mean"), 1.003000, 1.00300002, 0.01909181),
+    "percentile": (dict(max_grad_norm=None, mode="percentile"), 1.353734, 1.01352203, 0.02256413),
+    "skip_update": (dict(max_grad_norm=None, skip_update_on_spike=True), 1.033777, 1.00300002, 0.01968227),
+    "clip_factor": (dict(max_grad_norm=None, clip_factor=0.5), 0.516888, 0.98841667, 0.02576197),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(name):
+    arguments, clipped, mean, var = GOLDEN[name]
+    state = ZClipState(ZClipConfig(warmup_steps=4, **arguments))
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    for norm in (1.0, 1.2, 0.8, 1.0):
+        parameter.grad = torch.tensor([norm, 0.0, 0.0])
+        zclip_grad_norm_([parameter], state)
+    assert state["mean"].item() == pytest.approx(1.0, abs=1e-7)
+    assert state["var"].item() == pytest.approx(0.02, abs=1e-7)
+    for norm in (1.1, 5.0):
+        parameter.grad = torch.tensor([norm, 0.0, 0.0])
+        assert zclip_grad_norm_([parameter], state).item() == pytest.approx(norm)
+    assert parameter.grad.norm().item() == pytest.approx(clipped, abs=1e-6)
+    assert state["mean"].item() == pytest.approx(mean, abs=1e-8)
+    assert state["var"].item() == pytest.approx(var, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(),
+        dict(max_grad_norm=None),
+        dict(max_grad_norm=None, clip_option="mean"),
+        dict(max_grad_norm=None, mode="percentile", z_thresh=1.5),
+        dict(max_grad_norm=1.3, skip_update_on_spike=True),
+        dict(max_grad_norm=None, clip_factor=0.9, alpha=0.95, z_thresh=2.0),
+        dict(warmup_steps=2, eps=0.0),
+    ],
+    ids=str,
+)
+def test_equals_the_reference_on_heavy_tailed_streams(arguments):
+    config = ZClipConfig(**{"warmup_steps": 10, **arguments})
+    generator = random.Random(7)
+    norms = [math.exp(generator.gauss(0.0, 0.5)) * (10 if generator.random() < 0.03 else 1) for _ in range(400)]
+    reference = Reference(config)
+    expected = [reference.step(norm) for norm in norms]
+    state = ZClipState(config)
+
+    assert feed(state, norms) == pytest.approx(expected, rel=1e-12)
+    assert state["mean"].item() == pytest.approx(reference.mean, rel=1e-12)
+    assert state["var"].item() == pytest.approx(reference.var, rel=1e-11)
+    assert state["clipped"].item() == sum(e < n for e, n in zip(expected, norms, strict=True)) > 5
+    assert state["relearned"].item() == 0
+
+
+def test_few_steps_of_a_stationary_stream_are_clipped():
+    state = ZClipState(ZClipConfig(max_grad_norm=None))
+    feed(state, normal_norms(0, 10_000, 1.0, 0.1))
+    # 0.98 % over 200,000 steps of the authors' code; P(Z > 2.5) is 0.62 %.
+    assert 0.006 < state["spikes"].item() / 10_000 < 0.014
+
+
+def test_threshold_is_the_norm_above_which_a_step_is_clipped():
+    for arguments in (dict(max_grad_norm=None), dict(max_grad_norm=1.15), dict(max_grad_norm=None, mode="percentile")):
+        state = ZClipState(ZClipConfig(warmup_steps=10, **arguments))
+        for norm in normal_norms(1, 300, 1.0, 0.1):
+            before = state["clipped"].item()
+            feed(state, [norm])
+            assert (state["clipped"].item() > before) == (norm > state["threshold"].item())
+
+
+LOCKING = {
+    "twice": (dict(), 2.0),
+    "four times": (dict(), 4.0),
+    "skip_update": (dict(skip_update_on_spike=True), 2.0),
+    "mean": (dict(clip_option="mean"), 2.0),
+}
+
+
+@pytest.mark.parametrize("name", LOCKING)
+def test_a_lasting_shift_is_learned(name):
+    """The authors' method clips every step for ever once the norms have doubled; ours sees a new level."""
+    arguments, shift = LOCKING[name]
+    before, after = normal_norms(0, 200, 1.0, 0.1), normal_norms(1, 400, shift, 0.1 * shift)
+
+    official = ZClipState(ZClipConfig(max_grad_norm=None, relearn_after=None, **arguments))
+    feed(official, before)
+    start = official["spikes"].item()
+    feed(official, after)
+    assert official["spikes"].item() - start == 400
+    assert official["mean"].item() < 1.15
+
+    ours = ZClipState(ZClipConfig(max_grad_norm=None, **arguments))
+    feed(ours, before)
+    feed(ours, after[:150])
+    assert ours["relearned"].item() == 1
+    start = ours["spikes"].item()
+    feed(ours, after[150:])
+    assert ours["spikes"].item() - start < 0.1 * 250
+    assert ours["mean"].item() == pytest.approx(shift, rel=0.1)
+
+
+def test_relearning_takes_the_last_raw_norms():
+    state = ZClipState(ZClipConfig(warmup_steps=5, relearn_after=7, max_grad_norm=None))
+    feed(state, [1.0, 1.1, 0.9, 1.0, 1.0])
+    shifted = [8.0, 8.1, 8.2, 8.3, 8.4, 8.5, 8.6]
+    feed(state, shifted[:-1])
+    assert (state["relearned"].item(), state["streak"].item()) == (0, 6)
+    feed(state, shifted[-1:])
+    assert (state["relearned"].item(), state["streak"].item()) == (1, 0)
+    assert state["mean"].item() == pytest.approx(8.4)
+    assert state["var"].item() == pytest.approx(0.02)
+
+
+def test_a_short_relearn_after_waits_for_a_ring_of_outliers():
+    state = ZClipState(ZClipConfig(warmup_steps=5, relearn_after=2, max_grad_norm=None))
+    feed(state, [1.0, 1.1, 0.9, 1.0, 1.0, 8.0, 8.0, 8.0, 8.0])
+    assert state["relearned"].item() == 0
+    feed(state, [8.0])
+    assert state["relearned"].item() == 1
+    assert state["mean"].item() == 8.0
+
+
+def test_a_moderate_shift_is_learned_without_relearning():
+    state = ZClipState(ZClipConfig(max_grad_norm=None, relearn_after=None))
+    feed(state, normal_norms(0, 200, 1.0, 0.1))
+    feed(state, normal_norms(1, 300, 1.5, 0.15))
+    start = state["spikes"].item()
+    feed(state, normal_norms(2, 300, 1.5, 0.15))
+    assert state["spikes"].item() - start < 0.05 * 300
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("place", [2, 8], ids=["warm-up", "after"])
+def test_a_norm_that_says_nothing_leaves_the_statistics_alone(bad, place):
+    norms = normal_norms(0, 12, 1.0, 0.1)
+    config = ZClipConfig(warmup_steps=4, max_grad_norm=None)
+    with_bad, without = ZClipState(config), ZClipState(config)
+    feed(with_bad, [*norms[:place], bad, *norms[place:]])
+    feed(without, norms)
+
+    assert with_bad["nonfinite"].item() == (bad != 0)
+    for name in ("mean", "var", "count", "streak", "spikes", "clipped"):
+        assert with_bad[name].item() == without[name].item(), name
+    assert torch.equal(with_bad.norms, without.norms)
+
+
+def test_a_nonfinite_norm_gives_the_coefficient_that_was_asked_for():
+    state = ZClipState()
+    assert zclip_update(torch.tensor(math.nan), state).item() == 0
+    assert zclip_update(torch.tensor(math.inf), state, on_nonfinite=1.0).item() == 1
+
+
+def test_nonfinite_gradients_become_zeros():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    for bad in (math.nan, math.inf):
+        parameters[0].grad = torch.tensor([1.0, bad])
+        parameters[1].grad = torch.tensor([1.0, 2.0])
+        zclip_grad_norm_(parameters, ZClipState())
+        assert [p.grad.tolist() for p in parameters] == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_warm_up_of_equal_norms_does_not_clip_for_ever():
+    state = ZClipState(ZClipConfig(max_grad_norm=None, relearn_after=None))
+    feed(state, [1.0] * 25)
+    assert state["var"].item() == 0
+    feed(state, [1.0 + 1e-5 * (i % 3) for i in range(50)])
+    assert state["spikes"].item() == 0
+    assert state["var"].item() > 0
+
+
+def test_no_gradient_means_no_observation():
+    state = ZClipState()
+    assert zclip_grad_norm_([torch.nn.Parameter(torch.zeros(3))], state) is None
+    assert state["steps"].item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_sixteen_bit_gradients_are_measured_in_more(dtype):
+    parameter = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    parameter.grad = torch.full((64, 64), 2000.0, dtype=dtype)
+    norm = zclip_grad_norm_([parameter], ZClipState(ZClipConfig(max_grad_norm=None)))
+    assert norm.item() == 128_000.0  # float16 itself ends at 65,504
+
+
+@pytest.mark.parametrize("cut", [3, 4, 9, 27], ids=["warm-up", "its end", "after", "among outliers"])
+def test_state_carries_on_exactly(cut):
+    config = ZClipConfig(warmup_steps=4, max_grad_norm=None, relearn_after=10)
+    norms = normal_norms(0, 20, 1.0, 0.1) + normal_norms(1, 30, 3.0, 0.3)
+    unbroken, first = ZClipState(config), ZClipState(config)
+    feed(unbroken, norms)
+    feed(first, norms[:cut])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = ZClipState(config)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    feed(second, norms[cut:])
+
+    assert torch.equal(second.values, unbroken.values)
+    assert torch.equal(second.norms, unbroken.norms)
+    assert unbroken["relearned"].item() == 1
+
+
+def test_another_warm_up_starts_anew_with_a_warning():
+    saved = ZClipState(ZClipConfig(warmup_steps=4))
+    feed(saved, [1.0] * 6)
+    state = ZClipState(ZClipConfig(warmup_steps=5))
+    with pytest.warns(UserWarning, match="warmup_steps=5 differs from the 4"):
+        state.load_state_dict(saved.state_dict())
+    assert state["count"].item() == 0
+
+
+def test_runs_without_data():
+    """Under fake tensors anything that depends on a value raises: no decision is taken on the host."""
+    with FakeTensorMode():
+        for mode, clip_option in (
+            ("zscore", "adaptive_scaling"),
+            ("zscore", "mean"),
+            ("percentile", "adaptive_scaling"),
+        ):
+            parameters = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(5))]
+            state = ZClipState(ZClipConfig(warmup_steps=2, mode=mode, clip_option=clip_option))
+            for _ in range(4):
+                for parameter in parameters:
+                    parameter.grad = torch.ones_like(parameter)
+                zclip_grad_norm_(parameters, state)
+
+
+def test_a_step_never_waits_for_the_device():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    state = ZClipState(ZClipConfig(warmup_steps=2))
+    with OperatorCounter() as counter:
+        for norm in (1.0, 1.1, 1.0, 50.0, math.nan):
+            parameter.grad = torch.tensor([norm, 0.0, 0.0])
+            zclip_grad_norm_([parameter], state)
+    assert counter.host_syncs == 0
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("alpha", 1.0),
+        ("alpha", -0.1),
+        ("z_thresh", 0.0),
+        ("z_thresh", math.nan),
+        ("max_grad_norm", 0.0),
+        ("max_grad_norm", math.nan),
+        ("eps", -1e-9),
+        ("warmup_steps", 0),
+        ("warmup_steps", 2.5),
+        ("mode", "max"),
+        ("clip_option", "MEAN"),
+        ("clip_factor", 0.0),
+        ("relearn_after", 0),
+    ],
+)
+def test_bad_arguments_are_named(argument, value):
+    with pytest.raises(ValueError, match=rf"^{argument}={value!r} is not allowed: it must be "):
+        ZClipConfig(**{argument: value})
+
+
+def test_settings_without_effect_warn():
+    with pytest.warns(UserWarning, match="clip_option='mean' has no effect"):
+        ZClipConfig(mode="percentile", clip_option="mean")
+    with pytest.warns(UserWarning, match=r"clip_factor=0\.5 has an effect only"):
+        ZClipConfig(clip_option="mean", clip_factor=0.5)
