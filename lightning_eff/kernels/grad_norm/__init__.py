@@ -1,0 +1,158 @@
+"""Sum of squares of a list of gradients, read once, and a scaling that costs nothing when there is nothing to scale.
+
+Byte count, for N gradient bytes: ``torch.nn.utils.clip_grad_norm_`` reads 2N and writes N on every step. This op reads
+N, and on a step whose coefficient is 1 no more; a clipped step reads another N and writes N; a step whose gradients
+are to be zeroed (coefficient 0) writes N and reads none. Five launches, whatever the number of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_eff.kernels.dispatch import choose
+from lightning_eff.kernels.grad_norm import reference
+from lightning_eff.kernels.tables import inspect
+
+__all__ = ["ZCLIP_VALUES", "ZClipConstants", "scale_", "sum_of_squares", "zclip_decide"]
+
+ZCLIP_VALUES = (
+    *("mean", "var", "count", "streak"),
+    *("steps", "spikes", "clipped", "nonfinite", "relearned", "recent_steps", "recent_clipped", "recent_nonfinite"),
+    *("norm", "norm_clipped", "threshold", "z_score", "coefficient"),
+)
+"""What the entries of :func:`zclip_decide`'s ``values`` are."""
+
+
+class ZClipConstants(NamedTuple):
+    """The numbers of ZClip's decision; infinity where there is no cap and no learning anew."""
+
+    alpha: float
+    one_minus_alpha: float
+    z_thresh: float
+    max_grad_norm: float
+    eps: float
+    std_floor: float
+    clip_factor: float
+    on_nonfinite: float
+    relearn_after: float
+    norm_eps: float
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the squared elements of a list of tensors, in one pass over them.
+
+    Accumulated in float32 within chunks of 16,384 elements and in float64 over these, in a fixed order: the same
+    gradients give the same bits, wherever they lie in memory. A NaN or an infinite element, or one whose square
+    overflows float32 (above 1.8e19), makes the sum non-finite: it is the flag.
+
+    Args:
+        tensors: float32, bfloat16 or float16 tensors of any shapes on one device, mixed at will; zero-size ones
+            count as nothing. Other dtypes, and tensors with gaps between their elements, take the reference.
+
+    Returns:
+        A 0-d float64 tensor (float32 on MPS) on the tensors' device; 0 on the CPU for an empty list.
+
+    Raises:
+        TypeError: something in the list is no dense floating tensor.
+        ValueError: the tensors are on different devices.
+
+    Example:
+        >>> sum_of_squares([torch.tensor([3.0]), torch.tensor([4.0, 0.0])]).item()
+        25.0
+    """
+    listed = inspect("grad_norm.sum_of_squares", tensors, strided=False)
+    if listed.device is None:
+        return torch.zeros((), dtype=torch.float64)
+    if choose("grad_norm.sum_of_squares", listed.device, listed.obstacle).implementation == "triton":
+        from lightning_eff.kernels.grad_norm import kernel
+
+        return kernel.sum_of_squares(listed)
+    return reference.sum_of_squares(tensors)
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """Multiply every tensor of a list in place by a coefficient that stays on the device.
+
+    The product is taken in float32 and rounded once. A coefficient of 1 (once rounded to float32) reads and writes
+    nothing, and one of 0 writes zeros without reading, whatever the tensors hold.
+
+    Args:
+        tensors: as for :func:`sum_of_squares`.
+        coefficient: 0-d floating tensor on the same device.
+
+    Raises:
+        TypeError: something in the list is no dense floating tensor, or the coefficient is no floating tensor.
+        ValueError: the tensors or the coefficient are on different devices, or the coefficient is not one number.
+
+    Example:
+        >>> gradient = torch.tensor([2.0, float("inf")])
+        >>> scale_([gradient], torch.tensor(0.0))
+        >>> gradient
+        tensor([0., 0.])
+    """
+    listed = inspect("grad_norm.scale_", tensors, strided=False)
+    if not isinstance(coefficient, Tensor) or not coefficient.dtype.is_floating_point:
+        raise TypeError(f"grad_norm.scale_: coefficient={coefficient!r} is not allowed: it must be a floating tensor")
+    if coefficient.numel() != 1:
+        raise ValueError(f"grad_norm.scale_: coefficient of shape {tuple(coefficient.shape)} is not one number")
+    if listed.device is None:
+        return
+    if coefficient.device != listed.device:
+        raise ValueError(
+            f"grad_norm.scale_: tensors on different devices: 0 on {listed.device}, "
+            f"the coefficient on {coefficient.device}"
+        )
+    if choose("grad_norm.scale_", listed.device, listed.obstacle).implementation == "triton":
+        from lightning_eff.kernels.grad_norm import kernel
+
+        kernel.scale_(listed, coefficient)
+    else:
+        reference.scale_(tensors, coefficient)
+
+
+def zclip_decide(
+    norm: Tensor,
+    values: Tensor,
+    ring: Tensor,
+    constants: ZClipConstants,
+    *,
+    percentile: bool,
+    to_mean: bool,
+    skip_spikes: bool,
+) -> None:
+    """ZClip's whole decision on one norm in one launch: statistics, threshold, coefficient, counters.
+
+    The kernel alone: its reference is :func:`lightning_eff.functional.zclip.zclip_update`, which calls it where
+    :func:`lightning_eff.kernels.choose` says ``triton``.
+
+    Args:
+        norm: 0-d floating tensor.
+        values: float64 tensor of shape (17,), laid out as ``ZCLIP_VALUES``; changed in place.
+        ring: float64 tensor of shape (warmup_steps,), the last raw norms; changed in place.
+        constants: the configuration's numbers.
+        percentile: clip to mean + z_thresh * std, rather than by the z-score.
+        to_mean: clip an outlier of the z-score to the mean.
+        skip_spikes: an outlier does not change the statistics.
+
+    Raises:
+        ValueError: a tensor of another shape, dtype or device, or one that is not contiguous.
+    """
+    if norm.numel() != 1 or norm.device != values.device:
+        raise ValueError(
+            f"grad_norm.zclip_decide: norm of shape {tuple(norm.shape)} on {norm.device} is not one number on "
+            f"the device of the values, {values.device}"
+        )
+    for name, tensor, shape in (("values", values, (len(ZCLIP_VALUES),)), ("ring", ring, (max(1, len(ring)),))):
+        fits = tensor.shape == shape and tensor.dtype == torch.float64 and tensor.device == values.device
+        if not fits or not tensor.is_contiguous():
+            raise ValueError(
+                f"grad_norm.zclip_decide: {name} of shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device} "
+                f"must be a contiguous float64 tensor of shape {shape} on {values.device}"
+            )
+    from lightning_eff.kernels.grad_norm import zclip_kernel
+
+    zclip_kernel.decide(norm, values, ring, constants, percentile=percentile, to_mean=to_mean, skip_spikes=skip_spikes)

@@ -1,0 +1,67 @@
+"""The kernels' tests run each kernel under Triton's interpreter on the CPU, or compiled where there is a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_eff.kernels import CompiledKernel, compile_report
+from lightning_eff.kernels.dispatch import ENVIRONMENT_VARIABLE
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Force the kernels, with every allocation filled with NaN: nobody gets zeros by luck."""
+    from lightning_eff.kernels.device import INTERPRETED
+
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.fail("Triton was imported before TRITON_INTERPRET was set: conftest.py at the root must come first")
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+    if INTERPRETED:
+        _round_to_nearest(monkeypatch)
+
+
+def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels round to the nearest bfloat16; the interpreter cuts the bits off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    truncate = interpreter.InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return truncate(self, source, target)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
+
+
+def _poisoning(allocate: Any) -> Any:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.dtype.is_floating_point else -(2**30))
+
+    return poisoned
+
+
+@pytest.fixture(scope="session")
+def compiled_for_cuda() -> list[CompiledKernel]:
+    return compile_report("cuda:90")
+
+
+@pytest.fixture(scope="session")
+def compiled_for_hip() -> list[CompiledKernel]:
+    return compile_report("hip:gfx942")
