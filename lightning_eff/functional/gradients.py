@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 CPU_BLOCK = 2**15
 """Elements that the CPU's norm sums into one float32 before the float64 sum over blocks: it adds one after the other,
 and over 16 million equal elements lost 1 % of the norm. On a GPU the reduction is a tree."""

@@ -1,4 +1,4 @@
-"""ZClip's arithmetic against golden values, against a plain reference in Python floats, and on the streams it fails on."""
+"""ZClip's arithmetic: golden values, a plain reference in Python floats, and the streams that the method fails on."""
 
 import io
 import math
@@ -94,7 +94,7 @@ def test_golden_values(name):
 @pytest.mark.parametrize(
     "arguments",
     [
-        dict(),
+        {},
         dict(max_grad_norm=None),
         dict(max_grad_norm=None, clip_option="mean"),
         dict(max_grad_norm=None, mode="percentile", z_thresh=1.5),
@@ -136,8 +136,8 @@ def test_threshold_is_the_norm_above_which_a_step_is_clipped():
 
 
 LOCKING = {
-    "twice": (dict(), 2.0),
-    "four times": (dict(), 4.0),
+    "twice": ({}, 2.0),
+    "four times": ({}, 4.0),
     "skip_update": (dict(skip_update_on_spike=True), 2.0),
     "mean": (dict(clip_option="mean"), 2.0),
 }
@@ -257,7 +257,7 @@ def test_state_carries_on_exactly(cut):
     feed(unbroken, norms)
     feed(first, norms[:cut])
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
+    torch.save(first.state_{}, file)
     file.seek(0)
     second = ZClipState(config)
     second.load_state_dict(torch.load(file, weights_only=True))
@@ -273,7 +273,7 @@ def test_another_warm_up_starts_anew_with_a_warning():
     feed(saved, [1.0] * 6)
     state = ZClipState(ZClipConfig(warmup_steps=5))
     with pytest.warns(UserWarning, match="warmup_steps=5 differs from the 4"):
-        state.load_state_dict(saved.state_dict())
+        state.load_state_dict(saved.state_{})
     assert state["count"].item() == 0
 
 
