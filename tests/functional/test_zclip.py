@@ -257,7 +257,7 @@ def test_state_carries_on_exactly(cut):
     feed(unbroken, norms)
     feed(first, norms[:cut])
     file = io.BytesIO()
-    torch.save(first.state_{}, file)
+    torch.save(first.state_dict(), file)
     file.seek(0)
     second = ZClipState(config)
     second.load_state_dict(torch.load(file, weights_only=True))
@@ -273,7 +273,7 @@ def test_another_warm_up_starts_anew_with_a_warning():
     feed(saved, [1.0] * 6)
     state = ZClipState(ZClipConfig(warmup_steps=5))
     with pytest.warns(UserWarning, match="warmup_steps=5 differs from the 4"):
-        state.load_state_dict(saved.state_{})
+        state.load_state_dict(saved.state_dict())
     assert state["count"].item() == 0
 
 
