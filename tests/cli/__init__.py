@@ -1,0 +1,25 @@
+"""Tests of the command line."""
+
+import subprocess
+import sys
+
+# As if the packages had never been installed: neither their modules nor their metadata are there. (Lightning looks at
+# the metadata to decide what to import.)
+_WITHOUT = """
+import importlib.metadata, sys
+names = {names!r}
+sys.modules.update(dict.fromkeys(names))
+find = importlib.metadata.Distribution.from_name
+def from_name(name):
+    if name.lower().replace("-", "_") in names:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return find(name)
+importlib.metadata.Distribution.from_name = from_name
+"""
+
+
+def run_without(modules, code, cwd):
+    """Run Python code in a process of its own that lacks these packages: its exit status, stdout and stderr."""
+    program = _WITHOUT.format(names=list(modules)) + code
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr

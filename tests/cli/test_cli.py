@@ -1,0 +1,171 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
+
+import lightning_eff.callbacks
+from lightning_eff import __version__
+from lightning_eff.cli import COMMANDS, TRAINING, main
+from tests.cli import run_without
+
+MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
+SHORT = [
+    "--seed_everything=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_steps=2",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Run one command line in this process, in an empty directory."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["lightning-eff", *args])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        return main()
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(run, capsys, args):
+    assert run(*args) == 0
+    out = capsys.readouterr().out
+    assert [name for name in (*TRAINING, *COMMANDS) if not re.search(rf"^  {name} +\w", out, re.MULTILINE)] == []
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_version(run, capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"lightning-eff {__version__}\n"
+
+
+def test_an_unknown_command_is_refused_with_a_guess(run, capsys):
+    assert run("docter") == 2
+    assert "no command `docter`. Did you mean `doctor`?" in capsys.readouterr().err
+
+
+def test_the_installed_script_and_the_module_are_the_same():
+    script = Path(sys.executable).with_name("lightning-eff")
+    for command in [[str(script)], [sys.executable, "-m", "lightning_eff"]]:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == f"lightning-eff {__version__}\n"
+
+
+def test_fit_with_callbacks_by_short_name(run, tmp_path):
+    charts = "--trainer.callbacks.charts={'mine': {'loss': ['Multiline', ['loss']]}}"
+    callbacks = ["--trainer.callbacks+=TensorBoardLayout", charts, "--trainer.callbacks+=LearningRateMonitor"]
+    assert run("fit", MODEL, *SHORT, *callbacks, "--trainer.callbacks.logging_interval=step") == 0
+    config = yaml.safe_load((tmp_path / "lightning_logs/version_0/config.yaml").read_text())
+    ours, theirs = config["trainer"]["callbacks"]
+    assert ours["class_path"] == "lightning_eff.callbacks.TensorBoardLayout"
+    assert ours["init_args"] == {"charts": {"mine": {"loss": ["Multiline", ["loss"]]}}}
+    assert theirs["init_args"]["logging_interval"] == "step"
+
+
+def test_fit_from_yaml_with_short_names(run, tmp_path):
+    (tmp_path / "run.yaml").write_text("""
+model: lightning.pytorch.demos.boring_classes.BoringModel
+data: lightning.pytorch.demos.boring_classes.BoringDataModule
+trainer:
+  callbacks:
+    - class_path: TensorBoardLayout
+      init_args:
+        charts:
+          norms:
+            both: [Margin, [norm, low, high]]
+""")
+    assert run("fit", "--config=run.yaml", *SHORT) == 0
+    (events,) = (tmp_path / "lightning_logs/version_0").glob("events.out.tfevents*")
+    assert b"custom_scalars__config__" in events.read_bytes()
+
+
+def test_options_may_come_before_the_command(run, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("fit:\n  trainer:\n    max_steps: 7\n")
+    with pytest.raises(SystemExit) as exit:
+        run("--config=run.yaml", "fit", MODEL, "--print_config")
+    assert exit.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 7
+
+
+def test_validate_test_and_predict_run(run):
+    for command in ("validate", "test", "predict"):
+        assert run(command, MODEL, "--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.fast_dev_run=1") == 0
+
+
+def test_a_run_starts_again_in_its_own_log_directory(run, tmp_path):
+    again = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.version=7"]
+    assert run("fit", MODEL, *SHORT, *again) == 0
+    (checkpoint,) = (tmp_path / "logs").rglob("*.ckpt")
+    assert run("fit", MODEL, *SHORT, *again, "--trainer.max_steps=4", f"--ckpt_path={checkpoint}") == 0
+    steps = {torch.load(path, weights_only=True)["global_step"] for path in (tmp_path / "logs").rglob("*.ckpt")}
+    assert 4 in steps
+
+
+def test_a_model_in_the_current_directory_can_be_named(tmp_path):
+    (tmp_path / "my_models.py").write_text(
+        "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Mine(BoringModel):\n    pass\n"
+    )
+    script = Path(sys.executable).with_name("lightning-eff")
+    command = [str(script), "fit", "--model=my_models.Mine", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert yaml.safe_load(done.stdout)["model"]["class_path"] == "my_models.Mine"
+
+
+def _subclasses(cls):
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+@pytest.mark.parametrize("base", [Callback, Strategy])
+def test_no_short_name_of_ours_is_one_of_lightnings(base):
+    # jsonargparse refuses a short name that two classes have: a clash would take Lightning's name away as well.
+    import lightning.pytorch.cli  # noqa: F401  (imports what LightningCLI imports)
+
+    found = set(_subclasses(base))
+    ours = [cls.__name__ for cls in found if cls.__module__.startswith("lightning_eff.")]
+    theirs = {cls.__name__ for cls in found if cls.__module__.startswith("lightning.")}
+    assert len(theirs) > 5
+    assert sorted(set(ours) & theirs) == []
+    assert len(set(ours)) == len(ours)
+
+
+def test_every_exported_callback_is_a_class_of_its_own_name():
+    for name in lightning_eff.callbacks.__all__:
+        assert getattr(lightning_eff.callbacks, name).__name__ == name
+
+
+@pytest.mark.parametrize("module", ["jsonargparse", "docstring_parser"])
+def test_without_the_cli_extra_training_names_it(tmp_path, module):
+    code = "from lightning_eff.cli import main; sys.exit(main(['fit']))"
+    status, out, err = run_without([module], code, tmp_path)
+    assert status == 1
+    assert out == ""
+    assert f"lightning-eff fit: {module} cannot be found" in err
+    assert "pip install 'lightning-eff[cli]'" in err
+    assert "Traceback" not in err
+
+
+def test_the_package_and_its_callbacks_import_without_any_extra(tmp_path):
+    extras = ["triton", "torchft", "tensorboard", "jsonargparse", "docstring_parser", "rich", "sklearn"]
+    code = """
+import lightning_eff, lightning_eff.callbacks, lightning_eff.kernels
+from lightning_eff.cli import main
+sys.exit(main(["--help"]))
+"""
+    status, out, err = run_without(extras, code, tmp_path)
+    assert (status, err) == (0, "")
+    assert "doctor" in out
