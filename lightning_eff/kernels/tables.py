@@ -117,12 +117,17 @@ class ChunkTable:
 _layouts: OrderedDict[object, tuple[tuple[int, ...], ChunkTable]] = OrderedDict()
 
 
-def chunk_table(listed: TensorList) -> ChunkTable:
-    """The table of a non-empty list, from the cache where neither sizes nor addresses have changed."""
+def chunk_table(listed: TensorList, role: str = "") -> ChunkTable:
+    """The table of a non-empty list, from the cache where neither sizes nor addresses have changed.
+
+    Args:
+        listed: what :func:`inspect` has read.
+        role: tells lists of equal sizes apart that are used in turn, so that each finds its own addresses again.
+    """
     assert listed.device is not None
     # A table filled by a copy on one stream must not be read on another before that copy is done, so each has its own.
     stream = torch.cuda.current_stream(listed.device).cuda_stream if listed.device.type == "cuda" else 0
-    key = (listed.device, stream, listed.numels, listed.codes)
+    key = (role, listed.device, stream, listed.numels, listed.codes)
     cached = _layouts.get(key)
     if cached is not None:
         _layouts.move_to_end(key)

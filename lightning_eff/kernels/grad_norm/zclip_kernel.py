@@ -85,9 +85,9 @@ def _decide(
     # The ring is read before its new entry is written, and given that entry in registers.
     places = tl.arange(0, BLOCK)
     inside = places < WARMUP
-    place = count.to(tl.int64) % WARMUP
+    place = tl.where(valid, count.to(tl.int32) % WARMUP, -1)
     norms = tl.load(ring + places, mask=inside, other=0.0)
-    norms = tl.where((places == place) & valid, norm, norms)
+    norms = tl.where(places == place, norm, norms)
     count += tl.where(valid, one, zero)
     streak = tl.where(valid, tl.where(spike, streak + one, zero), streak)
     relearn = streak >= relearn_after
@@ -99,11 +99,11 @@ def _decide(
     totals = values + tl.arange(0, 8)  # steps to recent_nonfinite: entries 4 to 11
     counted = tl.arange(0, 8)
     old = tl.load(totals + 4)
-    event = (counted == 0) | (counted == 5)
-    event = event | ((counted == 1) & spike)
-    event = event | (((counted == 2) | (counted == 6)) & clipped)
-    event = event | (((counted == 3) | (counted == 7)) & (finite == 0))
-    event = event | ((counted == 4) & relearn)
+    more = tl.where((counted == 0) | (counted == 5), one, zero)
+    more = tl.where(counted == 1, tl.where(spike, one, zero), more)
+    more = tl.where((counted == 2) | (counted == 6), tl.where(clipped, one, zero), more)
+    more = tl.where((counted == 3) | (counted == 7), tl.where(finite, zero, one), more)
+    more = tl.where(counted == 4, tl.where(relearn, one, zero), more)
 
     shown = tl.where(on_nonfinite == zero, zero, norm)
     tl.debug_barrier()
@@ -112,7 +112,7 @@ def _decide(
     tl.store(values + 1, tl.where(anew, ring_var, tl.where(updated, new_var, var)))
     tl.store(values + 2, count)
     tl.store(values + 3, tl.where(relearn, zero, streak))
-    tl.store(totals + 4, old + tl.where(event, one, zero))
+    tl.store(totals + 4, old + more)
     tl.store(values + 12, norm)
     tl.store(values + 13, tl.where(finite, norm * coefficient, shown))
     tl.store(values + 14, tl.where(warm, tl.minimum(trigger, cap), cap))

@@ -1,0 +1,163 @@
+"""Triton kernels: partial sums of every chunk of a list, and their sum for each tensor in a fixed order."""
+
+# The arguments of a jitted function are Triton's own values, and torch.cuda.device_of carries no annotation.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, TABLE_ARGUMENTS, CompileCase, typed_pointer
+from lightning_eff.kernels.tables import CHUNK, TensorList, chunk_table
+
+BLOCK = 2048
+FINISH_BLOCK = 512
+
+
+@triton.jit
+def _add_values(x, old, sums, squares, changes, WITH_COPY: tl.constexpr):
+    value = x.to(tl.float32)
+    sums += tl.abs(value)
+    squares = tl.fma(value, value, squares)
+    if WITH_COPY:
+        changes += tl.abs(value - old.to(tl.float32))
+    return sums, squares, changes
+
+
+@triton.jit
+def _add_chunk(pointer, copy, count, write, WITH_COPY: tl.constexpr, BLOCK: tl.constexpr):
+    """Element i goes to running sum i % BLOCK, so that the order of the sums does not depend on the alignment."""
+    sums = tl.full([BLOCK], 0.0, tl.float32)
+    squares = tl.full([BLOCK], 0.0, tl.float32)
+    changes = tl.full([BLOCK], 0.0, tl.float32)
+    offsets = tl.arange(0, BLOCK)
+    whole = count // BLOCK
+    for block in range(whole):  # without a mask, so that the loads are as wide as the alignment allows
+        at = block * BLOCK + offsets
+        x = tl.load(pointer + at)
+        old = x
+        if WITH_COPY:
+            old = tl.load(copy + at)
+            if write != 0:
+                tl.store(copy + at, x)
+        sums, squares, changes = _add_values(x, old, sums, squares, changes, WITH_COPY)
+    at = whole * BLOCK + offsets
+    x = tl.load(pointer + at, mask=at < count, other=0.0)
+    old = x
+    if WITH_COPY:
+        old = tl.load(copy + at, mask=at < count, other=0.0)
+        if write != 0:
+            tl.store(copy + at, x, mask=at < count)
+    return _add_values(x, old, sums, squares, changes, WITH_COPY)
+
+
+@triton.jit
+def _chunk_stats(address, copy, count, write, DTYPE: tl.constexpr, WITH_COPY: tl.constexpr, BLOCK: tl.constexpr):
+    if (address | copy) % 16 == 0:
+        sums, squares, changes = _add_chunk(
+            typed_pointer(address, DTYPE, True), typed_pointer(copy, DTYPE, True), count, write, WITH_COPY, BLOCK
+        )
+    else:
+        sums, squares, changes = _add_chunk(
+            typed_pointer(address, DTYPE, False), typed_pointer(copy, DTYPE, False), count, write, WITH_COPY, BLOCK
+        )
+    return sums, squares, changes
+
+
+@triton.jit
+def _partials(
+    addresses,
+    numels,
+    codes,
+    owners,
+    positions,
+    copies,
+    update,
+    partials,
+    chunks,
+    WITH_COPY: tl.constexpr,
+    WITH_UPDATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """partials[statistic, chunk], in float32; `copies` are the kept copies' addresses."""
+    chunk = tl.program_id(0)
+    owner = tl.load(owners + chunk)
+    start = tl.load(positions + chunk).to(tl.int64) * CHUNK
+    count = tl.minimum(tl.load(numels + owner) - start, CHUNK).to(tl.int32)
+    address = tl.load(addresses + owner)
+    copy = address
+    if WITH_COPY:
+        copy = tl.load(copies + owner)
+    write = 1
+    if WITH_UPDATE:
+        write = tl.load(update)
+    code = tl.load(codes + owner)
+    if code == FLOAT32:
+        start *= 4
+        sums, squares, changes = _chunk_stats(address + start, copy + start, count, write, tl.float32, WITH_COPY, BLOCK)
+    elif code == BFLOAT16:
+        start *= 2
+        sums, squares, changes = _chunk_stats(
+            address + start, copy + start, count, write, tl.bfloat16, WITH_COPY, BLOCK
+        )
+    else:
+        start *= 2
+        sums, squares, changes = _chunk_stats(address + start, copy + start, count, write, tl.float16, WITH_COPY, BLOCK)
+    tl.store(partials + chunk, tl.sum(sums, axis=0))
+    tl.store(partials + chunks + chunk, tl.sum(squares, axis=0))
+    tl.store(partials + 2 * chunks + chunk, tl.sum(changes, axis=0))
+
+
+@triton.jit
+def _finish(partials, firsts, out, chunks, tensors, BLOCK: tl.constexpr):
+    """out[statistic, tensor] = sum over the tensor's chunks, in float64 and in a fixed order: no atomics."""
+    tensor = tl.program_id(0)
+    statistic = tl.program_id(1)
+    partials += statistic * chunks
+    stop = tl.load(firsts + tensor + 1)
+    offsets = tl.arange(0, BLOCK)
+    sums = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(tl.load(firsts + tensor), stop, BLOCK):
+        sums += tl.load(partials + start + offsets, mask=start + offsets < stop, other=0.0).to(tl.float64)
+    tl.store(out + statistic * tensors + tensor, tl.sum(sums, axis=0))
+
+
+def tensor_stats(listed: TensorList, copies: TensorList | None, update: Tensor | None) -> Tensor:
+    """Launch both kernels over lists that :func:`inspect` has read."""
+    assert listed.device is not None
+    table = chunk_table(listed)
+    out = torch.empty((3, len(listed.numels)), dtype=torch.float64, device=listed.device)
+    partials = torch.empty((3, table.chunks), dtype=torch.float32, device=listed.device)
+    copied = table.addresses if copies is None else chunk_table(copies, "copies").addresses
+    flag = table.codes if update is None else update.to(torch.int32)
+    with torch.cuda.device_of(out):
+        if table.chunks:
+            _partials[(table.chunks,)](
+                table.addresses, table.numels, table.codes, table.owners, table.positions, copied, flag, partials,
+                table.chunks, WITH_COPY=copies is not None, WITH_UPDATE=update is not None,
+                CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8, **OPTIONS,
+            )  # fmt: skip
+        _finish[(len(listed.numels), 3)](
+            partials, table.firsts, out, table.chunks, len(listed.numels), BLOCK=FINISH_BLOCK, num_warps=4, **OPTIONS
+        )
+    return out
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel of this file, for compilation ahead of time."""
+    arguments = {**TABLE_ARGUMENTS, "copies": "*i64", "update": "*i32", "partials": "*fp32", "chunks": "i32"}
+    finish = {"partials": "*fp32", "firsts": "*i32", "out": "*fp64", "chunks": "i32", "tensors": "i32"}
+    sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK}
+    # 256 threads, 2048 elements: two loads of 4 floats for each thread, or one of 8 halves for each 16-bit dtype; the
+    # copy's as well.
+    plain = {"WITH_COPY": False, "WITH_UPDATE": False, **sizes}
+    change = {"WITH_COPY": True, "WITH_UPDATE": True, **sizes}
+    return [
+        CompileCase(_partials, "partials", arguments, plain, 8, 2 + 1 + 1),
+        CompileCase(_partials, "partials, with change", arguments, change, 8, 2 * (2 + 1 + 1)),
+        CompileCase(_finish, "finish", finish, {"BLOCK": FINISH_BLOCK}, 4),
+    ]

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_eff.kernels.tensor_stats import tensor_stats
+from tests.kernels.memory import Poisoned, random_like
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+
+def expected(tensor: Tensor, copy: Tensor) -> list[float]:
+    values, old = tensor.double(), copy.double()
+    return [values.abs().sum().item(), values.square().sum().item(), (values - old).abs().sum().item()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 63, 1023, 2048, 2051, 16385, 40009])
+@pytest.mark.parametrize("shift", [0, 3])
+def test_hard_sizes_and_alignments(size: int, shift: int, dtype: torch.dtype, device: torch.device) -> None:
+    tensor = Poisoned(random_like((size,), dtype, device), shift)
+    copy = Poisoned(random_like((size,), dtype, device, 1))
+    right = expected(tensor.tensor, copy.tensor)
+    stats = tensor_stats([tensor.tensor], [copy.tensor])
+    assert [row.item() for row in stats if row is not None] == pytest.approx(right, rel=1e-5)
+    assert torch.equal(copy.tensor, tensor.tensor)
+    tensor.check()
+    copy.check()
+
+
+def test_each_tensor_of_a_mixed_list_has_its_own_numbers(device: torch.device) -> None:
+    shapes = [(7, 11), (0,), (1,), (20011,), (3, 0), (), (16384,), (300, 70)]
+    tensors = [random_like(shape, DTYPES[index % 3], device, index) for index, shape in enumerate(shapes)]
+    copies = [random_like(shape, DTYPES[index % 3], device, index + 50) for index, shape in enumerate(shapes)]
+    right = [expected(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True)]
+    stats = tensor_stats(tensors, copies)
+    assert stats.change_l1 is not None
+    for index, (l1, squared_l2, change) in enumerate(right):
+        assert stats.l1[index].item() == pytest.approx(l1, rel=1e-5)
+        assert stats.squared_l2[index].item() == pytest.approx(squared_l2, rel=1e-5)
+        assert stats.change_l1[index].item() == pytest.approx(change, rel=1e-5)
+    assert tensor_stats(tensors, copies).change_l1.tolist() == [0.0] * len(shapes)  # type: ignore[union-attr]
+    again = tensor_stats(tensors)
+    assert again.change_l1 is None
+    assert torch.equal(again.l1, stats.l1)
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_copies_change_only_where_the_flag_says_so(update: bool, device: torch.device) -> None:
+    tensor, copy = random_like((5000,), torch.bfloat16, device), random_like((5000,), torch.bfloat16, device, 1)
+    old = copy.clone()
+    stats = tensor_stats([tensor], [copy], update=torch.tensor(update, device=device))
+    assert torch.equal(copy, tensor if update else old)
+    assert stats.change_l1 is not None
+    assert stats.change_l1.item() == pytest.approx(expected(tensor, old)[2], rel=1e-5)
+
+
+def test_a_non_finite_tensor_shows_in_its_own_numbers_only(device: torch.device) -> None:
+    good, bad = random_like((5000,), torch.float32, device), random_like((5000,), torch.float32, device)
+    bad[4999] = math.nan
+    stats = tensor_stats([good, bad, good])
+    assert stats.l1.isfinite().tolist() == [True, False, True]
+    assert stats.squared_l2.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_the_reference_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_EFF_KERNELS", "reference")
+    tensor = random_like((6, 50), dtype, torch.device("cpu"))
+    copy = random_like((6, 50), dtype, torch.device("cpu"), 1)
+    right = expected(tensor, copy)
+    stats = tensor_stats([tensor.T], [copy.T], update=torch.tensor(0))
+    assert [row.item() for row in stats if row is not None] == pytest.approx(right, rel=1e-5)
+    tensor_stats([tensor.T], [copy.T])
+    assert torch.equal(copy, tensor)
+
+
+def test_bad_input_is_named(device: torch.device) -> None:
+    one = torch.ones(3, device=device)
+    with pytest.raises(ValueError, match="1 copies for 2 tensors"):
+        tensor_stats([one, one], [one])
+    with pytest.raises(ValueError, match=r"copy 0 of shape \(4,\) and torch.float32 does not fit"):
+        tensor_stats([one], [torch.ones(4, device=device)])
+    with pytest.raises(ValueError, match=r"copy 0 of shape \(3,\) and torch.float16 does not fit"):
+        tensor_stats([one], [one.half()])
+    with pytest.raises(ValueError, match="copy 0 on meta"):
+        tensor_stats([one], [torch.ones(3, device="meta")])
+    with pytest.raises(ValueError, match=r"update of shape \(2,\)"):
+        tensor_stats([one], [one.clone()], update=torch.ones(2, device=device))
+    with pytest.raises(RuntimeError, match=r"copy 0 has strides \(1, 2\), its tensor \(3, 1\)"):
+        tensor_stats([torch.ones(2, 3, device=device)], [torch.ones(3, 2, device=device).T])
+    with pytest.raises(TypeError, match="tensor 0 of shape"):
+        tensor_stats([one.int()])
+
+
+def test_an_empty_list_has_no_numbers() -> None:
+    assert [len(row) for row in tensor_stats([], []) if row is not None] == [0, 0, 0]
