@@ -106,7 +106,7 @@ def show(report: dict[str, Any]) -> None:
         [[row["device"], row["op"], row["implementation"], row["reason"]] for row in report["kernels"]],
     )
     tables.table(
-        f"Kernels compiled for {report.get('compiled_for')} (registers a thread, bytes of shared memory a program)",
+        f"Kernels compiled for {report.get('compiled_for')}: registers a thread, bytes of shared memory",
         ["op", "kernel", "warps", "registers", "shared", "spills"],
         [
             [row["op"], row["kernel"], row["num_warps"], row["registers"], row["shared"], row["spills"]]
