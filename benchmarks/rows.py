@@ -1,0 +1,72 @@
+"""Result rows with their provenance, and side-by-side timing, shared by the benchmarks."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+import lightning_eff
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, str]:
+    """What a figure depends on besides the code: the device, the versions and the day."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "lightning_eff": lightning_eff.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write ``benchmarks/results/<name>.csv``, with the provenance in every row; an older file is replaced."""
+    stamped = [{**row, **provenance()} for row in rows]
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(stamped[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(stamped)
+    return path
+
+
+def in_turn(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure every variant once a round, in an order that rotates, so that a slow moment hits them all alike."""
+    names = list(variants)
+    figures: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            figures[name].append(variants[name]())
+    return figures
+
+
+def ratio(figures: Mapping[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios round by round."""
+    ratios = [a / b for a, b in zip(figures[of], figures[to], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high

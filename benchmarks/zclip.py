@@ -1,0 +1,272 @@
+"""What ZClip costs, and what it is worth.
+
+    python -m benchmarks.zclip cost     # step time against Lightning's clipping and none, side by side
+    python -m benchmarks.zclip worth    # training at a rate at which the example GPT spikes, three seeds
+    python -m benchmarks.zclip lock-in  # the streams of norms on which the authors' code clips every step
+
+Rows go to benchmarks/results/zclip_<part>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.rows import in_turn, provenance, ratio, write_rows
+from examples.gpt.data import TextDataModule
+from examples.gpt.model import GPTConfig
+from examples.gpt.module import GPTModule
+from lightning_eff.callbacks import ZClip
+from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
+from tests.operators import OperatorCounter
+
+CONSOLE = Console()
+QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+class StepTimes(L.Callback):
+    """Seconds of every step, from one batch's start to the next one's."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup, self.marks = warmup, []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        self.marks.append(time.perf_counter())
+
+    on_train_end = on_train_batch_start
+
+    @property
+    def median(self) -> float:
+        marks = self.marks[self.warmup :]
+        return statistics.median(b - a for a, b in itertools.pairwise(marks))
+
+
+def trainer_for(clip: str, fused: bool, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:
+    """A Trainer with one way to clip."""
+    if clip.startswith("zclip"):
+        # With the cap at 1.0 as Lightning's clip; "skip" folds the clip into a fused optimizer's step.
+        callbacks = (*callbacks, ZClip(max_grad_norm=1.0, nonfinite="skip" if clip == "zclip, folded" else "zero"))
+    if clip.startswith("lightning"):
+        arguments |= dict(gradient_clip_val=1.0, gradient_clip_algorithm=clip.split()[1])
+    return L.Trainer(
+        devices=1, num_sanity_val_steps=0, limit_val_batches=0, callbacks=list(callbacks), **QUIET, **arguments
+    )
+
+
+def cost(steps: int, rounds: int, batch_size: int) -> None:
+    """Median step time of the 10 M GPT under each way to clip, in turn; operator calls and host syncs of a step."""
+    config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
+    data = TextDataModule(block_size=config.block_size, batch_size=batch_size)
+    rows = []
+    for fused, clips in {
+        False: ("none", "lightning norm", "zclip"),
+        True: ("none", "lightning norm", "zclip", "zclip, folded"),
+    }.items():
+        model = GPTModule(config, schedule="constant", warmup_steps=0, fused=fused)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+
+        def run(clip: str, model: GPTModule = model, fused: bool = fused) -> float:
+            times = StepTimes(warmup=2)
+            trainer = trainer_for(clip, fused, times, max_steps=steps + 2)
+            trainer.fit(model, data)
+            return times.median
+
+        figures = in_turn({clip: lambda clip=clip: run(clip) for clip in clips}, rounds)
+        calls = {clip: operators(clip, fused, config, batch_size) for clip in clips}
+        for clip in clips:
+            row = {
+                "parameters": parameters,
+                "tokens_per_step": batch_size * config.block_size,
+                "optimizer": "AdamW fused" if fused else "AdamW foreach",
+                "clip": clip,
+                "rounds": rounds,
+                "steps_per_round": steps,
+                "step_ms": round(statistics.median(figures[clip]) * 1e3, 2),
+            }
+            for other in ("lightning norm", "none"):
+                middle, low, high = ratio(figures, clip, other)
+                key = other.split()[0]
+                row |= {
+                    f"over_{key}": round(middle, 4),
+                    f"over_{key}_q1": round(low, 4),
+                    f"over_{key}_q3": round(high, 4),
+                }
+            syncs, operator_calls = calls[clip]
+            row |= {
+                "host_syncs_per_step": syncs - calls["none"][0],
+                "operator_calls_per_step": operator_calls - calls["none"][1],
+            }
+            rows.append(row)
+    show("Cost of clipping: step time, side by side", rows)
+    CONSOLE.print(write_rows("zclip_cost", rows))
+
+
+def operators(clip: str, fused: bool, config: GPTConfig, batch_size: int) -> tuple[float, float]:
+    """Host syncs and operator calls of one step, as the difference of two runs that differ in their length only."""
+    counts = []
+    for steps in (4, 8):
+        model = GPTModule(GPTConfig(config.block_size, config.n_layer, 2, 8), schedule="constant", fused=fused)
+        data = TextDataModule(block_size=config.block_size, batch_size=1)
+        with OperatorCounter() as counter:
+            trainer_for(clip, fused, max_steps=steps, log_every_n_steps=50).fit(model, data)
+        counts.append((counter.host_syncs, counter.calls))
+    (syncs, calls), (more_syncs, more_calls) = counts
+    return (more_syncs - syncs) / 4, (more_calls - calls) / 4
+
+
+# --- worth -----------------------------------------------------------------------------------------------------------
+
+
+class Losses(L.Callback):
+    """The training loss of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].detach())
+
+
+WORTH: dict[str, Callable[[], dict[str, Any]]] = {
+    "none": dict,
+    "norm 1.0": lambda: dict(gradient_clip_val=1.0),
+    "value 0.01": lambda: dict(gradient_clip_val=0.01, gradient_clip_algorithm="value"),
+    "ZClip": lambda: dict(callbacks=[ZClip()]),
+    "ZClip, no cap": lambda: dict(callbacks=[ZClip(max_grad_norm=None)]),
+}
+
+
+def loss_spikes(losses: list[float], window: int = 30, height: float = 0.3) -> int:
+    """Times that the loss rises by more than ``height`` nats above the median of the ``window`` steps before."""
+    spikes, inside = 0, False
+    for step in range(window, len(losses)):
+        above = not losses[step] <= statistics.median(losses[step - window : step]) + height
+        spikes += above and not inside
+        inside = above
+    return spikes
+
+
+def worth(steps: int, rates: list[float], seeds: int) -> None:
+    """Train the 1 M GPT without a warm-up of the rate at rates from healthy to too high."""
+    rows = []
+    curves = []
+    for lr in rates:
+        for name, arguments in WORTH.items():
+            for seed in range(seeds):
+                L.seed_everything(seed, verbose=False)
+                config = GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128)
+                model = GPTModule(config, lr=lr, schedule="constant", warmup_steps=0, fused=True, weight_decay=0.1)
+                data = TextDataModule(block_size=128, batch_size=16, val_windows=256, seed=seed)
+                extra = arguments()
+                record = Losses()
+                callbacks = [record, *extra.pop("callbacks", [])]
+                zclip = next((callback for callback in callbacks if isinstance(callback, ZClip)), None)
+                trainer = L.Trainer(
+                    devices=1, max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET, **extra
+                )
+                trainer.fit(model, data)
+                validation = L.Trainer(devices=1, **QUIET).validate(model, data, verbose=False)[0]["val_loss"]
+                losses = [loss.item() for loss in record.losses]
+                rows.append(
+                    {
+                        "lr": lr,
+                        "clip": name,
+                        "seed": seed,
+                        "steps": steps,
+                        "val_loss": round(validation, 4),
+                        "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
+                        "loss_spikes": loss_spikes(losses),
+                        "steps_clipped_as_spikes": zclip.spikes[0] if zclip else "",
+                    }
+                )
+                curves.append((lr, name, seed, losses))
+                CONSOLE.print(rows[-1])
+    show("Worth of clipping", rows)
+    CONSOLE.print(write_rows("zclip_worth", rows))
+    curve_rows = [
+        {"lr": lr, "clip": name, "seed": seed, "step": step, "train_loss": round(losses[step], 4)}
+        for lr, name, seed, losses in curves
+        for step in range(0, len(losses), 5)
+    ]
+    CONSOLE.print(write_rows("zclip_worth_curves", curve_rows))
+
+
+# --- lock-in ---------------------------------------------------------------------------------------------------------
+
+
+def lock_in() -> None:
+    """Norms N(1, 0.1), then N(s, 0.1 s) for 2,000 steps: how many are clipped as spikes, and when that ends."""
+    rows = []
+    options = {"adaptive_scaling": {}, "mean": dict(clip_option="mean"), "skip_update": dict(skip_update_on_spike=True)}
+    for name, arguments in {**options, "percentile": dict(mode="percentile")}.items():
+        for shift in (1.3, 1.5, 2.0, 4.0):
+            for relearn_after in (None, 100):
+                generator = random.Random(0)
+                state = ZClipState(ZClipConfig(max_grad_norm=None, relearn_after=relearn_after, **arguments))
+
+                def feed(mean: float, state: ZClipState = state, generator: random.Random = generator) -> bool:
+                    before = state["spikes"].item()
+                    zclip_update(torch.tensor(generator.gauss(mean, 0.1 * mean), dtype=torch.float64), state)
+                    return state["spikes"].item() > before
+
+                for _ in range(500):
+                    feed(1.0)
+                clipped = [feed(shift) for _ in range(2000)]
+                rows.append(
+                    {
+                        "option": name,
+                        "shift": shift,
+                        "relearn_after": relearn_after,
+                        "clipped_of_2000": sum(clipped),
+                        "clipped_of_last_1000": sum(clipped[1000:]),
+                        "mean_after": round(state["mean"].item(), 4),
+                    }
+                )
+    show("A lasting shift of the norms", rows)
+    CONSOLE.print(write_rows("zclip_lock_in", rows))
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0], title=title, caption=", ".join(provenance().values()))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    CONSOLE.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("cost", "worth", "lock-in"))
+    parser.add_argument("--steps", type=int, help="training steps of a run (cost: 6, worth: 400)")
+    parser.add_argument("--rounds", type=int, default=11, help="cost: how often each variant is measured")
+    parser.add_argument("--batch-size", type=int, default=8, help="cost: sequences of 256 bytes a step")
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 2e-2], help="worth: learning rates")
+    parser.add_argument("--seeds", type=int, default=3, help="worth: number of seeds")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="the mean gradient norm")
+    if arguments.part == "cost":
+        cost(arguments.steps or 6, arguments.rounds, arguments.batch_size)
+    elif arguments.part == "worth":
+        worth(arguments.steps or 400, arguments.rates, arguments.seeds)
+    else:
+        lock_in()
+
+
+if __name__ == "__main__":
+    main()
