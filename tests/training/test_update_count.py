@@ -150,6 +150,7 @@ def test_every_optimizer_has_its_own_count():
     assert counting.updates.total() == trainer.global_step == 9
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_resumed_counts_go_on(tmp_path):
     path = tmp_path / "x.ckpt"
     _fit(_Model(overflow=(1,), fused=True), _Counting(), plugins=_scaler(), max_steps=3).save_checkpoint(path)
