@@ -13,8 +13,9 @@ import triton.language as tl
 TRITON_VERSION: str = triton.__version__
 
 # Sums are written with `tl.fma` where a product is to be fused; nothing else may be, so that a kernel rounds like its
-# reference does, and like itself on another path.
-OPTIONS = {"enable_fp_fusion": False}
+# reference does, and like itself on another path. One stage: software pipelines would buy latency with shared memory
+# and registers that many resident programs use better in kernels that only stream.
+OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 
 FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
@@ -47,7 +48,8 @@ class CompileCase(NamedTuple):
         arguments: Triton type of each argument that is no compile-time constant (``*i64``, ``i32``).
         constants: value of each one that is.
         num_warps: warps of a program.
-        wide_loads: 16-byte loads that its vectorised main loops hold; 0 where there is no such loop.
+        wide_loads: 16-byte loads of one thread in its vectorised main loops with warps of 32 threads; 0 where there is
+            no such loop.
     """
 
     kernel: Any

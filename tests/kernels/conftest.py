@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def triton_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def triton_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """Force the kernels, with every allocation filled with NaN: nobody gets zeros by luck."""
     from lightning_eff.kernels.device import INTERPRETED
 
@@ -30,11 +31,13 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Non
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
     if INTERPRETED:
-        _round_to_nearest(monkeypatch)
+        _mend_bfloat16(monkeypatch)
+    with np.errstate(all="ignore"):  # numpy, under the interpreter, warns of inf - inf
+        yield
 
 
-def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled kernels round to the nearest bfloat16; the interpreter cuts the bits off."""
+def _mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two faults of the interpreter: it cuts bits off instead of rounding, and a product is that of bit patterns."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -46,7 +49,15 @@ def _round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
         rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
         return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
 
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return multiply(self, a, b, *args)
+
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def _poisoning(allocate: Any) -> Any:

@@ -1,0 +1,154 @@
+"""Lists of matrices as one table that a single launch can read: addresses, shapes and dtypes, cut into row blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_eff.kernels.tables import TensorList, inspect, to_device
+
+ROWS = 32
+"""Rows that one program of a kernel takes."""
+
+MAX_COLUMNS = 2**26  # a block's offsets are 32-bit numbers
+
+_CACHE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class MatrixTable:
+    """A list of contiguous matrices on the device, cut into blocks of ``ROWS`` rows.
+
+    Attributes:
+        rows: int32 (matrices,).
+        columns: int32 (matrices,).
+        codes: int32 (matrices,), the dtypes.
+        first_rows: int64 (matrices,), where a matrix's rows begin when all rows are numbered through.
+        owners: int32 (blocks,), the matrix that a block belongs to.
+        positions: int32 (blocks,), a block's number within its matrix.
+        blocks: how many there are.
+        total_rows: rows of all matrices.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    codes: Tensor
+    first_rows: Tensor
+    owners: Tensor
+    positions: Tensor
+    blocks: int
+    total_rows: int
+
+
+@dataclass(frozen=True)
+class MatrixList:
+    """A list of matrices as a call needs it; ``listed`` is what :func:`inspect` has read."""
+
+    listed: TensorList
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all matrices."""
+        return sum(rows for rows, _ in self.shapes)
+
+
+def inspect_matrices(op: str, matrices: Sequence[Tensor]) -> MatrixList:
+    """Read a list of matrices on one device; see :func:`inspect`.
+
+    Raises:
+        ValueError: a tensor has not two dimensions.
+    """
+    listed = inspect(op, matrices)
+    for index, matrix in enumerate(matrices):
+        if matrix.ndim != 2:
+            raise ValueError(f"{op}: tensor {index} of shape {tuple(matrix.shape)} is no matrix: reshape it")
+    shapes = tuple((matrix.shape[0], matrix.shape[1]) for matrix in matrices)
+    if listed.obstacle is None and any(columns >= MAX_COLUMNS for _, columns in shapes):
+        listed = TensorList(
+            listed.device, listed.addresses, listed.numels, listed.codes, f"more than {MAX_COLUMNS} columns"
+        )
+    return MatrixList(listed, shapes)
+
+
+def inspect_errors(op: str, errors: Sequence[Tensor], matrices: MatrixList) -> MatrixList:
+    """Read the error memories of matrices: float32, and as large as these.
+
+    Raises:
+        ValueError: there are not as many, or one has another shape, dtype or device.
+    """
+    kept = inspect_matrices(f"{op}, errors", errors)
+    if len(kept.shapes) != len(matrices.shapes):
+        raise ValueError(f"{op}: {len(kept.shapes)} errors for {len(matrices.shapes)} matrices")
+    for index, error in enumerate(errors):
+        if kept.shapes[index] != matrices.shapes[index] or error.dtype != torch.float32:
+            raise ValueError(
+                f"{op}: error {index} of shape {kept.shapes[index]} and {error.dtype} must be float32 of shape "
+                f"{matrices.shapes[index]}"
+            )
+    if kept.listed.device != matrices.listed.device:
+        raise ValueError(
+            f"{op}: tensors on different devices: 0 on {matrices.listed.device}, error 0 on {kept.listed.device}"
+        )
+    return kept
+
+
+_layouts: OrderedDict[object, MatrixTable] = OrderedDict()
+_addresses: OrderedDict[object, tuple[tuple[int, ...], Tensor]] = OrderedDict()
+
+
+def _stream(device: torch.device) -> int:
+    # A table filled by a copy on one stream must not be read on another before that copy is done.
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def matrix_table(matrices: MatrixList) -> MatrixTable:
+    """The table of a non-empty list: everything but the addresses, kept from call to call."""
+    device = matrices.listed.device
+    assert device is not None
+    key = (device, _stream(device), matrices.shapes, matrices.listed.codes)
+    table = _layouts.get(key)
+    if table is None:
+        table = _layouts[key] = _new_table(matrices, device)
+        if len(_layouts) > _CACHE_SIZE:
+            _layouts.popitem(last=False)
+    else:
+        _layouts.move_to_end(key)
+    return table
+
+
+def address_table(matrices: MatrixList, role: str = "") -> Tensor:
+    """int64 (matrices,) on the device: where they lie now. ``role`` tells lists of equal shapes apart."""
+    device = matrices.listed.device
+    assert device is not None
+    key = (role, device, _stream(device), matrices.shapes, matrices.listed.codes)
+    cached = _addresses.get(key)
+    if cached is None or cached[0] != matrices.listed.addresses:
+        cached = (matrices.listed.addresses, to_device(matrices.listed.addresses, torch.int64, device))
+        _addresses[key] = cached
+        if len(_addresses) > _CACHE_SIZE:
+            _addresses.popitem(last=False)
+    _addresses.move_to_end(key)
+    return cached[1]
+
+
+def _new_table(matrices: MatrixList, device: torch.device) -> MatrixTable:
+    rows = torch.tensor([shape[0] for shape in matrices.shapes])
+    columns = torch.tensor([shape[1] for shape in matrices.shapes])
+    counts = (rows + ROWS - 1) // ROWS
+    firsts = torch.cumsum(counts, 0) - counts
+    owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return MatrixTable(
+        rows=to_device(rows, torch.int32, device),
+        columns=to_device(columns, torch.int32, device),
+        codes=to_device(matrices.listed.codes, torch.int32, device),
+        first_rows=to_device(torch.cumsum(rows, 0) - rows, torch.int64, device),
+        owners=to_device(owners, torch.int32, device),
+        positions=to_device(torch.arange(len(owners)) - firsts[owners], torch.int32, device),
+        blocks=len(owners),
+        total_rows=int(rows.sum()),
+    )
