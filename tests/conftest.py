@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import lightning_eff  # noqa: F401  (registers its strategies now, so that no test is blamed for it)
 from tests.distributed.pool import Pool
 from tests.leaks import Photograph, WrittenFiles, leaks_since, seed_everything
 from tests.memory import PoisonedEmpty
 from tests.operators import OperatorCounter
+
+# The models of the tests are so small that a second thread only waits, most of all on a busy machine.
+torch.set_num_threads(1)
+
+# Dynamo's trace for its own tools: tens of thousands of records in the report of a failed test.
+logging.getLogger("torch.__trace").propagate = False
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,54 @@
+"""What a logger gets."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from tests.suite.models import STEPS
+from tests.suite.rules.registry import rule
+from tests.suite.runs import Place, fit
+from tests.suite.table import Row
+
+
+@rule()
+def needs_no_logger(row: Row, place: Place) -> None:
+    """`logger=False` is fine: every other rule runs so; here nothing is written at all."""
+    fit(row, place.folder)
+    assert not list(place.folder.iterdir()), f"written without a logger: {list(place.folder.iterdir())}"
+
+
+@rule()
+def logs_to_tensorboard(row: Row, place: Place) -> None:
+    """TensorBoard has the row's tags, with a finite number at every step that Lightning logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for model, tags in (("net", row.tags), ("gan", row.tags_two_optimizers)):
+        if model in row.refused_models or not tags:
+            continue
+        logger = TensorBoardLogger(place.folder, name=model)
+        run = fit(row, place.folder, model=model, logger=logger, log_every_n_steps=2, limit_val_batches=0)
+        events = EventAccumulator(logger.log_dir).Reload()
+        found = set(events.Tags()["scalars"])
+        assert set(tags) <= found, f"{model}: {sorted(set(tags) - found)} missing, there are {sorted(found)}"
+        others = {tag for tag in found - set(tags) if "/" in tag and tag.split("/")[0] == tags[0].split("/")[0]}
+        assert not others, f"{model}: {sorted(others)} are logged and not in the row"
+        for tag in tags:
+            values = events.Scalars(tag)
+            steps = [value.step for value in values]
+            assert steps == list(range(1, STEPS, 2)), f"{tag} at the steps {steps}"
+            assert not any(math.isnan(value.value) for value in values), f"NaN in {tag}"
+        assert run.trainer.global_step == STEPS * run.model.optimizer_count
+
+
+@rule()
+def logs_to_any_logger(row: Row, place: Place) -> None:
+    """Another logger gets the scalars."""
+    logger = CSVLogger(place.folder)
+    fit(row, place.folder, logger=logger, log_every_n_steps=2, limit_val_batches=0)
+    path = place.folder / "lightning_logs" / "version_0" / "metrics.csv"
+    with path.open() as file:
+        columns = set(csv.DictReader(file).fieldnames or ())
+    assert set(row.tags) <= columns, f"{sorted(set(row.tags) - columns)} missing"

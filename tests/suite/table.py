@@ -1,0 +1,145 @@
+"""The contract table: a callback that is a row here keeps every rule in tests/suite/rules, on every strategy.
+
+How to add one: append a `Row` to `ROWS`. A rule that it cannot keep goes into `exceptions`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from lightning_eff.callbacks import ZClip
+from tests.suite.probe import Probe
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A column of the table."""
+
+    name: str
+    ranks: int
+    build: Callable[[], Any]
+    sharded: bool = False
+
+
+def _single() -> str:
+    return "auto"
+
+
+def _ddp() -> str:
+    return "ddp"
+
+
+def _fsdp2() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+SINGLE = Strategy("single", 1, _single)
+DDP = Strategy("ddp", 2, _ddp)
+FSDP2 = Strategy("fsdp2", 2, _fsdp2, sharded=True)
+STRATEGIES = (SINGLE, DDP, FSDP2)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One callback under the contract."""
+
+    callback: type[L.Callback]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Such that the method acts within ten steps; steps 5, 6 and 8 of the models have spikes."""
+
+    name: str = ""
+    """Of the row, where one class has several."""
+
+    crash_steps: tuple[int, ...] = (3, 7)
+    """Completed steps after which a run is broken off and resumed: the phases of the method's state."""
+
+    tags: tuple[str, ...] = ()
+    """Scalars that a logger gets with one optimizer."""
+
+    tags_two_optimizers: tuple[str, ...] = ()
+    """And with two."""
+
+    syncs_per_log: int | None = None
+    """Host syncs allowed on a step that Lightning logs; None: one for each tag."""
+
+    changes_training: bool = True
+    """False for a monitor: the weights must be the same with and without it."""
+
+    refused_strategies: dict[str, str] = field(default_factory=dict)
+    """Strategy name -> words of the MisconfigurationException."""
+
+    refused_models: dict[str, str] = field(default_factory=dict)
+    """Model name ("gan" is manual optimization with two optimizers) -> words of the MisconfigurationException."""
+
+    bad_arguments: tuple[dict[str, Any], ...] = ()
+    """Each has one bad argument: a ValueError must give its name and its value."""
+
+    conflicts: tuple[tuple[dict[str, Any], str], ...] = ()
+    """Trainer arguments that the callback refuses, and words of the MisconfigurationException."""
+
+    exceptions: dict[str, str] = field(default_factory=dict)
+    """Rule, or rule-strategy, that is not kept -> the reason; a strict xfail."""
+
+    @property
+    def id(self) -> str:
+        return self.name or self.callback.__name__
+
+    def build(self) -> L.Callback:
+        return self.callback(**self.arguments)
+
+
+def _zclip_tags(prefix: str) -> tuple[str, ...]:
+    names = ("grad_norm", "grad_norm_clipped", "threshold", "z_score", "clipped", "skipped")
+    return tuple(f"{prefix}/{name}" for name in names)
+
+
+_ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": None}
+
+ROWS = (
+    Row(
+        Probe,
+        {"slope": 0.1},
+        tags=("probe/norm",),
+        tags_two_optimizers=("probe/0/norm", "probe/1/norm"),
+        bad_arguments=({"slope": -1.0}, {"form": "cubic"}),
+        conflicts=(({"gradient_clip_val": 1.0}, "gradient_clip_val"),),
+    ),
+    Row(
+        ZClip,
+        _ZCLIP,
+        crash_steps=(2, 7),  # in the warm-up, and after it between two spikes
+        tags=_zclip_tags("zclip"),
+        tags_two_optimizers=_zclip_tags("zclip/0") + _zclip_tags("zclip/1"),
+        bad_arguments=(
+            {"alpha": 1.0},
+            {"alpha": -0.1},
+            {"alpha": float("nan")},
+            {"z_thresh": 0.0},
+            {"max_grad_norm": 0.0},
+            {"eps": -1e-6},
+            {"warmup_steps": 0},
+            {"mode": "median"},
+            {"clip_option": "max"},
+            {"clip_factor": 0.0},
+            {"relearn_after": 0},
+            {"nonfinite": "explode"},
+        ),
+        conflicts=(({"gradient_clip_val": 1.0}, "gradient_clip_val"),),
+    ),
+    Row(
+        ZClip,
+        {**_ZCLIP, "nonfinite": "skip", "mode": "percentile", "log_statistics": True},
+        name="ZClip-skip",
+        crash_steps=(6,),
+        tags=(*_zclip_tags("zclip"), "zclip/mean", "zclip/std", "zclip/spikes", "zclip/relearned"),
+        exceptions={
+            "waits_for_nothing": "without a fused optimizer an exact skip takes one read of the norm a step",
+            "survives_overflow": "it warns that the setting has no effect under a GradScaler",
+        },
+    ),
+)

@@ -1,0 +1,39 @@
+"""Every row of the table keeps every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.suite.rules import RULES
+from tests.suite.runs import Place
+from tests.suite.table import ROWS
+
+
+def _cases() -> Iterator[Any]:
+    for row in ROWS:
+        for name, rule in RULES.items():
+            for strategy in rule.strategies:
+                if strategy.name in row.refused_strategies and name != "refuses_strategies":
+                    continue
+                reason = row.exceptions.get(f"{name}-{strategy.name}", row.exceptions.get(name))
+                marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+                yield pytest.param(row, rule, strategy, id=f"{row.id}-{name}-{strategy.name}", marks=marks)
+
+
+@pytest.mark.parametrize(("row", "rule", "strategy"), list(_cases()))
+def test_contract(row, rule, strategy, tmp_path, pool):
+    rule.check(row, Place(strategy, tmp_path, pool))
+
+
+def test_every_exception_names_a_rule():
+    for row in ROWS:
+        for name in row.exceptions:
+            assert name.split("-")[0] in RULES, f"{row.id}: {name}"
+
+
+def test_rows_have_names_of_their_own():
+    names = [row.id for row in ROWS]
+    assert len(names) == len(set(names))
