@@ -19,6 +19,7 @@ class Docstrings(griffe.Extension):
     """Rewrites each docstring before it is parsed."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: object) -> None:
+        """Called by griffe for everything that it has read."""
         if obj.docstring:
             for pattern, replacement in _REWRITES:
                 obj.docstring.value = pattern.sub(replacement, obj.docstring.value)
