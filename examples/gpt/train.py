@@ -1,8 +1,9 @@
 """Train the GPT from the command line or a YAML file.
 
+Usage:
     python -m examples.gpt.train fit --config examples/gpt/configs/1m.yaml
     python -m examples.gpt.train fit --config examples/gpt/configs/10m.yaml --data.root ~/notes --data.pattern '*.md'
-    python -m examples.gpt.train fit --config examples/gpt/configs/1m.yaml --model.lr 3e-3 --trainer.max_steps 200
+    python -m examples.gpt.train fit --config examples/gpt/configs/1m.yaml --model.lr 6e-3 --trainer.max_steps 500
     python -m examples.gpt.train fit --help
 """
 
