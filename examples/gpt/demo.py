@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         max_epochs=1,
         val_check_interval=max(1, args.steps // 4),
         num_sanity_val_steps=-1,  # the whole validation before the first step: where the bits per byte start
-        log_every_n_steps=10,
+        log_every_n_steps=min(10, args.steps),
         logger=TensorBoardLogger(args.logdir, name=None),
         callbacks=[*methods, TensorBoardLayout(), LearningRateMonitor(), recorder, ProgressBar()],
         enable_checkpointing=False,

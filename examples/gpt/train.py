@@ -23,9 +23,9 @@ class GPTCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> LightningCLI:
-    torch.set_float32_matmul_precision("high")  # tensor cores, where there are any
     return GPTCLI(GPTModule, TextDataModule, args=args)
 
 
 if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")  # tensor cores, where there are any
     main()

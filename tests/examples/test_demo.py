@@ -1,0 +1,45 @@
+"""The demo, as `make demo` runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from examples.gpt.demo import tensorboard_command
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_demo_prints_its_table(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "examples.gpt.demo", "--steps", "4", "--val-windows", "8", "--logdir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""  # no warnings
+
+    def value(row: str) -> float:
+        found = re.search(rf"{row}[^│]*│ +([\d.,]+)", run.stdout)
+        assert found, f"no {row!r} in:\n{run.stdout}"
+        return float(found[1].replace(",", ""))
+
+    assert abs(value("Training loss, first step") - 5.55) < 0.1  # log(256): a uniform guess
+    assert abs(value("Validation, before training") - 8) < 0.2
+    assert value("Validation, at the end") < 8
+    assert value("Gradient spikes clipped") == 0  # ZClip is still warming up
+    assert value("Steps") == 4
+    assert value("Tokens") > 0
+    assert f"--logdir {tmp_path}" in run.stdout
+    assert list(tmp_path.glob("version_0/events.out.tfevents.*"))
+
+
+def test_tensorboard_of_this_environment_is_named(monkeypatch, tmp_path):
+    program = tmp_path / ".venv" / "bin" / "tensorboard"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.chdir(tmp_path)
+    assert tensorboard_command(Path("logs/demo")) == ".venv/bin/tensorboard --logdir logs/demo"
