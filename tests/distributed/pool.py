@@ -38,7 +38,10 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.leaks import WrittenFiles
 
 START_LIMIT = 150.0  # importing torch and lightning on a loaded two-core machine
 TIME_LIMIT = 90.0  # of one task; below pytest's own limit, so that the pool can say which rank hangs where
@@ -243,12 +246,15 @@ def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> No
             import lightning  # noqa: F401  (with the rank already known)
             import torch
 
+            from tests.leaks import WrittenFiles
+
             torch.set_num_threads(1)
+            files = WrittenFiles()
             connection.send_bytes(pickle.dumps({"result": "ready"}))
             with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
                 while True:
                     with _clean_state():
-                        connection.send_bytes(_answer(connection.recv_bytes()))
+                        connection.send_bytes(_answer(connection.recv_bytes(), files))
                         # A rank that closes its connections while another still reads from them is an error there.
                         connection.recv_bytes()
         except BaseException as error:  # the parent raises it
@@ -256,7 +262,7 @@ def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> No
             raise
 
 
-def _answer(task: bytes) -> bytes:
+def _answer(task: bytes, files: WrittenFiles) -> bytes:
     """Do one task; the reply is pickled by value: a tensor must not outlive its worker in shared memory."""
     try:
         fn, args, kwargs, port, filters, process_group, time_limit = pickle.loads(task)
@@ -268,7 +274,14 @@ def _answer(task: bytes) -> bytes:
                 import torch.distributed as dist
 
                 dist.init_process_group("gloo", timeout=timedelta(seconds=time_limit + 30))
-            return pickle.dumps({"result": fn(*args, **kwargs)})
+            files.start()
+            try:
+                result = fn(*args, **kwargs)
+            finally:
+                left = files.stop()
+            if left:
+                raise AssertionError("left behind: " + "; ".join(left))
+            return pickle.dumps({"result": result})
     except BaseException as error:
         return _failure(error)
 

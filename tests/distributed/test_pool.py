@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from tests.distributed.faults import InjectedError, fail_at
 from tests.distributed.pool import Pool, PoolTimeoutError, WorkerError
+from tests.leaks import REPOSITORY
 
 
 def _world_sum(value, *, times=1.0):
@@ -100,6 +101,23 @@ def _check_hang_and_death(pool):
 def test_a_local_function_is_refused_with_the_reason(pool):
     with pytest.raises(TypeError, match="top of a module"):
         pool.run(lambda: None)
+
+
+def _write():
+    path = REPOSITORY / "pool_test.txt"
+    if dist.get_rank() == 0:
+        path.write_text("")
+    return path.exists()
+
+
+def test_a_file_left_in_the_repository_is_an_error():
+    pool = Pool(1)
+    try:
+        with pytest.raises(WorkerError, match=r"left behind: file pool_test.txt"):
+            pool.run(_write)
+    finally:
+        pool.close()
+        (REPOSITORY / "pool_test.txt").unlink()
 
 
 def _warn():

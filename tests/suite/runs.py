@@ -102,7 +102,7 @@ def build_trainer(
     """A quiet Trainer. Validation runs every third batch, where the arguments do not say otherwise."""
     defaults = {
         "accelerator": "cpu",
-        "strategy": strategy.build(),
+        "strategy": strategy.build(module.optimizer_count),
         "devices": strategy.ranks,
         "max_steps": steps * module.optimizer_count,
         "val_check_interval": 3,

@@ -22,19 +22,22 @@ class Strategy:
 
     name: str
     ranks: int
-    build: Callable[[], Any]
+    build: Callable[[int], Any]
+    """The Trainer's `strategy` for a model with that many optimizers."""
+
     sharded: bool = False
 
 
-def _single() -> str:
+def _single(optimizers: int) -> str:
     return "auto"
 
 
-def _ddp() -> str:
-    return "ddp"
+def _ddp(optimizers: int) -> str:
+    # Each of several losses leaves some parameters without a gradient.
+    return "ddp" if optimizers == 1 else "ddp_find_unused_parameters_true"
 
 
-def _fsdp2() -> ModelParallelStrategy:
+def _fsdp2(optimizers: int) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
