@@ -1,0 +1,245 @@
+"""State that each rank has for itself, kept in files beside Lightning's checkpoints.
+
+A callback's ``state_dict`` is written by rank zero alone. What differs between ranks (error-feedback memories) or is
+too big to be gathered or put into the ``.ckpt`` (a window of weights) goes into a folder beside the checkpoint, one
+file a rank:
+
+    checkpoints/last.ckpt
+    checkpoints/last.ckpt.ranks/<id>.rank0.pt
+    checkpoints/last.ckpt.ranks/<id>.rank1.pt
+
+The checkpoint carries the same id, so no file is ever taken for another checkpoint's. The new files are complete before
+the checkpoint is written, and the old ones go after that: whenever a run is killed, the checkpoint on disk has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+KEY = "lightning_eff_rank_state"  # in the checkpoint: which files belong to it
+
+# Lightning looks for "last*.ckpt" and for the number in "hpc_ckpt_3.ckpt": a folder of this name does not disturb it.
+_SUFFIX = ".ranks"
+_ATTRIBUTE = "_lightning_eff_rank_files"
+_WRAPPED = ("save_checkpoint", "load_checkpoint", "remove_checkpoint")
+
+
+class RankState:
+    """One owner's rank-local state, which follows the checkpoints that Lightning saves, loads, links and removes.
+
+    A callback attaches it in ``setup`` (stage ``"fit"``), a strategy attaches it to itself at the end of
+    ``setup_environment``; always on all ranks, in the same order. Any number of owners share the files of a
+    checkpoint. It stays attached after ``fit``, as ``trainer.save_checkpoint`` works there too; ``detach`` ends it.
+    Checkpoints with ``save_weights_only`` have no such state.
+
+    Collectives: attaching broadcasts a few bytes; saving adds a barrier behind the checkpoint that Lightning writes;
+    loading reduces one flag. A rank's file is written before ``save_checkpoint`` returns, also with an asynchronous
+    ``CheckpointIO``.
+
+    Args:
+        name: tells the owners apart, and finds the state again: the same in the run that resumes.
+        save: called on every rank when a checkpoint is saved; returns a dict of what ``torch.load(weights_only=True)``
+            accepts.
+        load: called on every rank when ``fit`` loads a checkpoint that was saved with this name, under most strategies
+            before the optimizers exist: keep the state until ``on_train_start``. Tensors are on the CPU. It gets None,
+            and rank zero warns, if not every rank has its own state back (another number of ranks, a file missing):
+            all ranks are told the same and start anew together. It is not called for a checkpoint that never had
+            such a state.
+
+    Example:
+        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
+        >>> memory = {"error": torch.zeros(3)}
+        >>> state = RankState("error_feedback", save=lambda: memory, load=lambda saved: memory.update(saved or {}))
+        >>> strategy = SingleDeviceStrategy()
+        >>> state.attach(strategy)
+        >>> state.detach()
+    """
+
+    def __init__(
+        self, name: str, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any] | None], None]
+    ) -> None:
+        self.name = name
+        self.save = save
+        self.load = load
+        self._files: _RankFiles | None = None
+
+    def attach(self, strategy: Strategy) -> None:
+        """Follow the checkpoints of a strategy, in place of the one followed before. Collective.
+
+        Raises:
+            ValueError: another owner of the same name is attached.
+        """
+        files: _RankFiles = strategy.__dict__.get(_ATTRIBUTE) or _RankFiles(strategy)
+        if self._files is not files:
+            self.detach()
+            files.add(self)
+            self._files = files
+        files.begin()
+
+    def detach(self) -> None:
+        """Follow no longer. The files stay; when the last owner has gone, the strategy is as it was."""
+        if self._files is not None:
+            self._files.discard(self)
+            self._files = None
+
+
+class _RankFiles:
+    """Stands in front of three methods of one strategy, as attributes of the instance."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.owners: dict[str, RankState] = {}
+        self.run = ""
+        self.saved = 0
+        self.latest: dict[str, str] = {}  # path of a checkpoint -> its id
+        self.before = {name: strategy.__dict__.get(name) for name in _WRAPPED}
+        self.original: dict[str, Callable[..., Any]] = {name: getattr(strategy, name) for name in _WRAPPED}
+        for name in _WRAPPED:
+            setattr(strategy, name, getattr(self, name))
+        setattr(strategy, _ATTRIBUTE, self)
+
+    def begin(self) -> None:
+        """Agree on a name for this run.
+
+        The id of its n-th checkpoint is that name with n behind it. Ranks do not agree when they save: one that saves
+        alone, because of an exception, must not wait for the others before it has.
+        """
+        self.run = self.strategy.broadcast(uuid.uuid4().hex[:16])
+        self.saved = 0
+
+    def add(self, owner: RankState) -> None:
+        if owner.name in self.owners:
+            raise ValueError(f"name={owner.name!r} is taken: every owner of rank-local state needs a name of its own")
+        self.owners[owner.name] = owner
+
+    def discard(self, owner: RankState) -> None:
+        del self.owners[owner.name]
+        if self.owners:
+            return
+        delattr(self.strategy, _ATTRIBUTE)
+        for name in _WRAPPED:
+            if getattr(self.strategy.__dict__[name], "__self__", None) is not self:
+                continue  # somebody has wrapped this wrapper, which without owners only calls on
+            if self.before[name] is None:
+                delattr(self.strategy, name)
+            else:
+                setattr(self.strategy, name, self.before[name])
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+        path = str(filepath)
+        identity = ""
+        if self.owners and "optimizer_states" in checkpoint:  # else it is one of weights only
+            self.saved += 1
+            identity = f"{self.run}-{self.saved}"
+            states = {name: owner.save() for name, owner in self.owners.items()}
+            _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
+            checkpoint[KEY] = {"id": identity, "world_size": self.world_size, "names": list(states)}
+        self.original["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
+        if not self.owners:
+            return
+        keep, before = {identity}, self.latest.get(path, "")
+        self.latest[path] = identity
+        if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
+            keep.add(before)  # the checkpoint on disk may still be the one before
+        self.strategy.barrier("rank state")  # only now is the checkpoint there, with the files of all ranks
+        self.remove_files(path, keep - {""})
+
+    def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = self.original["load_checkpoint"](checkpoint_path, *args, **kwargs)
+        entry: dict[str, Any] = checkpoint.get(KEY, {"names": ()})
+        owners = [owner for owner in self.owners.values() if owner.name in entry["names"]]
+        if not owners or not self.is_fitting:
+            return checkpoint
+        path = str(checkpoint_path)
+        self.latest[path] = entry["id"]
+        states, why = None, f"it was saved by {entry['world_size']} ranks, and there are {self.world_size} now"
+        if entry["world_size"] == self.world_size:
+            states, why = self.read(path, entry["id"]), "the file of some rank is missing or damaged"
+            if not self.strategy.reduce_boolean_decision(states is not None, all=True):
+                states = None
+        if states is None:
+            names = ", ".join(owner.name for owner in owners)
+            rank_zero_warn(f"the rank-local state ({names}) beside {path} is not restored but starts anew: {why}")
+        for owner in owners:
+            owner.load(None if states is None else states[owner.name])
+        return checkpoint
+
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        self.original["remove_checkpoint"](filepath)
+        self.remove_files(str(filepath), set())
+
+    def read(self, path: str, identity: str) -> dict[str, Any] | None:
+        """This rank's states, beside the checkpoint that a link points to or that this one was copied from."""
+        if os.path.lexists(path):
+            path = os.path.realpath(path)
+        fs = get_filesystem(path)
+        fs.invalidate_cache()
+        beside = _file(path, identity, self.rank)
+        folders = [folder for folder in fs.ls(os.path.dirname(path) or ".", detail=False) if folder.endswith(_SUFFIX)]
+        for file in (beside, *(os.path.join(folder, os.path.basename(beside)) for folder in folders)):
+            if fs.exists(file):
+                # Whatever is wrong with a file, the run can go on without it, and says so.
+                with suppress(Exception), fs.open(file, "rb") as stream:
+                    saved = torch.load(stream, map_location="cpu", weights_only=True)
+                    if (saved["id"], saved["rank"]) == (identity, self.rank):
+                        states: dict[str, Any] = saved["states"]
+                        return states
+        return None
+
+    def remove_files(self, path: str, keep: set[str]) -> None:
+        """Remove the files of a checkpoint, but those of some ids.
+
+        Each rank removes its own, which may be on a disk that only this machine sees. Rank zero removes all, so that
+        none stays of a run with more ranks, or when only rank zero is asked.
+        """
+        fs = get_filesystem(path)
+        fs.invalidate_cache()
+        folder = path + _SUFFIX
+        if not fs.isdir(folder):
+            return
+        for file in fs.ls(folder, detail=False):
+            identity, _, rest = os.path.basename(file).partition(".")
+            if identity not in keep and (self.rank == 0 or rest.startswith(f"rank{self.rank}.")):
+                with suppress(FileNotFoundError):  # another rank was quicker
+                    fs.rm_file(file)
+        if not keep:
+            with suppress(OSError):  # the files of other ranks are in it, or another rank was quicker
+                fs.rmdir(folder)
+
+    @property
+    def rank(self) -> int:
+        return int(getattr(self.strategy, "global_rank", 0))
+
+    @property
+    def world_size(self) -> int:
+        return int(getattr(self.strategy, "world_size", 1))
+
+    @property
+    def is_fitting(self) -> bool:
+        """A checkpoint that is only validated or tested leaves the state of the training alone, as for callbacks."""
+        module = self.strategy.lightning_module
+        return module is None or module._trainer is None or module._trainer.state.fn == TrainerFn.FITTING
+
+
+def _file(path: str, identity: str, rank: int) -> str:
+    return os.path.join(path + _SUFFIX, f"{identity}.rank{rank}.pt")
+
+
+def _write(state: dict[str, Any], path: str) -> None:
+    fs = get_filesystem(path)
+    fs.makedirs(os.path.dirname(path), exist_ok=True)
+    with fs.open(f"{path}.part", "wb") as stream:
+        torch.save(state, stream)
+    fs.mv(f"{path}.part", path)

@@ -1,0 +1,347 @@
+import shutil
+
+import fsspec
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.utils.data import DataLoader
+
+from lightning_eff.training.rank_state import KEY, RankState
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks"),
+]
+
+
+class _Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+class _ShardedModel(_Model):
+    def configure_model(self):
+        torch.distributed.fsdp.fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+
+class _Memory(L.Callback):
+    """A tensor that says which rank it is of, and how many batches it has seen."""
+
+    def __init__(self, name="memory"):
+        self.tensor = torch.zeros(2)
+        self.loaded = []
+        self.state = RankState(name, save=lambda: {"tensor": self.tensor}, load=self.loaded.append)
+
+    def setup(self, trainer, pl_module, stage):
+        if stage == "fit":
+            self.state.attach(trainer.strategy)
+
+    def on_train_start(self, trainer, pl_module):
+        if self.loaded and self.loaded[-1] is not None:
+            self.tensor = self.loaded[-1]["tensor"].clone()
+
+    def on_train_batch_start(self, trainer, *_):
+        self.tensor += torch.tensor([1.0, 10.0 * trainer.global_rank])
+
+    @property
+    def values(self):
+        return [state and state["tensor"].tolist() for state in self.loaded]
+
+
+def _trainer(*callbacks, **options):
+    options = {"max_steps": 3, "strategy": "auto", **options}
+    return L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        log_every_n_steps=1,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+def _data():
+    return DataLoader(torch.randn(40, 4), batch_size=2)
+
+
+def _fit(*callbacks, ckpt_path=None, model=_Model, **options):
+    trainer = _trainer(*callbacks, **options)
+    trainer.fit(model(), _data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def _tree(folder):
+    """Checkpoints, and the number of files beside each."""
+    beside = {path.name: len(list(path.iterdir())) for path in folder.glob("*.ranks")}
+    checkpoints = {path.name for path in folder.iterdir() if path.suffix != ".ranks"}
+    assert {name.removesuffix(".ranks") for name in beside} <= checkpoints, "orphans"
+    return {name: beside.get(f"{name}.ranks", 0) for name in checkpoints}
+
+
+def test_it_is_saved_and_loaded_again(tmp_path):
+    trainer = _fit(_Memory())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    memory = _Memory()
+    _fit(memory, max_steps=5, ckpt_path=tmp_path / "a.ckpt")
+
+    assert memory.values == [[3.0, 0.0]]
+    assert memory.tensor.tolist() == [5.0, 0.0]
+    (file,) = (tmp_path / "a.ckpt.ranks").iterdir()
+    entry = torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]
+    assert torch.load(file, weights_only=True)["id"] == entry["id"]
+    assert file.name == f"{entry['id']}.rank0.pt"
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_it_goes_with_the_checkpoints_that_model_checkpoint_removes(tmp_path, save_last):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, save_last=save_last)
+    _fit(_Memory(), checkpoint, max_steps=4)
+
+    kept = {"epoch=0-step=4.ckpt": 1, "last.ckpt": 1 if save_last is True else 0}
+    assert _tree(tmp_path) == kept
+    memory = _Memory()
+    _fit(memory, checkpoint, max_steps=6, ckpt_path="last")
+    assert memory.values == [[4.0, 0.0]]
+
+
+def test_it_is_found_through_a_copy_and_after_a_move(tmp_path):
+    _fit(_Memory()).save_checkpoint(tmp_path / "a.ckpt")
+    shutil.copy(tmp_path / "a.ckpt", tmp_path / "copy.ckpt")  # what Lightning does where it cannot link
+    shutil.move(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+
+    for name in ("copy.ckpt", "b.ckpt"):
+        memory = _Memory()
+        _fit(memory, ckpt_path=tmp_path / name, max_steps=4)
+        assert memory.values == [[3.0, 0.0]]
+
+
+class _KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_while_a_checkpoint_is_overwritten(tmp_path, when):
+    """The old checkpoint keeps its own state, the new one has its own: one or the other is on disk."""
+    path = tmp_path / "a.ckpt"
+    memory = _Memory()
+    trainer = _fit(memory)
+    trainer.save_checkpoint(path)
+    memory.tensor += 1
+    write = trainer.strategy.checkpoint_io.save_checkpoint
+
+    def killed(*args, **kwargs):
+        if when == "after":
+            write(*args, **kwargs)
+        raise _KilledError
+
+    trainer.strategy.checkpoint_io.save_checkpoint = killed
+    with pytest.raises(_KilledError):
+        trainer.save_checkpoint(path)
+    assert _tree(tmp_path) == {"a.ckpt": 2}
+
+    memory = _Memory()
+    trainer = _fit(memory, ckpt_path=path, max_steps=4)
+    assert memory.values == [[3.0, 0.0] if when == "before" else [4.0, 1.0]]
+    trainer.save_checkpoint(path)
+    assert _tree(tmp_path) == {"a.ckpt": 1}
+    trainer.strategy.remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "of another checkpoint", "of another kind"])
+def test_a_damaged_or_strange_file_is_never_taken(tmp_path, damage):
+    path = tmp_path / "a.ckpt"
+    trainer = _fit(_Memory())
+    trainer.save_checkpoint(path)
+    (file,) = (tmp_path / "a.ckpt.ranks").iterdir()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "of another checkpoint":
+        trainer.save_checkpoint(tmp_path / "b.ckpt")
+        shutil.copy(next((tmp_path / "b.ckpt.ranks").iterdir()), file)
+    else:
+        torch.save([1], file)
+
+    memory = _Memory()
+    with pytest.warns(UserWarning, match=r"\(memory\) beside .*a.ckpt is not restored .* missing or damaged"):
+        _fit(memory, ckpt_path=path, max_steps=4)
+    assert memory.loaded == [None]
+
+
+def test_several_owners_share_the_files(tmp_path):
+    path = tmp_path / "a.ckpt"
+    one, two = _Memory("one"), _Memory("two")
+    trainer = _fit(one, two)
+    two.tensor += 1
+    trainer.save_checkpoint(path)
+    assert _tree(tmp_path) == {"a.ckpt": 1}
+
+    two, three = _Memory("two"), _Memory("three")
+    _fit(three, two, ckpt_path=path, max_steps=4)
+    assert two.values == [[4.0, 1.0]]
+    assert three.loaded == []  # it was not there
+    with pytest.raises(ValueError, match="name='two' is taken"):
+        _Memory("two").state.attach(two.state._files.strategy)
+
+
+def test_a_checkpoint_of_weights_only_has_none(tmp_path):
+    path = tmp_path / "a.ckpt"
+    trainer = _fit(_Memory())
+    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path, weights_only=True)
+
+    assert _tree(tmp_path) == {"a.ckpt": 0}
+    assert KEY not in torch.load(path, weights_only=True)
+
+
+def test_validation_leaves_the_state_alone(tmp_path):
+    memory = _Memory()
+    trainer = _fit(memory)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer.validate(_Model(), _data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+    assert memory.loaded == []
+
+
+class _Fails(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            raise RuntimeError("on purpose")
+
+
+def test_a_checkpoint_on_exception_has_it_and_its_removal_takes_it_away(tmp_path):
+    memory, on_exception = _Memory(), OnExceptionCheckpoint(tmp_path)
+    trainer = _trainer(memory, _Fails(), on_exception)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        pytest.warns(UserWarning, match="was called without a model|there is no last checkpoint"),
+    ):
+        trainer.fit(_Model(), _data())
+    assert _tree(tmp_path) == {"on_exception.ckpt": 1}
+
+    memory = _Memory()
+    with pytest.warns(UserWarning, match="was called without a model"):
+        _fit(memory, on_exception)
+    assert memory.values == [[2.0, 0.0]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_asynchronous_checkpoint(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="same", every_n_train_steps=1, enable_version_counter=False)
+    _fit(_Memory(), checkpoint, plugins=[AsyncCheckpointIO()], max_steps=4)
+    assert _tree(tmp_path) == {"same.ckpt": 2}  # and that before it, which was on disk for a while
+
+    memory = _Memory()
+    trainer = _fit(memory, ckpt_path=tmp_path / "same.ckpt", max_steps=5)
+    assert memory.values == [[4.0, 0.0]]
+    trainer.strategy.remove_checkpoint(tmp_path / "same.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_remote_folder():
+    trainer = _fit(_Memory())
+    trainer.save_checkpoint("memory://here/a.ckpt")
+    trainer.save_checkpoint("memory://here/a.ckpt")
+    fs = fsspec.filesystem("memory")
+    assert len(fs.ls("/here/a.ckpt.ranks")) == 1
+
+    memory = _Memory()
+    trainer = _fit(memory, ckpt_path="memory://here/a.ckpt", max_steps=4)
+    assert memory.values == [[3.0, 0.0]]
+    trainer.strategy.remove_checkpoint("memory://here/a.ckpt")
+    assert not fs.exists("/here/a.ckpt.ranks")
+
+
+def test_detaching_leaves_the_strategy_as_it_was():
+    strategy = SingleDeviceStrategy()
+    mine = lambda path: None  # noqa: E731
+    strategy.remove_checkpoint = mine
+    before = dict(strategy.__dict__)
+    one, two = _Memory("one").state, _Memory("two").state
+    for state in (one, two, one):
+        state.attach(strategy)
+    one.detach()
+    assert strategy.__dict__ != before
+    two.detach()
+    two.detach()
+
+    assert strategy.__dict__ == before
+
+
+def test_a_second_fit_goes_on(tmp_path):
+    memory = _Memory()
+    trainer = _fit(memory)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit(_Model(), _data(), ckpt_path=tmp_path / "a.ckpt")
+
+    assert memory.values == [[3.0, 0.0]]
+    assert memory.tensor.tolist() == [5.0, 0.0]
+
+
+def _save_on_two_ranks(folder, strategy, model):
+    checkpoint = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, save_last="link")
+    _fit(_Memory(), checkpoint, strategy=strategy(), devices=2, max_steps=3, model=model)
+
+
+def _resume_on_two_ranks(path, strategy, model):
+    memory = _Memory()
+    _fit(memory, strategy=strategy(), devices=2, max_steps=4, ckpt_path=path, model=model)
+    return memory.values
+
+
+def _ddp():
+    return DDPStrategy(process_group_backend="gloo")
+
+
+def _sharded():
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def _sharded_into_one_file():
+    return ModelParallelStrategy(
+        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo", save_distributed_checkpoint=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "model"), [(_ddp, _Model), (_sharded, _ShardedModel), (_sharded_into_one_file, _ShardedModel)]
+)
+def test_each_of_two_ranks_has_its_own(pool, tmp_path, strategy, model):
+    pool.run(_save_on_two_ranks, tmp_path, strategy, model)
+    assert _tree(tmp_path) == {"epoch=0-step=3.ckpt": 2, "last.ckpt": 0}
+
+    assert pool.run(_resume_on_two_ranks, tmp_path / "last.ckpt", strategy, model) == [[[3.0, 0.0]], [[3.0, 30.0]]]
+
+
+@pytest.mark.filterwarnings("ignore:the rank-local state .* is not restored")
+def test_all_ranks_start_anew_together(pool, tmp_path):
+    pool.run(_save_on_two_ranks, tmp_path, _ddp, _Model)
+    path = tmp_path / "epoch=0-step=3.ckpt"
+    memory = _Memory()
+    with pytest.warns(UserWarning, match="was saved by 2 ranks, and there are 1 now"):
+        trainer = _fit(memory, ckpt_path=path, max_steps=4)
+    assert memory.loaded == [None]
+
+    next((tmp_path / f"{path.name}.ranks").glob("*.rank1.pt")).unlink()
+    assert pool.run(_resume_on_two_ranks, path, _ddp, _Model) == [[None], [None]]
+
+    trainer.save_checkpoint(path)  # over that of more ranks
+    assert _tree(tmp_path)[path.name] == 1
