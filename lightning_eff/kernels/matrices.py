@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_eff.kernels.tables import TensorList, inspect, to_device
+from lightning_eff.kernels.tables import TensorList, inspect, stream_of, to_device
 
 ROWS = 32
 """Rows that one program of a kernel takes."""
@@ -101,16 +101,11 @@ _layouts: OrderedDict[object, MatrixTable] = OrderedDict()
 _addresses: OrderedDict[object, tuple[tuple[int, ...], Tensor]] = OrderedDict()
 
 
-def _stream(device: torch.device) -> int:
-    # A table filled by a copy on one stream must not be read on another before that copy is done.
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
 def matrix_table(matrices: MatrixList) -> MatrixTable:
     """The table of a non-empty list: everything but the addresses, kept from call to call."""
     device = matrices.listed.device
     assert device is not None
-    key = (device, _stream(device), matrices.shapes, matrices.listed.codes)
+    key = (device, stream_of(device), matrices.shapes, matrices.listed.codes)
     table = _layouts.get(key)
     if table is None:
         table = _layouts[key] = _new_table(matrices, device)
@@ -125,7 +120,7 @@ def address_table(matrices: MatrixList, role: str = "") -> Tensor:
     """int64 (matrices,) on the device: where they lie now. ``role`` tells lists of equal shapes apart."""
     device = matrices.listed.device
     assert device is not None
-    key = (role, device, _stream(device), matrices.shapes, matrices.listed.codes)
+    key = (role, device, stream_of(device), matrices.shapes, matrices.listed.codes)
     cached = _addresses.get(key)
     if cached is None or cached[0] != matrices.listed.addresses:
         cached = (matrices.listed.addresses, to_device(matrices.listed.addresses, torch.int64, device))

@@ -114,6 +114,14 @@ class ChunkTable:
     chunks: int
 
 
+def stream_of(device: torch.device) -> int:
+    """The current stream's number, part of every cache's key.
+
+    A table filled by a copy on one stream must not be read on another before that copy is done.
+    """
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 _layouts: OrderedDict[object, tuple[tuple[int, ...], ChunkTable]] = OrderedDict()
 
 
@@ -125,9 +133,7 @@ def chunk_table(listed: TensorList, role: str = "") -> ChunkTable:
         role: tells lists of equal sizes apart that are used in turn, so that each finds its own addresses again.
     """
     assert listed.device is not None
-    # A table filled by a copy on one stream must not be read on another before that copy is done, so each has its own.
-    stream = torch.cuda.current_stream(listed.device).cuda_stream if listed.device.type == "cuda" else 0
-    key = (role, listed.device, stream, listed.numels, listed.codes)
+    key = (role, listed.device, stream_of(listed.device), listed.numels, listed.codes)
     cached = _layouts.get(key)
     if cached is not None:
         _layouts.move_to_end(key)
