@@ -34,7 +34,9 @@ def compile_case(op: str, case: CompileCase, target: str) -> dict[str, Any]:
     signature = {name: case.arguments.get(name, "constexpr") for name in case.kernel.arg_names}
     # As at a launch: torch's own allocations are aligned, so Triton specialises pointers to multiples of 16.
     aligned = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(signature) if signature[name].startswith("*")
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in case.multiples
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constants, attrs=aligned)
     compiled = triton.compile(source, target=parse_target(target), options={"num_warps": case.num_warps, **OPTIONS})

@@ -50,6 +50,7 @@ class CompileCase(NamedTuple):
         num_warps: warps of a program.
         wide_loads: 16-byte loads of one thread in its vectorised main loops with warps of 32 threads; 0 where there is
             no such loop.
+        multiples: number arguments to be taken for multiples of 16, as a launch finds them to be.
     """
 
     kernel: Any
@@ -58,6 +59,7 @@ class CompileCase(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     wide_loads: int = 0
+    multiples: tuple[str, ...] = ()
 
 
 TABLE_ARGUMENTS = {"addresses": "*i64", "numels": "*i64", "codes": "*i32", "owners": "*i32", "positions": "*i32"}
