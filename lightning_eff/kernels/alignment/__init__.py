@@ -1,8 +1,8 @@
 """How a layer's inputs align with a vector: signs and histogram over the tokens, in one pass over the activations.
 
-Byte count, for N bytes of activations: N here. ``x @ v`` and ``x.norm(dim=1)`` read 2N, and for 16-bit activations a
-float32 norm goes through a float32 copy (4N more for bfloat16); the counts and the histogram are a dozen small launches.
-torch.compile can fuse the two reductions as well; that it costs a compilation, and this none, is the difference.
+Byte count, for N bytes of activations: N here, 2N for ``x @ v`` and ``torch.linalg.vector_norm(x, dim=1)``, with a
+dozen small launches more for the counts and the histogram. torch.compile can fuse the two reductions into one pass as
+well, after a compilation for each shape.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def alignment_stats(x: Tensor, v: Tensor, *, bins: int = 32, eps: float = 1e-6) 
     listed = inspect(op, [x, v], strided=False)
     if x.ndim == 0 or v.ndim != 1 or x.shape[-1] != len(v):
         raise ValueError(
-            f"{op}: x of shape {tuple(x.shape)} and v of shape {tuple(v.shape)} must be (..., in) and (in,)"
+            f"{op}: x of shape {tuple(x.shape)} and v of shape {tuple(v.shape)} are not (..., in) and (in,)"
         )
     if not 1 <= bins <= MAX_BINS:
         raise ValueError(f"{op}: bins={bins!r} is not allowed: it must be from 1 to {MAX_BINS}")

@@ -40,8 +40,9 @@ def _count(
         dots += values * direction[None, :]
         squares += values * values
     dot = tl.sum(dots, axis=1)
-    alignment = dot / (tl.sqrt(tl.sum(squares, axis=1)) + eps)
-    finite = (alignment - alignment) == 0.0
+    norm = tl.sqrt(tl.sum(squares, axis=1))
+    alignment = dot / (norm + eps)
+    finite = (alignment - alignment) + (norm - norm) == 0.0  # infinity minus itself is NaN
     place = tl.floor((tl.where(finite, alignment, 0.0) + 1.0) * (BINS / 2))
     place = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(tl.int32)
     event = tl.where(dot > 0.0, BINS, tl.where(dot < 0.0, BINS + 1, BINS + 2))
