@@ -70,7 +70,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     for group in _by_device_and_dtype(tensors):
         accumulate = torch.float64 if group[0].dtype == torch.float64 else torch.float32
         if group[0].device.type == "cpu":
-            group = [block for tensor in group for block in tensor.reshape(-1).split(CPU_BLOCK)]
+            group = [block for tensor in group for block in torch.split(tensor.reshape(-1), CPU_BLOCK)]
         norms = torch.stack(torch._foreach_norm(group, 2, dtype=accumulate))
         total += norms.to(device=device, dtype=dtype).square().sum()
     return total
