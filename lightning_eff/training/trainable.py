@@ -1,0 +1,171 @@
+"""Opening and closing parameters during a run, as one event for everyone who has to know.
+
+`set_trainable` toggles ``requires_grad``, so that autograd computes no gradient for a closed parameter, and lets the
+strategy follow: DDP is wrapped anew, since it would wait for the gradients of closed parameters, or reduce them as
+zeros. Afterwards every callback, the LightningModule and the strategy that has a method ``on_trainable_change`` is
+told:
+
+    def on_trainable_change(self, trainer, pl_module, change: TrainableChange) -> None: ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_eff.functional.structure import clean_named_parameters
+
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+
+
+@dataclass(frozen=True)
+class TrainableChange:
+    """What an event has changed: parameters by clean name, in the order of the model.
+
+    Attributes:
+        opened: those that are trained from now on.
+        closed: those that no longer are; their ``grad`` is None.
+    """
+
+    opened: dict[str, nn.Parameter]
+    closed: dict[str, nn.Parameter]
+
+    def __bool__(self) -> bool:
+        return bool(self.opened or self.closed)
+
+
+def check_trainable_support(trainer: Trainer) -> None:
+    """Say in ``setup`` already whether `set_trainable` can work; it checks again itself.
+
+    Raises:
+        MisconfigurationException: for a strategy whose set of trainable parameters is fixed, with the reason.
+    """
+    strategy = trainer.strategy
+    # DeepSpeedStrategy is a DDPStrategy only by inheritance.
+    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} does not support opening and closing parameters during a run, because it "
+            "flattens or partitions them: use a single device, DDP or ModelParallelStrategy (FSDP2)"
+        )
+    if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+        raise MisconfigurationException(
+            "DDPStrategy(static_graph=True) promises that the set of trained parameters never changes, and opening "
+            "and closing parameters changes it: remove static_graph"
+        )
+
+
+def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableChange:
+    """Open (True) and close (False) parameters; those not named stay as they are.
+
+    Call it on all ranks together, between two steps: in ``on_train_start``, ``on_train_batch_end`` or at the end of an
+    epoch or a validation. Where nothing changes, nothing is done. The optimizer keeps its groups and its state: it
+    passes over a parameter without gradient.
+
+    Under DDP the model is wrapped anew, once, with the strategy's arguments and its communication hooks but without
+    the broadcast of the model: from then on only the gradients of open parameters are reduced. A hook that keeps
+    state for each bucket (PyTorch's PowerSGD) has to begin anew on ``on_trainable_change``, as buckets differ then.
+    FSDP2 follows ``requires_grad`` by itself.
+
+    Collectives: one reduction of 16 bytes, to see whether all ranks ask for the same; DDP's own when it rebuilds its
+    buckets in the next step. Host syncs: one.
+
+    Args:
+        trainer: one whose ``fit`` is running.
+        trainable: clean name of a parameter (see ``clean_named_parameters``) -> whether it is trained from now on.
+
+    Returns:
+        What has changed.
+
+    Raises:
+        ValueError: an unknown name, a parameter that cannot have a gradient, or no parameter would remain: stop the
+            training in that case, with ``trainer.should_stop``. Nothing has been changed.
+        MisconfigurationException: see ``check_trainable_support``.
+        RuntimeError: on all ranks, if they do not agree. Nothing has been changed.
+    """
+    check_trainable_support(trainer)
+    strategy, module = trainer.strategy, trainer.lightning_module
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # after a validation it may show its gathered parameters, where a change would be lost
+    parameters = clean_named_parameters(module)
+    _check_names(parameters, trainable)
+    wanted = {name: trainable.get(name, parameter.requires_grad) for name, parameter in parameters.items()}
+    _check_agreement(trainer, wanted)
+    if not any(wanted.values()):
+        raise ValueError("no parameter would remain trainable: stop the training instead (trainer.should_stop = True)")
+
+    changed = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad != wanted[name]}
+    change = TrainableChange(
+        opened={name: parameter for name, parameter in changed.items() if wanted[name]},
+        closed={name: parameter for name, parameter in changed.items() if not wanted[name]},
+    )
+    if not change:
+        return change
+    for name, parameter in changed.items():
+        parameter.requires_grad_(wanted[name])
+    for parameter in change.closed.values():
+        parameter.grad = None
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+        _wrap_anew(strategy)
+    for listener in (strategy, *trainer.callbacks, module):  # type: ignore[attr-defined]
+        hook = getattr(listener, "on_trainable_change", None)
+        if hook is not None:
+            hook(trainer, module, change)
+    return change
+
+
+def _check_names(parameters: Mapping[str, nn.Parameter], trainable: Mapping[str, bool]) -> None:
+    for name, open_ in trainable.items():
+        if name not in parameters:
+            close = ", ".join(get_close_matches(name, parameters)) or "; ".join(list(parameters)[:10])
+            raise ValueError(
+                f"there is no parameter {name!r} (a tied one goes by its first name). Did you mean: {close}"
+            )
+        if open_ and not (parameters[name].is_floating_point() or parameters[name].is_complex()):
+            raise ValueError(f"parameter {name!r} of dtype {parameters[name].dtype} cannot have a gradient")
+
+
+def _check_agreement(trainer: Trainer, wanted: Mapping[str, bool]) -> None:
+    """Compare one number in place of all names: without it, ranks that differ would hang in the next step."""
+    if trainer.world_size == 1:
+        return
+    digest = hashlib.sha256(repr(sorted(wanted.items())).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    bounds = torch.tensor([number, -number], device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+    highest, negative_lowest = bounds.tolist()
+    if highest != -negative_lowest:
+        raise RuntimeError("the ranks do not agree on which parameters to train: decide from values equal on all ranks")
+
+
+def _wrap_anew(strategy: DDPStrategy) -> None:
+    old = strategy.model
+    assert isinstance(old, DistributedDataParallel)
+    hooks, training, syncing = list(old._comm_hooks), old.training, old.require_backward_grad_sync
+    # Until it is collected, the old wrapper would answer to every gradient as well.
+    old.reducer._remove_autograd_hooks()
+    strategy.model = old.module
+    del old  # its buckets are freed before the new ones are made
+    kwargs = strategy._ddp_kwargs
+    strategy._ddp_kwargs = {**kwargs, "init_sync": False}  # the ranks are equal: no broadcast of the whole model
+    try:
+        new = strategy._setup_model(strategy.model)
+    finally:
+        strategy._ddp_kwargs = kwargs
+    strategy.model = new
+    new.training = training  # not by `train()`, which would switch every module inside as well
+    new.require_backward_grad_sync = syncing
+    strategy._register_ddp_hooks()
+    if not new._comm_hooks:  # else the strategy has registered its own
+        for hook, state in hooks:
+            new.register_comm_hook(state, hook)

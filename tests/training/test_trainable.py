@@ -1,0 +1,328 @@
+import weakref
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils.data import DataLoader
+
+from lightning_eff.training.trainable import check_trainable_support, set_trainable
+from tests.operators import OperatorCounter
+
+STEPS = 6
+FROZEN = ("layers.0.weight", "layers.0.bias")
+ALL = 32 * 32 + 32 + 32 * 2 + 2  # elements of the model
+LEFT = 32 * 2 + 2
+
+
+class _Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 2))
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.layers(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+
+
+class _ShardedModel(_Model):
+    def configure_model(self):
+        for module in (*self.layers, self.layers):
+            torch.distributed.fsdp.fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
+class _ManualModel(_Model):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class _Toggles(L.Callback):
+    """Closes and opens at the end of given batches, and hears of it."""
+
+    def __init__(self, schedule, during="on_train_batch_end"):
+        self.schedule = schedule
+        self.heard = []
+        if during == "on_validation_end":
+            self.on_validation_end = lambda trainer, module: self._toggle(trainer, trainer.global_step - 1)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if "on_validation_end" not in self.__dict__:
+            self._toggle(trainer, batch_idx)
+
+    def _toggle(self, trainer, batch_idx):
+        if batch_idx in self.schedule:
+            set_trainable(trainer, dict.fromkeys(FROZEN, self.schedule[batch_idx]))
+
+    def on_trainable_change(self, trainer, pl_module, change):
+        assert all(parameter.grad is None for parameter in change.closed.values())
+        self.heard.append((list(change.opened), list(change.closed)))
+
+
+class _DropsGradients(_Toggles):
+    """The same by other means: closed parameters keep ``requires_grad``, but the optimizer never sees a gradient."""
+
+    closed = False
+
+    def _toggle(self, trainer, batch_idx):
+        self.closed = not self.schedule.get(batch_idx, not self.closed)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.closed:
+            for parameter in pl_module.layers[0].parameters():
+                parameter.grad = None
+
+
+def _fit(*callbacks, model=_Model, strategy="auto", **options):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **{"max_epochs": 1, "limit_train_batches": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0, **options},
+    )
+    module = model()
+    generator = torch.Generator().manual_seed(trainer.global_rank)
+    data = DataLoader(torch.randn(60, 32, generator=generator), batch_size=2)
+    trainer.fit(module, data, data)
+    return {name: _full(parameter) for name, parameter in module.named_parameters()}
+
+
+def _full(parameter):
+    parameter = parameter.detach()
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
+
+
+def _assert_equal(weights, others):
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+# --- one device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [{1: False}, {1: False, 3: True}, {0: False, 1: True, 2: False}])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"model": _ManualModel}])
+def test_training_goes_on_with_what_is_open(schedule, options):
+    toggles = _Toggles(schedule)
+    _assert_equal(_fit(toggles, **options), _fit(_DropsGradients(schedule), **options))
+
+    assert toggles.heard == [(list(FROZEN), []) if open_ else ([], list(FROZEN)) for open_ in schedule.values()]
+
+
+def test_an_event_that_changes_nothing_is_none():
+    toggles = _Toggles({0: True, 2: True})
+    _assert_equal(_fit(toggles), _fit())
+
+    assert toggles.heard == []
+
+
+class _Calls(L.Callback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_train_start(self, trainer, pl_module):
+        self.call(trainer)
+        assert all(parameter.requires_grad for parameter in pl_module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        ({"layers.0.wieght": False}, "no parameter 'layers.0.wieght'.*Did you mean: layers.0.weight"),
+        ({"zzz": False}, "no parameter 'zzz'.*Did you mean: layers.0.weight; layers.0.bias"),
+        (dict.fromkeys([*FROZEN, "layers.1.weight", "layers.1.bias"], False), "stop the training instead"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(trainable, message):
+    def call(trainer):
+        with pytest.raises(ValueError, match=message):
+            set_trainable(trainer, trainable)
+
+    _fit(_Calls(call), max_steps=1)
+
+
+def test_a_parameter_of_integers_cannot_be_opened():
+    def call(trainer):
+        trainer.lightning_module.table = torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"'table' of dtype torch.int8 cannot have a gradient"):
+            set_trainable(trainer, {"table": True})
+        del trainer.lightning_module.table
+
+    _fit(_Calls(call), max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (DDPStrategy(static_graph=True), "remove static_graph"),
+        (FSDPStrategy.__new__(FSDPStrategy), "FSDPStrategy does not support.*ModelParallelStrategy"),
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "DeepSpeedStrategy does not support"),
+    ],
+)
+def test_an_unsupported_strategy_is_refused_with_the_mend(strategy, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        check_trainable_support(SimpleNamespace(strategy=strategy))
+
+
+# --- two ranks -----------------------------------------------------------------------------------------------------
+
+
+class _CountsElements(L.Callback):
+    """The elements that DDP reduces in each step, through a hook that the user has registered."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.model.register_comm_hook(self, _count_and_reduce)
+        self.wrapper = weakref.ref(trainer.model)
+
+    def on_train_batch_start(self, *_):
+        self.steps.append(0)
+
+    def on_train_end(self, trainer, pl_module):
+        self.old_is_gone = self.wrapper() is None
+        self.kwargs = (trainer.model.find_unused_parameters, trainer.model.gradient_as_bucket_view)
+        assert trainer.model.training
+        assert "init_sync" not in trainer.strategy._ddp_kwargs
+
+
+def _count_and_reduce(counter, bucket):
+    counter.steps[-1] += bucket.buffer().numel()
+    return allreduce_hook(None, bucket)
+
+
+def _ddp(**kwargs):
+    return DDPStrategy(process_group_backend="gloo", **kwargs)
+
+
+def _close_under_ddp(schedule, kwargs, options):
+    counter, toggles = _CountsElements(), _Toggles(schedule)
+    weights = _fit(counter, toggles, strategy=_ddp(**kwargs), devices=2, **options)
+    other = _fit(_DropsGradients(schedule), strategy=_ddp(**kwargs), devices=2, **options)
+    _assert_equal(weights, other)
+    return weights, counter.steps, counter.old_is_gone, counter.kwargs, len(toggles.heard)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}],
+    ids=["plain", "find-unused", "bucket-view"],
+)
+def test_closed_parameters_are_no_longer_reduced(pool, kwargs):
+    one, two = pool.run(_close_under_ddp, {1: False, 3: True, 4: True}, kwargs, {})
+
+    _assert_equal(one[0], two[0])
+    expected = (kwargs.get("find_unused_parameters", False), kwargs.get("gradient_as_bucket_view", False))
+    for _, steps, old_is_gone, flags, events in (one, two):
+        assert steps == [ALL, ALL, LEFT, LEFT, ALL, ALL]
+        assert old_is_gone
+        assert flags == expected
+        assert events == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": _ManualModel}, {"accumulate_grad_batches": 2}], ids=["manual", "accumulate"]
+)
+def test_manual_optimization_and_accumulation_under_ddp(pool, options):
+    # With accumulation the event falls into the middle of a window.
+    one, two = pool.run(_close_under_ddp, {2: False}, {}, options)
+
+    _assert_equal(one[0], two[0])
+    assert one[1][-1] == two[1][-1] == LEFT
+
+
+class _HookStrategy(DDPStrategy):
+    registered = 0
+
+    def _register_ddp_hooks(self):
+        self.registered += 1
+        self.model.register_comm_hook(None, allreduce_hook)
+
+
+def _with_a_strategy_of_its_own_hook():
+    strategy = _HookStrategy(process_group_backend="gloo")
+    strategy.heard = []
+    strategy.on_trainable_change = lambda trainer, module, change: strategy.heard.append(len(change.closed))
+    weights = _fit(_Toggles({1: False}), strategy=strategy, devices=2)
+    return weights, strategy.registered, strategy.heard
+
+
+def test_a_strategy_registers_its_hook_again_and_hears_of_the_event(pool):
+    one, two = pool.run(_with_a_strategy_of_its_own_hook)
+
+    _assert_equal(one[0], two[0])
+    assert one[1:] == two[1:] == (2, [2])
+
+
+def _disagree():
+    def call(trainer):
+        with pytest.raises(RuntimeError, match="the ranks do not agree"):
+            set_trainable(trainer, {FROZEN[trainer.global_rank]: False})
+
+    _fit(_Calls(call), strategy=_ddp(), devices=2, max_steps=2)
+
+
+def test_ranks_that_do_not_agree_are_told_so(pool):
+    pool.run(_disagree)
+
+
+def _what_an_event_costs():
+    def call(trainer):
+        with OperatorCounter() as counter:
+            set_trainable(trainer, dict.fromkeys(FROZEN, True))
+        assert (counter.collectives, counter.host_syncs) == (1, 1)
+        with OperatorCounter() as counter:
+            set_trainable(trainer, dict.fromkeys(FROZEN, False))
+        counts.append((counter.collectives, counter.host_syncs))
+        set_trainable(trainer, dict.fromkeys(FROZEN, True))
+
+    counts = []
+    _fit(_Calls(call), strategy=_ddp(), devices=2, max_steps=1)
+    return counts
+
+
+def test_an_event_is_one_small_reduction(pool):
+    assert pool.run(_what_an_event_costs) == [[(1, 1)], [(1, 1)]]
+
+
+def _close_under_fsdp(schedule, during, options):
+    def strategy():
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+    options = {"strategy": strategy(), "devices": 2, "model": _ShardedModel, **options}
+    weights = _fit(_Toggles(schedule, during), **options)
+    other = _fit(_DropsGradients(schedule, during), **{**options, "strategy": strategy()})
+    _assert_equal(weights, other)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("during", "options"),
+    [("on_train_batch_end", {}), ("on_validation_end", {"val_check_interval": 1, "limit_val_batches": 1})],
+)
+def test_fsdp2_follows(pool, during, options):
+    one, two = pool.run(_close_under_fsdp, {1: False, 3: True}, during, options)
+
+    _assert_equal(one, two)
