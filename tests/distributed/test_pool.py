@@ -171,6 +171,11 @@ def test_lightning_recognises_torchrun_and_trains_in_the_workers(pool, tmp_path)
     assert torch.equal(weight0, weight1)
 
 
+def test_a_fault_in_an_unknown_hook_is_refused():
+    with pytest.raises(ValueError, match="hook = 'on_lunch'; it must be one of on_train_batch_start"):
+        fail_at(step=1).in_hook("on_lunch")
+
+
 def test_fail_at_raises_at_the_rank_and_the_step(pool, tmp_path):
     message = "rank {}, step 2, on_train_batch_start"
 

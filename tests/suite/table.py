@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_eff.callbacks import ZClip
+from lightning_eff.callbacks import TensorBoardLayout, ZClip
 from tests.suite.probe import Probe
 
 
@@ -101,7 +101,7 @@ def _zclip_tags(prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}/{name}" for name in names)
 
 
-_ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": None}
+_ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": 1e3}
 
 ROWS = (
     Row(
@@ -115,6 +115,7 @@ ROWS = (
     Row(
         ZClip,
         _ZCLIP,
+        syncs_per_log=8,  # six tags, and two to see whether the cap hides the statistics
         crash_steps=(2, 7),  # in the warm-up, and after it between two spikes
         tags=_zclip_tags("zclip"),
         tags_two_optimizers=_zclip_tags("zclip/0") + _zclip_tags("zclip/1"),
@@ -136,7 +137,7 @@ ROWS = (
     ),
     Row(
         ZClip,
-        {**_ZCLIP, "nonfinite": "skip", "mode": "percentile", "log_statistics": True},
+        {**_ZCLIP, "max_grad_norm": None, "nonfinite": "skip", "mode": "percentile", "log_statistics": True},
         name="ZClip-skip",
         crash_steps=(6,),
         tags=(*_zclip_tags("zclip"), "zclip/mean", "zclip/std", "zclip/spikes", "zclip/relearned"),
@@ -145,4 +146,5 @@ ROWS = (
             "survives_overflow": "it warns that the setting has no effect under a GradScaler",
         },
     ),
+    Row(TensorBoardLayout, changes_training=False),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import lightning_eff.callbacks
 from tests.suite.rules import RULES
 from tests.suite.runs import Place
 from tests.suite.table import ROWS
@@ -32,6 +33,10 @@ def test_every_exception_names_a_rule():
     for row in ROWS:
         for name in row.exceptions:
             assert name.split("-")[0] in RULES, f"{row.id}: {name}"
+
+
+def test_every_callback_of_the_package_is_a_row():
+    assert set(lightning_eff.callbacks.__all__) <= {row.callback.__name__ for row in ROWS}
 
 
 def test_rows_have_names_of_their_own():
