@@ -4,7 +4,7 @@ import fsspec
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
@@ -243,6 +243,19 @@ def test_a_checkpoint_on_exception_has_it_and_its_removal_takes_it_away(tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_it_survives_a_search_for_the_learning_rate(tmp_path):
+    """Which saves a checkpoint, loads it again and removes it."""
+    memory = _Memory()
+    trainer = _trainer(memory, LearningRateFinder(num_training_steps=4), default_root_dir=tmp_path)
+    model = _Model()
+    model.lr = 0.1
+    trainer.fit(model, _data())
+
+    assert memory.values == [[0.0, 0.0]]
+    assert memory.tensor.tolist() == [3.0, 0.0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_asynchronous_checkpoint(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="same", every_n_train_steps=1, enable_version_counter=False)
     _fit(_Memory(), checkpoint, plugins=[AsyncCheckpointIO()], max_steps=4)
@@ -345,3 +358,30 @@ def test_all_ranks_start_anew_together(pool, tmp_path):
 
     trainer.save_checkpoint(path)  # over that of more ranks
     assert _tree(tmp_path)[path.name] == 1
+
+
+class _RemembersByItself(SingleDeviceStrategy):
+    """A strategy that owns rank-local state, as one with error feedback does."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = torch.zeros(1)
+        self.rank_state = RankState("strategy", save=lambda: {"memory": self.memory}, load=self._load)
+
+    def _load(self, state):
+        self.memory = state["memory"]
+
+    def setup_environment(self):
+        super().setup_environment()
+        self.rank_state.attach(self)
+
+
+def test_a_strategy_owns_some_of_it(tmp_path):
+    trainer = _fit(_Memory(), strategy=_RemembersByItself())
+    trainer.strategy.memory += 7
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    memory, strategy = _Memory(), _RemembersByItself()
+    _fit(memory, strategy=strategy, ckpt_path=tmp_path / "a.ckpt", max_steps=4)
+
+    assert strategy.memory.item() == 7
+    assert memory.values == [[3.0, 0.0]]

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
+from lightning_eff.functional.structure import clean_named_parameters
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
 from tests.operators import OperatorCounter
 
@@ -52,6 +53,12 @@ class _ManualModel(_Model):
         optimizer.step()
 
 
+class _CompiledModel(_Model):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.compile(self.layers, backend="aot_eager")
+
+
 class _Toggles(L.Callback):
     """Closes and opens at the end of given batches, and hears of it."""
 
@@ -84,8 +91,9 @@ class _DropsGradients(_Toggles):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.closed:
-            for parameter in pl_module.layers[0].parameters():
-                parameter.grad = None
+            parameters = clean_named_parameters(pl_module)
+            for name in FROZEN:
+                parameters[name].grad = None
 
 
 def _fit(*callbacks, model=_Model, strategy="auto", **options):
@@ -243,9 +251,11 @@ def test_closed_parameters_are_no_longer_reduced(pool, kwargs):
 
 
 @pytest.mark.parametrize(
-    "options", [{"model": _ManualModel}, {"accumulate_grad_batches": 2}], ids=["manual", "accumulate"]
+    "options",
+    [{"model": _ManualModel}, {"accumulate_grad_batches": 2}, {"model": _CompiledModel}],
+    ids=["manual", "accumulate", "compiled"],
 )
-def test_manual_optimization_and_accumulation_under_ddp(pool, options):
+def test_other_ways_to_train_under_ddp(pool, options):
     # With accumulation the event falls into the middle of a window.
     one, two = pool.run(_close_under_ddp, {2: False}, {}, options)
 
