@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.kernels import grad_norm
+
 CPU_BLOCK = 2**15
 """Elements that the CPU's norm sums into one float32 before the float64 sum over blocks: it adds one after the other,
 and over 16 million equal elements lost 1 % of the norm. On a GPU the reduction is a tree."""
@@ -62,8 +64,13 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
     Each tensor is accumulated in float32 (float64 for float64 tensors) whatever its own dtype, since a norm taken in
     float16 overflows and one taken in bfloat16 has three digits; the sum over tensors (on the CPU: over blocks of
-    ``CPU_BLOCK`` elements) is taken in float64 (float32 on MPS).
+    ``CPU_BLOCK`` elements) is taken in float64 (float32 on MPS). On a GPU one kernel does so in one pass over all
+    tensors that it can take, see :mod:`lightning_eff.kernels.grad_norm`.
     """
+    return grad_norm.sum_of_squares(tensors, otherwise=_sum_of_squares)
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     device = tensors[0].device
     dtype = statistics_dtype(device)
     total = torch.zeros((), dtype=dtype, device=device)
@@ -125,8 +132,13 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bo
         tensors: dense tensors of any shapes, devices and floating dtypes.
         coefficient: 0-d tensor.
         zero_nonfinite: first replace NaN and infinite elements by 0, so that a coefficient of 0 gives zeros and not
-            the NaN of ``inf * 0``. One more pass over the tensors.
+            the NaN of ``inf * 0``. One more pass over the tensors; a kernel, which never reads them for a coefficient
+            of 0 nor at all for one of 1, needs none.
     """
+    grad_norm.scale_(tensors, coefficient, otherwise=lambda some, factor: _scale_(some, factor, zero_nonfinite))
+
+
+def _scale_(tensors: Sequence[Tensor], coefficient: Tensor, zero_nonfinite: bool) -> None:
     for group in _by_device_and_dtype(tensors):
         if zero_nonfinite:
             for tensor in group:

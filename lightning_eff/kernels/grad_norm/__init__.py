@@ -7,7 +7,7 @@ are to be zeroed (coefficient 0) writes N and reads none. Five launches, whateve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ class ZClipConstants(NamedTuple):
     norm_eps: float
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+def sum_of_squares(tensors: Sequence[Tensor], otherwise: Callable[[Sequence[Tensor]], Tensor] | None = None) -> Tensor:
     """Sum of the squared elements of a list of tensors, in one pass over them.
 
     Accumulated in float32 within chunks of 16,384 elements and in float64 over these, in a fixed order: the same
@@ -52,6 +52,8 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     Args:
         tensors: float32, bfloat16 or float16 tensors of any shapes on one device, mixed at will; zero-size ones
             count as nothing. Other dtypes, and tensors with gaps between their elements, take the reference.
+        otherwise: what to call in place of the reference, for a caller with one of its own that takes more; it then
+            gets every list that the kernel cannot take, and none is refused here.
 
     Returns:
         A 0-d float64 tensor (float32 on MPS) on the tensors' device; 0 on the CPU for an empty list.
@@ -64,17 +66,30 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         >>> sum_of_squares([torch.tensor([3.0]), torch.tensor([4.0, 0.0])]).item()
         25.0
     """
-    listed = inspect("grad_norm.sum_of_squares", tensors, strided=False)
-    if listed.device is None:
+    op = "grad_norm.sum_of_squares"
+    if len(tensors) == 0:
         return torch.zeros((), dtype=torch.float64)
-    if choose("grad_norm.sum_of_squares", listed.device, listed.obstacle).implementation == "triton":
+    if otherwise is not None and not _worth_a_look(op, tensors[0]):
+        return otherwise(tensors)
+    listed = inspect(op, tensors, strided=False, refuse=otherwise is None)
+    assert listed.device is not None
+    if choose(op, listed.device, listed.obstacle).implementation == "triton":
         from lightning_eff.kernels.grad_norm import kernel
 
         return kernel.sum_of_squares(listed)
-    return reference.sum_of_squares(tensors)
+    return (otherwise or reference.sum_of_squares)(tensors)
 
 
-def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+def _worth_a_look(op: str, tensor: Tensor) -> bool:
+    """Whether kernels run where this tensor is, so that a walk over the whole list is not for nothing on the CPU."""
+    return choose(op, tensor.device).implementation == "triton"
+
+
+def scale_(
+    tensors: Sequence[Tensor],
+    coefficient: Tensor,
+    otherwise: Callable[[Sequence[Tensor], Tensor], None] | None = None,
+) -> None:
     """Multiply every tensor of a list in place by a coefficient that stays on the device.
 
     The product is taken in float32 and rounded once. A coefficient of 1 (once rounded to float32) reads and writes
@@ -83,6 +98,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     Args:
         tensors: as for :func:`sum_of_squares`.
         coefficient: 0-d floating tensor on the same device.
+        otherwise: as for :func:`sum_of_squares`.
 
     Raises:
         TypeError: something in the list is no dense floating tensor, or the coefficient is no floating tensor.
@@ -94,24 +110,27 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         >>> gradient
         tensor([0., 0.])
     """
-    listed = inspect("grad_norm.scale_", tensors, strided=False)
+    op = "grad_norm.scale_"
+    if otherwise is not None and (len(tensors) == 0 or not _worth_a_look(op, tensors[0])):
+        return otherwise(tensors, coefficient)
+    listed = inspect(op, tensors, strided=False, refuse=otherwise is None)
     if not isinstance(coefficient, Tensor) or not coefficient.dtype.is_floating_point:
         raise TypeError(f"grad_norm.scale_: coefficient={coefficient!r} is not allowed: it must be a floating tensor")
     if coefficient.numel() != 1:
         raise ValueError(f"grad_norm.scale_: coefficient of shape {tuple(coefficient.shape)} is not one number")
     if listed.device is None:
         return
-    if coefficient.device != listed.device:
+    if coefficient.device != listed.device and otherwise is None:
         raise ValueError(
             f"grad_norm.scale_: tensors on different devices: 0 on {listed.device}, "
             f"the coefficient on {coefficient.device}"
         )
-    if choose("grad_norm.scale_", listed.device, listed.obstacle).implementation == "triton":
+    if choose(op, listed.device, listed.obstacle).implementation == "triton":
         from lightning_eff.kernels.grad_norm import kernel
 
-        kernel.scale_(listed, coefficient)
+        kernel.scale_(listed, coefficient.to(listed.device))
     else:
-        reference.scale_(tensors, coefficient)
+        (otherwise or reference.scale_)(tensors, coefficient)
 
 
 def zclip_decide(
