@@ -1,7 +1,7 @@
 """Train a small GPT on the standard library's sources, on CPU in a few minutes, with the suite's callbacks.
 
 Usage:
-    python -m examples.gpt.demo [--steps 800] [--seed 0] [--val-windows 256] [--logdir logs/demo]
+    python -m examples.gpt.demo [--steps 1000] [--seed 0] [--val-windows 256] [--logdir logs/demo]
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def quieten() -> None:
 
 def main(argv: Sequence[str] | None = None) -> Recorder:
     parser = argparse.ArgumentParser(prog="python -m examples.gpt.demo", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same losses (default: %(default)s)")
     parser.add_argument("--val-windows", type=int, default=256, help="windows to validate on (default: %(default)s)")
     parser.add_argument("--logdir", type=Path, default=Path("logs/demo"), help="for TensorBoard (default: %(default)s)")
