@@ -1,6 +1,7 @@
 """ZClip in Lightning: what the contract suite (tests/suite) does not ask of every callback."""
 
 import math
+import socket
 from types import SimpleNamespace
 
 import lightning as L
@@ -304,3 +305,25 @@ def test_charts_are_of_tags_that_are_logged():
     trainer = fit(Model(), zclip, max_steps=2)
     tags = [tag for _, tags in zclip.tensorboard_charts(trainer).values() for tag in tags]
     assert set(tags) == {key for key in trainer.callback_metrics if key.startswith("zclip/")}
+
+
+class AgreeOnSpikes(L.Callback):
+    """The parent of a spawned run learns nothing of its callbacks, so the ranks check for themselves."""
+
+    def __init__(self, zclip):
+        self.zclip = zclip
+
+    def on_train_end(self, trainer, pl_module):
+        spikes = torch.tensor(self.zclip.spikes)
+        assert trainer.world_size == 2
+        assert trainer.strategy.reduce(spikes.float(), reduce_op="sum").item() == 2 * spikes.item() == 2
+
+
+def test_spawned_ranks(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))  # Lightning would choose one and leave it set
+    model = Model(factors=[1.0] * 6 + [1000.0])
+    zclip = ZClip(warmup_steps=4, max_grad_norm=None, z_thresh=10.0)
+    fit(model, zclip, AgreeOnSpikes(zclip), strategy="ddp_spawn", devices=2)
+    assert zclip.spikes == []
