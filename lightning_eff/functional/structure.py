@@ -32,7 +32,7 @@ class Matrix:
     """One unit of work: a weight matrix, or a LoRA pair.
 
     Attributes:
-        name: clean name of the weight; of a LoRA pair the name of the base weight beside it.
+        name: clean name of the weight; of a LoRA pair the name of the frozen base weight beside it.
         parameters: clean names of the parameters that belong together: the weight itself, or the pair (A, B). A LoRA
             pair's base weight is not among them.
         role: what it does in its block: ``"attention"``, ``"ffn"`` or ``"other"``.
@@ -109,7 +109,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
 def select_matrices(
     model: nn.Module, include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None
 ) -> list[Matrix]:
-    """The matrices that patterns select, in the order of definition.
+    """The matrices that patterns select, in the order of definition, trainable or not.
 
     Args:
         model: any module; wrappers (``torch.compile``, DDP) are looked through.
@@ -253,6 +253,7 @@ class _Weight:
     parameters: tuple[str, ...]
     shape: Shape
     bare: bool = False  # not the weight of a layer, but a parameter by itself
+    frozen: bool = False
 
 
 def _weights(path: str, module: nn.Module, *, embeddings: bool = False) -> Iterator[tuple[nn.Parameter, _Weight]]:
@@ -264,8 +265,9 @@ def _weights(path: str, module: nn.Module, *, embeddings: bool = False) -> Itera
         for attribute, parameter in owner._parameters.items():
             if parameter is not None and parameter.ndim >= 2:
                 name = _join(owner_path, attribute)
+                shape = _shape(owner_path, owner, attribute, parameter)
                 bare = not attribute.endswith("weight")
-                yield parameter, _Weight(name, (name,), _shape(owner_path, owner, attribute, parameter), bare)
+                yield parameter, _Weight(name, (name,), shape, bare, frozen=not parameter.requires_grad)
 
 
 def _once(weights: Iterable[tuple[nn.Parameter, _Weight]], seen: set[int]) -> list[_Weight]:
@@ -279,12 +281,11 @@ def _once(weights: Iterable[tuple[nn.Parameter, _Weight]], seen: set[int]) -> li
 
 
 def _shape(path: str, owner: nn.Module, attribute: str, parameter: nn.Parameter) -> Shape:
-    if (
-        isinstance(owner, nn.Linear) and attribute == "weight"
-    ):  # not the parameter's own shape, which may be a packed, quantised one
+    if isinstance(owner, nn.Linear) and attribute == "weight":
+        # Not the parameter's own shape, which may be a packed, quantised one.
         return Shape(path, owner.in_features, owner.out_features)
     if isinstance(owner, _ConvNd):
-        return Shape(path, parameter[0].numel(), parameter.shape[0], linear=False)
+        return Shape(path, parameter.shape[1:].numel(), parameter.shape[0], linear=False)
     return Shape(path, parameter.shape[-2], parameter.shape[-1], directed=False)
 
 
@@ -301,10 +302,13 @@ def _matrices_of_block(path: str, block: nn.Module, seen: set[int]) -> Iterator[
 
 
 def _with_low_rank_pairs(weights: list[_Weight]) -> list[_Weight]:
-    """Put A (r x in) and B (out x r) and the base weight (out x in) into one, where a module holds just those."""
+    """Put A (r x in), B (out x r) and a frozen base weight (out x in) into one, where a module holds just those.
+
+    Were the base weight trained as well, the three could be layers one after the other.
+    """
     modules: dict[str, list[_Weight]] = {}
     for weight in weights:
-        parts = weight.shape.path.split(".")
+        parts = weight.shape.path.split(".") if weight.shape.path else []
         for depth in range(len(parts) + 1):
             modules.setdefault(".".join(parts[:depth]), []).append(weight)
     merged: dict[str, _Weight | None] = {}
@@ -314,7 +318,7 @@ def _with_low_rank_pairs(weights: list[_Weight]) -> list[_Weight]:
             continue
         base = max(inside, key=lambda weight: weight.shape.inputs * weight.shape.outputs)
         factors = [weight for weight in inside if weight is not base]
-        if _are_factors(base.shape, [weight.shape for weight in factors]):
+        if base.frozen and _are_factors(base.shape, [weight.shape for weight in factors]):
             names = tuple(name for weight in factors for name in weight.parameters)
             merged |= dict.fromkeys(names)
             merged[base.name] = _Weight(base.name, names, base.shape)

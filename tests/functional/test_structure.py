@@ -251,7 +251,7 @@ def test_tied_weights_and_shared_blocks_count_once():
 class _PairInModules(nn.Module):
     def __init__(self, inputs, outputs, adapters=1):
         super().__init__()
-        self.base_layer = _linear(inputs, outputs)
+        self.base_layer = _linear(inputs, outputs).requires_grad_(False)
         self.lora_A = nn.ModuleDict({f"a{i}": _linear(inputs, 2 + i) for i in range(adapters)})
         self.lora_B = nn.ModuleDict({f"a{i}": _linear(2 + i, outputs) for i in range(adapters)})
 
@@ -259,6 +259,7 @@ class _PairInModules(nn.Module):
 class _PairOfParameters(nn.Linear):
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
+        self.weight.requires_grad_(False)
         self.down = nn.Parameter(torch.zeros(2, inputs))
         self.up = nn.Parameter(torch.zeros(outputs, 2))
 
@@ -289,6 +290,18 @@ def test_only_some_layers_have_a_low_rank_pair_of_several_adapters():
 
     assert _roles(model) == [{"attention": 4}] * 2
     assert [len(matrix.parameters) for matrix in find_blocks(model)[0].matrices] == [4, 1, 2, 1]
+
+
+def test_a_bottleneck_behind_a_layer_is_no_low_rank_pair():
+    block = lambda: _Block(net=nn.Sequential(_linear(8, 8), _linear(8, 2), nn.ReLU(), _linear(2, 8)))  # noqa: E731
+
+    assert len(find_blocks(_stack(block))[0].matrices) == 3
+
+
+def test_a_pair_at_the_root():
+    pair = _PairOfParameters(8, 8)
+
+    assert [matrix.parameters for matrix in select_matrices(pair, include="*")] == [("down", "up")]
 
 
 def test_wrappers_do_not_show_in_names(pool):
