@@ -221,7 +221,9 @@ class ZClip(Callback):
         cap = self.config.max_grad_norm
         if self._warned_of_cap or cap is None:
             return
-        if state["count"] >= self.config.warmup_steps and state["mean"] > cap:
+        # Norms are high in the first steps of many a healthy run: not before the running mean has forgotten them.
+        settled = self.config.warmup_steps + 5 / (1 - self.config.alpha)
+        if state["count"] >= settled and state["mean"] > cap:
             self._warned_of_cap = True
             warnings.warn(
                 f"the mean gradient norm is {float(state['mean']):.3g}, above ZClip(max_grad_norm={cap}): nearly every "

@@ -254,8 +254,12 @@ def test_a_training_step_without_a_loss_is_not_a_norm_of_zero():
 
 def test_a_cap_below_the_healthy_norms_is_reported_once():
     with pytest.warns(UserWarning, match=r"mean gradient norm is .* above ZClip\(max_grad_norm=0.001\)") as warned:
-        fit(Model(), ZClip(max_grad_norm=0.001, warmup_steps=2))
+        fit(Model(), ZClip(max_grad_norm=0.001, warmup_steps=2, alpha=0.1))
     assert len([w for w in warned if "mean gradient norm" in str(w.message)]) == 1
+
+
+def test_a_cap_below_the_norms_of_the_first_steps_is_not_reported():
+    fit(Model(), ZClip(max_grad_norm=0.001, warmup_steps=2))
 
 
 def test_gradient_clip_val_is_refused():
