@@ -139,7 +139,7 @@ def tensor_stats(listed: TensorList, copies: TensorList | None, update: Tensor |
             _partials[(table.chunks,)](
                 table.addresses, table.numels, table.codes, table.owners, table.positions, copied, flag, partials,
                 table.chunks, WITH_COPY=copies is not None, WITH_UPDATE=update is not None,
-                CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8, **OPTIONS,
+                CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4, **OPTIONS,
             )  # fmt: skip
         _finish[(len(listed.numels), 3)](
             partials, table.firsts, out, table.chunks, len(listed.numels), BLOCK=FINISH_BLOCK, num_warps=4, **OPTIONS
@@ -152,12 +152,11 @@ def compile_cases() -> list[CompileCase]:
     arguments = {**TABLE_ARGUMENTS, "copies": "*i64", "update": "*i32", "partials": "*fp32", "chunks": "i32"}
     finish = {"partials": "*fp32", "firsts": "*i32", "out": "*fp64", "chunks": "i32", "tensors": "i32"}
     sizes = {"CHUNK": CHUNK, "BLOCK": BLOCK}
-    # 256 threads, 2048 elements: two loads of 4 floats for each thread, or one of 8 halves for each 16-bit dtype; the
-    # copy's as well.
+    # 16 elements for each thread: four loads of 4 floats, or two of 8 halves for each 16-bit dtype; the copy's as well.
     plain = {"WITH_COPY": False, "WITH_UPDATE": False, **sizes}
     change = {"WITH_COPY": True, "WITH_UPDATE": True, **sizes}
     return [
-        CompileCase(_partials, "partials", arguments, plain, 8, 2 + 1 + 1),
-        CompileCase(_partials, "partials, with change", arguments, change, 8, 2 * (2 + 1 + 1)),
+        CompileCase(_partials, "partials", arguments, plain, 4, 4 + 2 + 2),
+        CompileCase(_partials, "partials, with change", arguments, change, 4, 2 * (4 + 2 + 2)),
         CompileCase(_finish, "finish", finish, {"BLOCK": FINISH_BLOCK}, 4),
     ]
