@@ -270,7 +270,8 @@ def row_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bo
             ),
             # cast up, add, zero rows, copy to E, zero G, write the rows
             "torch indexing": Provider(
-                scattered(row_pack.reference.scatter_rows_), 2 * n + (16 + casts * 8) * elements + k * (2 * dtype.itemsize + 4)
+                scattered(row_pack.reference.scatter_rows_),
+                2 * n + (16 + casts * 8) * elements + k * (2 * dtype.itemsize + 4),
             ),
         },
         truth,

@@ -14,7 +14,7 @@ from lightning_eff.kernels.tables import TensorList, inspect, stream_of, to_devi
 ROWS = 32
 """Rows that one program of a kernel takes."""
 
-MAX_COLUMNS = 2**26  # a block's offsets are 32-bit numbers
+MAX_COLUMNS = 2**25  # the offsets within a block of rows are 32-bit numbers
 
 _CACHE_SIZE = 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from lightning_eff.kernels import CompiledKernel, compile_report
 from lightning_eff.kernels.dispatch import ENVIRONMENT_VARIABLE
 
-pytest.importorskip("triton")
+# Without Triton there is nothing to hold to the references, and what is left is that the package works without it.
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_[!d]*.py"]
 
 
 @pytest.fixture

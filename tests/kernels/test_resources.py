@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -54,6 +55,24 @@ def test_the_measure_tells_a_naive_kernel_apart(tmp_path_factory: pytest.TempPat
         check=True,
     )
     assert done.stdout.strip() == "0"
+
+
+def test_the_launchers_pass_what_the_kernels_take(tmp_path_factory: pytest.TempPathFactory) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("launched"))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.launch_path"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [
+        "_count",
+        "_decide",
+        "_finish",
+        "_pack",
+        "_partials",
+        "_scale",
+        "_scatter",
+        "_sketch",
+    ]
 
 
 def test_a_target_that_is_none_is_refused() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_eff.kernels.alignment import reference
 from lightning_eff.kernels.dispatch import choose
+from lightning_eff.kernels.matrices import MAX_COLUMNS
 from lightning_eff.kernels.tables import inspect
 
 __all__ = ["MAX_BINS", "AlignmentStats", "alignment_stats"]
@@ -81,7 +82,7 @@ def alignment_stats(x: Tensor, v: Tensor, *, bins: int = 32, eps: float = 1e-6) 
     obstacle = None
     if listed.codes[0] < 0:
         obstacle = f"x has dtype {x.dtype}; kernels take float32, bfloat16 and float16"
-    elif rows.stride(1) != 1 or rows.data_ptr() != x.data_ptr():
+    elif rows.stride(1) != 1 or rows.stride(0) >= MAX_COLUMNS or rows.data_ptr() != x.data_ptr():
         obstacle = f"x of shape {tuple(x.shape)} has strides {x.stride()}"
     direction = v.to(torch.float32).contiguous()
     if len(rows) == 0:
