@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_eff.kernels.tables import TensorList, inspect, stream_of, to_device
+from lightning_eff.kernels.tables import CACHE_SIZE, TensorList, inspect, stream_of, to_device
 
 ROWS = 32
 """Rows that one program of a kernel takes."""
 
 MAX_COLUMNS = 2**25  # the offsets within a block of rows are 32-bit numbers
-
-_CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,6 @@ class MatrixList:
 
     listed: TensorList
     shapes: tuple[tuple[int, int], ...]
-
-    @property
-    def total_rows(self) -> int:
-        """Rows of all matrices."""
-        return sum(rows for rows, _ in self.shapes)
 
 
 def inspect_matrices(op: str, matrices: Sequence[Tensor]) -> MatrixList:
@@ -97,50 +90,26 @@ def inspect_errors(op: str, errors: Sequence[Tensor], matrices: MatrixList) -> M
     return kept
 
 
-_layouts: OrderedDict[object, MatrixTable] = OrderedDict()
-_addresses: OrderedDict[object, tuple[tuple[int, ...], Tensor]] = OrderedDict()
-
-
 def matrix_table(matrices: MatrixList) -> MatrixTable:
-    """The table of a non-empty list: everything but the addresses, kept from call to call."""
+    """The table of a non-empty list: everything but the addresses."""
     device = matrices.listed.device
     assert device is not None
-    key = (device, stream_of(device), matrices.shapes, matrices.listed.codes)
-    table = _layouts.get(key)
-    if table is None:
-        table = _layouts[key] = _new_table(matrices, device)
-        if len(_layouts) > _CACHE_SIZE:
-            _layouts.popitem(last=False)
-    else:
-        _layouts.move_to_end(key)
-    return table
+    return _table(device, stream_of(device), matrices.shapes, matrices.listed.codes)
 
 
-def address_table(matrices: MatrixList, role: str = "") -> Tensor:
-    """int64 (matrices,) on the device: where they lie now. ``role`` tells lists of equal shapes apart."""
-    device = matrices.listed.device
-    assert device is not None
-    key = (role, device, stream_of(device), matrices.shapes, matrices.listed.codes)
-    cached = _addresses.get(key)
-    if cached is None or cached[0] != matrices.listed.addresses:
-        cached = (matrices.listed.addresses, to_device(matrices.listed.addresses, torch.int64, device))
-        _addresses[key] = cached
-        if len(_addresses) > _CACHE_SIZE:
-            _addresses.popitem(last=False)
-    _addresses.move_to_end(key)
-    return cached[1]
-
-
-def _new_table(matrices: MatrixList, device: torch.device) -> MatrixTable:
-    rows = torch.tensor([shape[0] for shape in matrices.shapes])
-    columns = torch.tensor([shape[1] for shape in matrices.shapes])
+@functools.lru_cache(CACHE_SIZE)
+def _table(
+    device: torch.device, stream: int, shapes: tuple[tuple[int, int], ...], codes: tuple[int, ...]
+) -> MatrixTable:
+    rows = torch.tensor([shape[0] for shape in shapes])
+    columns = torch.tensor([shape[1] for shape in shapes])
     counts = (rows + ROWS - 1) // ROWS
     firsts = torch.cumsum(counts, 0) - counts
     owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return MatrixTable(
         rows=to_device(rows, torch.int32, device),
         columns=to_device(columns, torch.int32, device),
-        codes=to_device(matrices.listed.codes, torch.int32, device),
+        codes=to_device(codes, torch.int32, device),
         first_rows=to_device(torch.cumsum(rows, 0) - rows, torch.int64, device),
         owners=to_device(owners, torch.int32, device),
         positions=to_device(torch.arange(len(owners)) - firsts[owners], torch.int32, device),

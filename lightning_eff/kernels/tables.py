@@ -1,12 +1,13 @@
 """Lists of tensors as one table that a single launch can read: addresses, sizes and dtypes, cut into fixed chunks.
 
 Gradients move: ``zero_grad(set_to_none=True)`` frees them every step, and a kernel that reads last step's addresses
-reads freed memory. So the addresses are compared on every call, and only what they do not change is kept.
+reads freed memory. So what is kept from call to call is a function of what it was made from, compared on every call:
+sizes and dtypes for the map of the chunks, the addresses for their own table.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 16384
 """Elements that one program of a kernel reads: fixed, since it sets the order of the sums."""
 
-_CACHE_SIZE = 64
+CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,9 @@ def is_gapless(tensor: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """A list of tensors on the device, cut into chunks of ``CHUNK`` elements.
+    """How a list of tensors is cut into chunks of ``CHUNK`` elements; everything but the addresses.
 
     Attributes:
-        addresses: int64 (tensors,).
         numels: int64 (tensors,).
         codes: int32 (tensors,), see ``DTYPE_CODES``.
         owners: int32 (chunks,), the tensor that a chunk belongs to.
@@ -111,7 +111,6 @@ class ChunkTable:
         chunks: how many there are. Zero-size tensors have none.
     """
 
-    addresses: Tensor
     numels: Tensor
     codes: Tensor
     owners: Tensor
@@ -121,42 +120,33 @@ class ChunkTable:
 
 
 def stream_of(device: torch.device) -> int:
-    """The current stream's number, part of every cache's key.
+    """The current stream's number, part of every table's key.
 
     A table filled by a copy on one stream must not be read on another before that copy is done.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-_layouts: OrderedDict[object, tuple[tuple[int, ...], ChunkTable]] = OrderedDict()
-
-
-def chunk_table(listed: TensorList, role: str = "") -> ChunkTable:
-    """The table of a non-empty list, from the cache where neither sizes nor addresses have changed.
-
-    Args:
-        listed: what :func:`inspect` has read.
-        role: tells lists of equal sizes apart that are used in turn, so that each finds its own addresses again.
-    """
+def address_table(listed: TensorList) -> Tensor:
+    """int64 (tensors,) on the device: where the tensors lie now."""
     assert listed.device is not None
-    key = (role, listed.device, stream_of(listed.device), listed.numels, listed.codes)
-    cached = _layouts.get(key)
-    if cached is not None:
-        _layouts.move_to_end(key)
-        addresses, table = cached
-        if addresses == listed.addresses:
-            return table
-        table = ChunkTable(**{**vars(table), "addresses": to_device(listed.addresses, torch.int64, listed.device)})
-    else:
-        table = _new_table(listed, listed.device)
-    _layouts[key] = (listed.addresses, table)
-    if len(_layouts) > _CACHE_SIZE:
-        _layouts.popitem(last=False)
-    return table
+    return _addresses(listed.device, stream_of(listed.device), listed.addresses)
 
 
-def _new_table(listed: TensorList, device: torch.device) -> ChunkTable:
-    numels = torch.tensor(listed.numels, dtype=torch.int64)
+@functools.lru_cache(CACHE_SIZE)
+def _addresses(device: torch.device, stream: int, addresses: tuple[int, ...]) -> Tensor:
+    return to_device(addresses, torch.int64, device)
+
+
+def chunk_table(listed: TensorList) -> ChunkTable:
+    """The chunks of a non-empty list."""
+    assert listed.device is not None
+    return _chunks(listed.device, stream_of(listed.device), listed.numels, listed.codes)
+
+
+@functools.lru_cache(CACHE_SIZE)
+def _chunks(device: torch.device, stream: int, sizes: tuple[int, ...], codes: tuple[int, ...]) -> ChunkTable:
+    numels = torch.tensor(sizes, dtype=torch.int64)
     counts = (numels + CHUNK - 1) // CHUNK
     firsts = torch.zeros(len(counts) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=firsts[1:])
@@ -164,13 +154,12 @@ def _new_table(listed: TensorList, device: torch.device) -> ChunkTable:
     owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
     positions = torch.arange(chunks) - firsts[owners]
     return ChunkTable(
-        to_device(listed.addresses, torch.int64, device),
-        to_device(numels, torch.int64, device),
-        to_device(listed.codes, torch.int32, device),
-        to_device(owners, torch.int32, device),
-        to_device(positions, torch.int32, device),
-        to_device(firsts, torch.int32, device),
-        chunks,
+        numels=to_device(numels, torch.int64, device),
+        codes=to_device(codes, torch.int32, device),
+        owners=to_device(owners, torch.int32, device),
+        positions=to_device(positions, torch.int32, device),
+        firsts=to_device(firsts, torch.int32, device),
+        chunks=chunks,
     )
 
 

@@ -75,12 +75,12 @@ def test_a_gradient_that_moved_is_read_where_it_is(device: torch.device) -> None
 
 
 def test_the_table_is_kept_while_nothing_moves(device: torch.device) -> None:
-    values = [random_like((5000,), torch.float32, device)]
-    tables_of_values = [tables.chunk_table(tables.inspect("test", values)) for _ in range(2)]
-    assert tables_of_values[0] is tables_of_values[1]
-    moved = tables.chunk_table(tables.inspect("test", [values[0].clone()]))
-    assert moved.owners is tables_of_values[0].owners
-    assert moved.addresses is not tables_of_values[0].addresses
+    values = random_like((5000,), torch.float32, device)
+    first, again, moved = (tables.inspect("test", [tensor]) for tensor in (values, values, values.clone()))
+    assert tables.address_table(first) is tables.address_table(again)
+    assert tables.address_table(first).tolist() == [values.data_ptr()]
+    assert tables.chunk_table(first) is tables.chunk_table(moved)
+    assert tables.address_table(moved).tolist() == list(moved.addresses) != list(first.addresses)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, TABLE_ARGUMENTS, CompileCase, typed_pointer
 from lightning_eff.kernels.grad_norm import zclip_kernel
-from lightning_eff.kernels.tables import CHUNK, TensorList, chunk_table
+from lightning_eff.kernels.tables import CHUNK, TensorList, address_table, chunk_table
 
 BLOCK = 4096
 SCALE_BLOCK = 2048  # it holds what it reads until it has written: smaller, for fewer registers
@@ -131,7 +131,7 @@ def sum_of_squares(listed: TensorList) -> Tensor:
     with torch.cuda.device_of(total):
         if table.chunks:
             _partials[(table.chunks,)](
-                table.addresses, table.numels, table.codes, table.owners, table.positions, partials,
+                address_table(listed), table.numels, table.codes, table.owners, table.positions, partials,
                 CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8, **OPTIONS,
             )  # fmt: skip
         _finish[(1,)](partials, table.chunks, total, BLOCK=FINISH_BLOCK, num_warps=8, **OPTIONS)
@@ -145,7 +145,7 @@ def scale_(listed: TensorList, coefficient: Tensor) -> None:
         return
     with torch.cuda.device_of(coefficient):
         _scale[(min(table.chunks, SCALE_PROGRAMS),)](
-            table.addresses, table.numels, table.codes, table.owners, table.positions, table.chunks, coefficient,
+            address_table(listed), table.numels, table.codes, table.owners, table.positions, table.chunks, coefficient,
             CHUNK=CHUNK, BLOCK=SCALE_BLOCK, num_warps=4, **OPTIONS,
         )  # fmt: skip
 

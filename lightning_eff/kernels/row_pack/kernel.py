@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, CompileCase, typed_pointer
-from lightning_eff.kernels.matrices import MatrixList, address_table, matrix_table
+from lightning_eff.kernels.matrices import MatrixList, matrix_table
 from lightning_eff.kernels.row_pack.layout import pack_layout
+from lightning_eff.kernels.tables import address_table
 
 BLOCK = 1024
 WARPS = 2
@@ -177,14 +178,14 @@ def pack_rows(
 ) -> Tensor:
     """Launch `_pack` over lists that have been inspected."""
     device = selected.device
-    table, addresses = matrix_table(matrices), address_table(matrices)
+    table, addresses = matrix_table(matrices), address_table(matrices.listed)
     layout = pack_layout(matrices.shapes, counts, device)
     buffer = torch.empty(layout.buffer_numel, dtype=dtype, device=device)
     if layout.buffer_numel == 0:
         return buffer
     with torch.cuda.device_of(buffer):
         _pack[(len(selected),)](
-            addresses, addresses if errors is None else address_table(errors, "errors"), table.rows, table.columns,
+            addresses, addresses if errors is None else address_table(errors.listed), table.rows, table.columns,
             table.codes, layout.first_rows, layout.slot_owners, layout.local_slots, layout.buffer_offsets, selected,
             buffer, float(divisor), WITH_ERROR=errors is not None, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
@@ -201,7 +202,7 @@ def scatter_rows_(
 ) -> None:
     """Launch `_scatter` over lists that have been inspected."""
     device = selected.device
-    table, addresses = matrix_table(matrices), address_table(matrices)
+    table, addresses = matrix_table(matrices), address_table(matrices.listed)
     layout = pack_layout(matrices.shapes, counts, device)
     if table.total_rows == 0:
         return
@@ -210,7 +211,7 @@ def scatter_rows_(
     flag = slots if update is None else update.to(torch.int32)
     with torch.cuda.device_of(buffer):
         _scatter[(table.total_rows,)](
-            addresses, addresses if errors is None else address_table(errors, "errors"), table.columns, table.codes,
+            addresses, addresses if errors is None else address_table(errors.listed), table.columns, table.codes,
             layout.first_rows, layout.row_owners, layout.buffer_offsets, slots, flag, buffer,
             WITH_ERROR=errors is not None, WITH_UPDATE=update is not None, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_eff.kernels.tables import stream_of, to_device
-
-_CACHE_SIZE = 64
+from lightning_eff.kernels.tables import CACHE_SIZE, stream_of, to_device
 
 
 @dataclass(frozen=True)
@@ -37,23 +35,15 @@ class PackLayout:
     buffer_numel: int
 
 
-_layouts: OrderedDict[object, PackLayout] = OrderedDict()
-
-
 def pack_layout(shapes: Sequence[tuple[int, int]], counts: Sequence[int], device: torch.device) -> PackLayout:
-    """The layout for matrices of these shapes, of which ``counts`` rows each are selected; kept from call to call."""
-    key = (tuple(shapes), tuple(counts), device, stream_of(device))
-    layout = _layouts.get(key)
-    if layout is None:
-        layout = _layouts[key] = _new_layout(shapes, counts, device)
-        if len(_layouts) > _CACHE_SIZE:
-            _layouts.popitem(last=False)
-    else:
-        _layouts.move_to_end(key)
-    return layout
+    """The layout for matrices of these shapes, of which ``counts`` rows each are selected."""
+    return _layout(device, stream_of(device), tuple(shapes), tuple(counts))
 
 
-def _new_layout(shapes: Sequence[tuple[int, int]], counts: Sequence[int], device: torch.device) -> PackLayout:
+@functools.lru_cache(CACHE_SIZE)
+def _layout(
+    device: torch.device, stream: int, shapes: tuple[tuple[int, int], ...], counts: tuple[int, ...]
+) -> PackLayout:
     rows = torch.tensor([shape[0] for shape in shapes], dtype=torch.int64)
     columns = torch.tensor([shape[1] for shape in shapes], dtype=torch.int64)
     selected = torch.tensor(counts, dtype=torch.int64)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, CompileCase, typed_pointer
-from lightning_eff.kernels.matrices import ROWS, MatrixList, address_table, matrix_table
-from lightning_eff.kernels.tables import to_device
+from lightning_eff.kernels.matrices import ROWS, MatrixList, matrix_table
+from lightning_eff.kernels.tables import address_table, to_device
 
 COLUMNS = 64
 RANK = 16  # what a matrix unit takes at least; columns of V beyond the rank are computed and not stored
@@ -146,14 +146,14 @@ def row_sketch(matrices: MatrixList, errors: MatrixList | None, rank: int, seed:
     device = matrices.listed.device
     assert device is not None
     table = matrix_table(matrices)
-    addresses = address_table(matrices)
+    addresses = address_table(matrices.listed)
     out = torch.empty((table.total_rows, rank), dtype=torch.float32, device=device)
     if table.blocks == 0:
         return out
     numbers = to_device([_signed(stream) for stream in streams], torch.int32, device)
     with torch.cuda.device_of(out):
         _sketch[(table.blocks,)](
-            addresses, addresses if errors is None else address_table(errors, "errors"), table.rows, table.columns,
+            addresses, addresses if errors is None else address_table(errors.listed), table.rows, table.columns,
             table.codes, table.first_rows, numbers, table.owners, table.positions, out,
             _signed(seed & 0xFFFFFFFF), _signed(seed >> 32), rank,
             WITH_ERROR=errors is not None, ROWS=ROWS, COLUMNS=COLUMNS, RANK=RANK, num_warps=4, **OPTIONS,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, TABLE_ARGUMENTS, CompileCase, typed_pointer
-from lightning_eff.kernels.tables import CHUNK, TensorList, chunk_table
+from lightning_eff.kernels.tables import CHUNK, TensorList, address_table, chunk_table
 
 BLOCK = 2048
 FINISH_BLOCK = 512
@@ -132,12 +132,12 @@ def tensor_stats(listed: TensorList, copies: TensorList | None, update: Tensor |
     table = chunk_table(listed)
     out = torch.empty((3, len(listed.numels)), dtype=torch.float64, device=listed.device)
     partials = torch.empty((3, table.chunks), dtype=torch.float32, device=listed.device)
-    copied = table.addresses if copies is None else chunk_table(copies, "copies").addresses
+    copied = address_table(copies or listed)
     flag = table.codes if update is None else update.to(torch.int32)
     with torch.cuda.device_of(out):
         if table.chunks:
             _partials[(table.chunks,)](
-                table.addresses, table.numels, table.codes, table.owners, table.positions, copied, flag, partials,
+                address_table(listed), table.numels, table.codes, table.owners, table.positions, copied, flag, partials,
                 table.chunks, WITH_COPY=copies is not None, WITH_UPDATE=update is not None,
                 CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4, **OPTIONS,
             )  # fmt: skip
