@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
+import multiprocessing
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import lightning as L
@@ -82,8 +85,8 @@ def cost(steps: int, rounds: int, batch_size: int) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
 
         def run(clip: str, model: GPTModule = model, fused: bool = fused) -> float:
-            times = StepTimes(warmup=2)
-            trainer = trainer_for(clip, fused, times, max_steps=steps + 2)
+            times = StepTimes(warmup=1)
+            trainer = trainer_for(clip, fused, times, max_steps=steps + 1)
             trainer.fit(model, data)
             return times.median
 
@@ -162,49 +165,47 @@ def loss_spikes(losses: list[float], window: int = 30, height: float = 0.3) -> i
     return spikes
 
 
-def worth(steps: int, rates: list[float], seeds: int) -> None:
-    """Train the 1 M GPT without a warm-up of the rate at rates from healthy to too high."""
-    rows = []
-    curves = []
-    for lr in rates:
-        for name, arguments in WORTH.items():
-            for seed in range(seeds):
-                L.seed_everything(seed, verbose=False)
-                config = GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128)
-                model = GPTModule(config, lr=lr, schedule="constant", warmup_steps=0, fused=True, weight_decay=0.1)
-                data = TextDataModule(block_size=128, batch_size=16, val_windows=256, seed=seed)
-                extra = arguments()
-                record = Losses()
-                callbacks = [record, *extra.pop("callbacks", [])]
-                zclip = next((callback for callback in callbacks if isinstance(callback, ZClip)), None)
-                trainer = L.Trainer(
-                    devices=1, max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET, **extra
-                )
-                trainer.fit(model, data)
-                validation = L.Trainer(devices=1, **QUIET).validate(model, data, verbose=False)[0]["val_loss"]
-                losses = [loss.item() for loss in record.losses]
-                rows.append(
-                    {
-                        "lr": lr,
-                        "clip": name,
-                        "seed": seed,
-                        "steps": steps,
-                        "val_loss": round(validation, 4),
-                        "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
-                        "loss_spikes": loss_spikes(losses),
-                        "steps_clipped_as_spikes": zclip.spikes[0] if zclip else "",
-                    }
-                )
-                curves.append((lr, name, seed, losses))
-                CONSOLE.print(rows[-1])
+def train(lr: float, clip: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
+    """One run of the 1 M GPT on one thread: its row and the loss of every step."""
+    torch.set_num_threads(1)
+    quiet_lightning()
+    L.seed_everything(seed, verbose=False)
+    model = GPTModule(GPTConfig(block_size=128), lr=lr, schedule="constant", warmup_steps=0, fused=True)
+    data = TextDataModule(block_size=128, batch_size=16, val_windows=256, seed=seed)
+    arguments = WORTH[clip]()
+    record = Losses()
+    callbacks = [record, *arguments.pop("callbacks", [])]
+    trainer = L.Trainer(devices=1, max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET, **arguments)
+    trainer.fit(model, data)
+    val_loss = L.Trainer(devices=1, **QUIET).validate(model, data, verbose=False)[0]["val_loss"]
+    losses = [loss.item() for loss in record.losses]
+    row = {
+        "lr": lr,
+        "clip": clip,
+        "seed": seed,
+        "steps": steps,
+        "val_loss": round(val_loss, 4),
+        "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
+        "loss_spikes": loss_spikes(losses),
+        "steps_clipped_as_spikes": sum(sum(c.spikes) for c in callbacks if isinstance(c, ZClip)),
+    }
+    return row, losses
+
+
+def worth(steps: int, rates: list[float], seeds: int, workers: int) -> None:
+    """Train the 1 M GPT without a warm-up of the rate, at rates from high to far too high."""
+    runs = [(lr, clip, seed, steps) for lr in rates for clip in WORTH for seed in range(seeds)]
+    rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for row, losses in pool.map(train, *zip(*runs, strict=True)):
+            rows.append(row)
+            about = {name: row[name] for name in ("lr", "clip", "seed")}
+            curves += [{**about, "step": s, "train_loss": round(losses[s], 4)} for s in range(0, steps, 5)]
+            CONSOLE.print(row)
     show("Worth of clipping", rows)
     CONSOLE.print(write_rows("zclip_worth", rows))
-    curve_rows = [
-        {"lr": lr, "clip": name, "seed": seed, "step": step, "train_loss": round(losses[step], 4)}
-        for lr, name, seed, losses in curves
-        for step in range(0, len(losses), 5)
-    ]
-    CONSOLE.print(write_rows("zclip_worth_curves", curve_rows))
+    CONSOLE.print(write_rows("zclip_worth_curves", curves))
 
 
 # --- lock-in ---------------------------------------------------------------------------------------------------------
@@ -242,6 +243,13 @@ def lock_in() -> None:
     CONSOLE.print(write_rows("zclip_lock_in", rows))
 
 
+def quiet_lightning() -> None:
+    """Only the figures: no advice about data workers, devices or the cap, which is part of the experiment."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (".*does not have many workers", "the mean gradient norm", ".*LeafSpec"):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title, caption=", ".join(provenance().values()))
     for row in rows:
@@ -252,18 +260,18 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("cost", "worth", "lock-in"))
-    parser.add_argument("--steps", type=int, help="training steps of a run (cost: 6, worth: 400)")
-    parser.add_argument("--rounds", type=int, default=11, help="cost: how often each variant is measured")
-    parser.add_argument("--batch-size", type=int, default=8, help="cost: sequences of 256 bytes a step")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 2e-2], help="worth: learning rates")
+    parser.add_argument("--steps", type=int, help="training steps of a run (cost: 5, worth: 300)")
+    parser.add_argument("--rounds", type=int, default=9, help="cost: how often each variant is measured")
+    parser.add_argument("--batch-size", type=int, default=4, help="cost: sequences of 256 bytes a step")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.1, 0.3], help="worth: learning rates")
     parser.add_argument("--seeds", type=int, default=3, help="worth: number of seeds")
+    parser.add_argument("--workers", type=int, default=2, help="worth: runs at a time, one thread each")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message="the mean gradient norm")
+    quiet_lightning()
     if arguments.part == "cost":
-        cost(arguments.steps or 6, arguments.rounds, arguments.batch_size)
+        cost(arguments.steps or 5, arguments.rounds, arguments.batch_size)
     elif arguments.part == "worth":
-        worth(arguments.steps or 400, arguments.rates, arguments.seeds)
+        worth(arguments.steps or 300, arguments.rates, arguments.seeds, arguments.workers)
     else:
         lock_in()
 
