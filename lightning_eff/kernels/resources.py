@@ -11,8 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import lightning_eff
-
 
 class CompiledKernel(NamedTuple):
     """One kernel compiled for one target.
@@ -61,7 +59,7 @@ def compile_report(target: str = "cuda:90") -> list[CompiledKernel]:
     if re.fullmatch(r"cuda:\d+|hip:gfx\w+", target) is None:
         raise ValueError(f"target={target!r} is not allowed: it must be like 'cuda:90' or 'hip:gfx942'")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_INTERPRET")}
-    package = Path(lightning_eff.__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parents[2]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), environment.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as cache:
         environment["TRITON_CACHE_DIR"] = cache
