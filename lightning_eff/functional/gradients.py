@@ -14,10 +14,6 @@ from torch import Tensor
 
 from lightning_eff.kernels import grad_norm
 
-CPU_BLOCK = 2**15
-"""Elements that the CPU's norm sums into one float32 before the float64 sum over blocks: it adds one after the other,
-and over 16 million equal elements lost 1 % of the norm. On a GPU the reduction is a tree."""
-
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor, without importing ``torch.distributed.tensor`` for those who have none."""
@@ -62,25 +58,12 @@ def local_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squared elements of a non-empty list of dense tensors, as a 0-d tensor on the first one's device.
 
-    Each tensor is accumulated in float32 (float64 for float64 tensors) whatever its own dtype, since a norm taken in
-    float16 overflows and one taken in bfloat16 has three digits; the sum over tensors (on the CPU: over blocks of
-    ``CPU_BLOCK`` elements) is taken in float64 (float32 on MPS). On a GPU one kernel does so in one pass over all
-    tensors that it can take, see :mod:`lightning_eff.kernels.grad_norm`.
+    Accumulated in float32 (float64 for float64 tensors) whatever the tensors' own dtype, since a norm taken in float16
+    overflows and one taken in bfloat16 has three digits; over tensors in float64 (float32 on MPS). On a GPU one kernel
+    reads them all once, see :mod:`lightning_eff.kernels.grad_norm`.
     """
-    return grad_norm.sum_of_squares(tensors, otherwise=_sum_of_squares)
-
-
-def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    device = tensors[0].device
-    dtype = statistics_dtype(device)
-    total = torch.zeros((), dtype=dtype, device=device)
-    for group in _by_device_and_dtype(tensors):
-        accumulate = torch.float64 if group[0].dtype == torch.float64 else torch.float32
-        if group[0].device.type == "cpu":
-            group = [block for tensor in group for block in torch.split(tensor.reshape(-1), CPU_BLOCK)]
-        norms = torch.stack(torch._foreach_norm(group, 2, dtype=accumulate))
-        total += norms.to(device=device, dtype=dtype).square().sum()
-    return total
+    first, *others = [grad_norm.sum_of_squares(group) for group in _by_device(tensors)]
+    return sum((square.to(first.device) for square in others), first)
 
 
 def global_grad_norm(parameters: Sequence[Tensor]) -> Tensor | None:
@@ -131,27 +114,17 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bo
     Args:
         tensors: dense tensors of any shapes, devices and floating dtypes.
         coefficient: 0-d tensor.
-        zero_nonfinite: first replace NaN and infinite elements by 0, so that a coefficient of 0 gives zeros and not
-            the NaN of ``inf * 0``. One more pass over the tensors; a kernel, which never reads them for a coefficient
-            of 0 nor at all for one of 1, needs none.
+        zero_nonfinite: the coefficient is 0 where an element is NaN or infinite, and the result is to be 0 and not
+            the NaN of ``inf * 0``. One more pass over the tensors; the kernel, which never reads them for a
+            coefficient of 0 nor at all for one of 1, needs none.
     """
-    grad_norm.scale_(tensors, coefficient, otherwise=lambda some, factor: _scale_(some, factor, zero_nonfinite))
+    for group in _by_device(tensors):
+        grad_norm.scale_(group, coefficient.to(group[0].device), zero_nonfinite=zero_nonfinite)
 
 
-def _scale_(tensors: Sequence[Tensor], coefficient: Tensor, zero_nonfinite: bool) -> None:
-    for group in _by_device_and_dtype(tensors):
-        if zero_nonfinite:
-            for tensor in group:
-                tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-        # 16-bit gradients are scaled by a float32 coefficient: rounding it to bfloat16 would miss by up to 0.4 %.
-        dtype = torch.float64 if group[0].dtype == torch.float64 else torch.float32
-        torch._foreach_mul_(group, coefficient.to(device=group[0].device, dtype=dtype))
-
-
-def _by_device_and_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors in groups that one ``torch._foreach`` call can take; complex ones as pairs of reals."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups on one device; complex ones as pairs of reals."""
+    groups: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        groups.setdefault((real.device, real.dtype), []).append(real)
+        groups.setdefault(tensor.device, []).append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
     return list(groups.values())

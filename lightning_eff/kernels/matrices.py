@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,9 +62,7 @@ def inspect_matrices(op: str, matrices: Sequence[Tensor]) -> MatrixList:
             raise ValueError(f"{op}: tensor {index} of shape {tuple(matrix.shape)} is no matrix: reshape it")
     shapes = tuple((matrix.shape[0], matrix.shape[1]) for matrix in matrices)
     if listed.obstacle is None and any(columns >= MAX_COLUMNS for _, columns in shapes):
-        listed = TensorList(
-            listed.device, listed.addresses, listed.numels, listed.codes, f"more than {MAX_COLUMNS} columns"
-        )
+        listed = replace(listed, obstacle=f"more than {MAX_COLUMNS} columns")
     return MatrixList(listed, shapes)
 
 

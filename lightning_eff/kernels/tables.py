@@ -28,21 +28,26 @@ class TensorList:
     """What a call needs to know of its tensors, read in one walk over them.
 
     Attributes:
+        tensors: the list itself.
         device: of all tensors; None for an empty list.
-        addresses: ``data_ptr`` of each.
         numels: elements of each.
         codes: number of each one's dtype in ``DTYPE_CODES``, -1 for a dtype that kernels do not take.
         obstacle: why kernels cannot take the list, None if they can.
     """
 
+    tensors: Sequence[Tensor]
     device: torch.device | None
-    addresses: tuple[int, ...]
     numels: tuple[int, ...]
     codes: tuple[int, ...]
     obstacle: str | None
 
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """``data_ptr`` of each, read anew: only a kernel asks for them, and a fake tensor has none."""
+        return tuple(tensor.data_ptr() for tensor in self.tensors)
 
-def inspect(op: str, tensors: Sequence[Tensor], *, strided: bool = True, refuse: bool = True) -> TensorList:
+
+def inspect(op: str, tensors: Sequence[Tensor], *, strided: bool = True) -> TensorList:
     """Read a list of tensors, and refuse what no implementation could give a right number for.
 
     Args:
@@ -50,20 +55,14 @@ def inspect(op: str, tensors: Sequence[Tensor], *, strided: bool = True, refuse:
         tensors: dense floating tensors on one device, of any shapes.
         strided: whether a permuted but gapless tensor (channels last, a transpose) is an obstacle for kernels. A
             sum over all elements does not mind their order.
-        refuse: raise where no implementation of this package could give a right number; else call it an obstacle.
 
     Raises:
         TypeError: something is no tensor, sparse, or not of a floating dtype.
         ValueError: the tensors are on different devices.
     """
-    if not refuse:
-        try:
-            return inspect(op, tensors, strided=strided)
-        except (TypeError, ValueError) as error:
-            return TensorList(tensors[0].device, (), (), (), str(error))
     device: torch.device | None = None
     obstacle: str | None = None
-    addresses, numels, codes = [], [], []
+    numels, codes = [], []
     for index, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: item {index} is a {type(tensor).__name__}, not a tensor")
@@ -81,10 +80,9 @@ def inspect(op: str, tensors: Sequence[Tensor], *, strided: bool = True, refuse:
             obstacle = f"tensor {index} has dtype {dtype}; kernels take float32, bfloat16 and float16"
         elif not tensor.is_contiguous() and (strided or not is_gapless(tensor)):
             obstacle = f"tensor {index} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous"
-        addresses.append(tensor.data_ptr())
         numels.append(tensor.numel())
         codes.append(code)
-    return TensorList(device, tuple(addresses), tuple(numels), tuple(codes), obstacle)
+    return TensorList(tensors, device, tuple(numels), tuple(codes), obstacle)
 
 
 def is_gapless(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ are to be zeroed (coefficient 0) writes N and reads none. Five launches, whateve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,18 +42,16 @@ class ZClipConstants(NamedTuple):
     norm_eps: float
 
 
-def sum_of_squares(tensors: Sequence[Tensor], otherwise: Callable[[Sequence[Tensor]], Tensor] | None = None) -> Tensor:
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squared elements of a list of tensors, in one pass over them.
 
-    Accumulated in float32 within chunks of 16,384 elements and in float64 over these, in a fixed order: the same
-    gradients give the same bits, wherever they lie in memory. A NaN or an infinite element, or one whose square
-    overflows float32 (above 1.8e19), makes the sum non-finite: it is the flag.
+    Accumulated in float32 within chunks (the kernel: of 16,384 elements) and in float64 over these, in a fixed order:
+    the same gradients give the same bits, wherever they lie in memory. A NaN or an infinite element, or one whose
+    square overflows float32 (above 1.8e19), makes the sum non-finite: it is the flag.
 
     Args:
         tensors: float32, bfloat16 or float16 tensors of any shapes on one device, mixed at will; zero-size ones
-            count as nothing. Other dtypes, and tensors with gaps between their elements, take the reference.
-        otherwise: what to call in place of the reference, for a caller with one of its own that takes more; it then
-            gets every list that the kernel cannot take, and none is refused here.
+            count as nothing. Lists with other floating dtypes, or with gaps between elements, take the reference.
 
     Returns:
         A 0-d float64 tensor (float32 on MPS) on the tensors' device; 0 on the CPU for an empty list.
@@ -67,38 +65,27 @@ def sum_of_squares(tensors: Sequence[Tensor], otherwise: Callable[[Sequence[Tens
         25.0
     """
     op = "grad_norm.sum_of_squares"
-    if len(tensors) == 0:
+    listed = inspect(op, tensors, strided=False)
+    if listed.device is None:
         return torch.zeros((), dtype=torch.float64)
-    if otherwise is not None and not _worth_a_look(op, tensors[0]):
-        return otherwise(tensors)
-    listed = inspect(op, tensors, strided=False, refuse=otherwise is None)
-    assert listed.device is not None
     if choose(op, listed.device, listed.obstacle).implementation == "triton":
         from lightning_eff.kernels.grad_norm import kernel
 
         return kernel.sum_of_squares(listed)
-    return (otherwise or reference.sum_of_squares)(tensors)
+    return reference.sum_of_squares(tensors)
 
 
-def _worth_a_look(op: str, tensor: Tensor) -> bool:
-    """Whether kernels run where this tensor is, so that a walk over the whole list is not for nothing on the CPU."""
-    return choose(op, tensor.device).implementation == "triton"
-
-
-def scale_(
-    tensors: Sequence[Tensor],
-    coefficient: Tensor,
-    otherwise: Callable[[Sequence[Tensor], Tensor], None] | None = None,
-) -> None:
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:
     """Multiply every tensor of a list in place by a coefficient that stays on the device.
 
-    The product is taken in float32 and rounded once. A coefficient of 1 (once rounded to float32) reads and writes
-    nothing, and one of 0 writes zeros without reading, whatever the tensors hold.
+    The product is taken in float32 and rounded once. The kernel reads and writes nothing for a coefficient of 1 (once
+    rounded to float32), and for 0 it writes zeros without reading, whatever the tensors hold.
 
     Args:
         tensors: as for :func:`sum_of_squares`.
         coefficient: 0-d floating tensor on the same device.
-        otherwise: as for :func:`sum_of_squares`.
+        zero_nonfinite: the coefficient is 0 where an element is NaN or infinite, and the result is to be 0 and not
+            the NaN of ``inf * 0``. The reference takes one more pass for it; the kernel does so in any case.
 
     Raises:
         TypeError: something in the list is no dense floating tensor, or the coefficient is no floating tensor.
@@ -106,31 +93,28 @@ def scale_(
 
     Example:
         >>> gradient = torch.tensor([2.0, float("inf")])
-        >>> scale_([gradient], torch.tensor(0.0))
+        >>> scale_([gradient], torch.tensor(0.0), zero_nonfinite=True)
         >>> gradient
         tensor([0., 0.])
     """
     op = "grad_norm.scale_"
-    if otherwise is not None and (len(tensors) == 0 or not _worth_a_look(op, tensors[0])):
-        return otherwise(tensors, coefficient)
-    listed = inspect(op, tensors, strided=False, refuse=otherwise is None)
+    listed = inspect(op, tensors, strided=False)
     if not isinstance(coefficient, Tensor) or not coefficient.dtype.is_floating_point:
-        raise TypeError(f"grad_norm.scale_: coefficient={coefficient!r} is not allowed: it must be a floating tensor")
+        raise TypeError(f"{op}: coefficient={coefficient!r} is not allowed: it must be a floating tensor")
     if coefficient.numel() != 1:
-        raise ValueError(f"grad_norm.scale_: coefficient of shape {tuple(coefficient.shape)} is not one number")
+        raise ValueError(f"{op}: coefficient of shape {tuple(coefficient.shape)} is not one number")
     if listed.device is None:
         return
-    if coefficient.device != listed.device and otherwise is None:
+    if coefficient.device != listed.device:
         raise ValueError(
-            f"grad_norm.scale_: tensors on different devices: 0 on {listed.device}, "
-            f"the coefficient on {coefficient.device}"
+            f"{op}: tensors on different devices: 0 on {listed.device}, the coefficient on {coefficient.device}"
         )
     if choose(op, listed.device, listed.obstacle).implementation == "triton":
         from lightning_eff.kernels.grad_norm import kernel
 
-        kernel.scale_(listed, coefficient.to(listed.device))
+        kernel.scale_(listed, coefficient)
     else:
-        (otherwise or reference.scale_)(tensors, coefficient)
+        reference.scale_(tensors, coefficient, zero_nonfinite)
 
 
 def zclip_decide(
