@@ -84,9 +84,11 @@ def cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) 
     yield from alignment_cases(size, dtype, device, compiled)
 
 
-def _with_compiled(providers: dict[str, Provider], compiled: bool, function: Callable[[], Any], size: int) -> None:
+def _with_compiled(
+    providers: dict[str, Provider], compiled: bool, function: Callable[[], Any], size: int, tolerance: float = 1e-4
+) -> None:
     if compiled:
-        providers["torch.compile"] = Provider(torch.compile(function), size)
+        providers["torch.compile"] = Provider(torch.compile(function), size, tolerance)
 
 
 def gradient_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) -> Iterator[Case]:
@@ -126,6 +128,11 @@ def gradient_cases(size: Size, dtype: torch.dtype, device: torch.device, compile
         grad_norm.scale_(grads, coefficient)
         return [norm, *grads]
 
+    def plain_step(coefficient: Tensor) -> list[Tensor]:
+        norm = grad_norm.reference.sum_of_squares(grads).sqrt()
+        grad_norm.reference.scale_(grads, coefficient, zero_nonfinite=False)
+        return [norm, *grads]
+
     @functools.cache
     def norm_at_first() -> float:
         return float(squares().sqrt())
@@ -140,15 +147,12 @@ def gradient_cases(size: Size, dtype: torch.dtype, device: torch.device, compile
     exactness = 1e-4 if dtype == torch.float32 else 1e-2
     for name, factor, moved in (("ordinary step", 1.0, n), ("clipped step", 0.999, 3 * n)):
         coefficient = torch.full((), factor, dtype=torch.float64, device=device)
-        yield Case(
-            f"grad_norm: {name}",
-            {
-                "ours": Provider(functools.partial(step, coefficient), moved, exactness),
-                "clip_grad_norm_": Provider(functools.partial(library, factor), 3 * n, exactness),
-            },
-            functools.partial(truth, factor),
-            reset,
-        )
+        providers = {
+            "ours": Provider(functools.partial(step, coefficient), moved, exactness),
+            "clip_grad_norm_": Provider(functools.partial(library, factor), 3 * n, exactness),
+        }
+        _with_compiled(providers, compiled, functools.partial(plain_step, coefficient), 3 * n, exactness)
+        yield Case(f"grad_norm: {name}", providers, functools.partial(truth, factor), reset)
 
 
 def stats_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) -> Iterator[Case]:
@@ -205,6 +209,7 @@ def row_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bo
         ),
         "torch add and matmul": Provider(lambda: [plain_sketch()], n + 12 * elements + v_bytes + 3 * sketch_bytes),
     }
+    _with_compiled(providers, compiled, lambda: [plain_sketch()], n + 4 * elements + v_bytes + sketch_bytes)
     yield Case(
         "row_sketch: with error",
         providers,
@@ -216,12 +221,14 @@ def row_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bo
         return torch.cat([(matrix @ signs.to(dtype)).float() for matrix, signs in zip(matrices, v, strict=True)])
 
     exactness = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    providers = {
+        "ours": Provider(lambda: [row_sketch.row_sketch(matrices, RANK, 1)], n + sketch_bytes),
+        "torch matmul": Provider(lambda: [library_sketch()], n + v_bytes + 3 * sketch_bytes, exactness),
+    }
+    _with_compiled(providers, compiled, lambda: [library_sketch()], n + v_bytes + sketch_bytes, exactness)
     yield Case(
         "row_sketch: no error",
-        {
-            "ours": Provider(lambda: [row_sketch.row_sketch(matrices, RANK, 1)], n + sketch_bytes),
-            "torch matmul": Provider(lambda: [library_sketch()], n + v_bytes + 3 * sketch_bytes, exactness),
-        },
+        providers,
         lambda: [torch.cat([matrix.double() @ signs.double() for matrix, signs in zip(keep, v, strict=True)])],
     )
 
@@ -231,15 +238,18 @@ def row_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bo
     k = sum(count * shape[1] for count, shape in zip(counts, shapes, strict=True))
     pack = (matrices, selected, counts, WORLD, errors)
     true_pack = (keep, selected, counts, WORLD, keep_errors)
+    least = k * (2 * dtype.itemsize + 4)
+    providers = {
+        "ours": Provider(lambda: [row_pack.pack_rows(*pack, dtype=dtype)], least, 1e-2),
+        # index both, cast up, add, divide, cast down, concatenate
+        "torch indexing": Provider(
+            lambda: [row_pack.reference.pack_rows(*pack, dtype)], k * (4 * dtype.itemsize + 28 + casts * 12), 1e-2
+        ),
+    }
+    _with_compiled(providers, compiled, lambda: [row_pack.reference.pack_rows(*pack, dtype)], least, 1e-2)
     yield Case(
         "row_pack: pack",
-        {
-            "ours": Provider(lambda: [row_pack.pack_rows(*pack, dtype=dtype)], k * (2 * dtype.itemsize + 4), 1e-2),
-            # index both, cast up, add, divide, cast down, concatenate
-            "torch indexing": Provider(
-                lambda: [row_pack.reference.pack_rows(*pack, dtype)], k * (4 * dtype.itemsize + 28 + casts * 12), 1e-2
-            ),
-        },
+        providers,
         lambda: [row_pack.reference.pack_rows(*true_pack, torch.float64)],
     )
     buffer = row_pack.pack_rows(*pack, dtype=dtype)
@@ -262,21 +272,17 @@ def row_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bo
         return [*wide, *kept]
 
     rest = elements - k
-    yield Case(
-        "row_pack: scatter",
-        {
-            "ours": Provider(
-                scattered(row_pack.scatter_rows_), k * dtype.itemsize + rest * (dtype.itemsize + 4) + n + 4 * elements
-            ),
-            # cast up, add, zero rows, copy to E, zero G, write the rows
-            "torch indexing": Provider(
-                scattered(row_pack.reference.scatter_rows_),
-                2 * n + (16 + casts * 8) * elements + k * (2 * dtype.itemsize + 4),
-            ),
-        },
-        truth,
-        reset,
-    )
+    least = k * dtype.itemsize + rest * (dtype.itemsize + 4) + n + 4 * elements
+    providers = {
+        "ours": Provider(scattered(row_pack.scatter_rows_), least),
+        # cast up, add, zero rows, copy to E, zero G, write the rows
+        "torch indexing": Provider(
+            scattered(row_pack.reference.scatter_rows_),
+            2 * n + (16 + casts * 8) * elements + k * (2 * dtype.itemsize + 4),
+        ),
+    }
+    _with_compiled(providers, compiled, scattered(row_pack.reference.scatter_rows_), least)
+    yield Case("row_pack: scatter", providers, truth, reset)
 
 
 def alignment_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) -> Iterator[Case]:
@@ -305,7 +311,5 @@ def alignment_cases(size: Size, dtype: torch.dtype, device: torch.device, compil
         "torch matmul and norm": Provider(torch_ops, 2 * n, 3 * slack),  # v is rounded to 16 bits as well
     }
     reference = functools.partial(alignment.reference.alignment_counts, x, v, BINS, 1e-6)
-    _with_compiled(providers, compiled, lambda: counted(reference()), n)
-    if compiled:
-        providers["torch.compile"] = dataclasses.replace(providers["torch.compile"], tolerance=slack)
+    _with_compiled(providers, compiled, lambda: counted(reference()), n, slack)
     yield Case("alignment", providers, truth)
