@@ -2,6 +2,7 @@
 
     python -m benchmarks.zclip cost     # step time against Lightning's clipping and none, side by side
     python -m benchmarks.zclip worth    # training at a rate at which the example GPT spikes, three seeds
+    python -m benchmarks.zclip plot     # the curves of the last `worth`, as docs/images/zclip_worth.png
     python -m benchmarks.zclip lock-in  # the streams of norms on which the authors' code clips every step
 
 Rows go to benchmarks/results/zclip_<part>.csv.
@@ -10,6 +11,7 @@ Rows go to benchmarks/results/zclip_<part>.csv.
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import logging
 import multiprocessing
@@ -26,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import in_turn, provenance, ratio, write_rows
+from benchmarks.rows import RESULTS, in_turn, provenance, ratio, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
@@ -208,6 +210,33 @@ def worth(steps: int, rates: list[float], seeds: int, workers: int) -> None:
     CONSOLE.print(write_rows("zclip_worth_curves", curves))
 
 
+def plot() -> None:
+    """Mean over the seeds of the training loss, a panel for each rate, with the range over the seeds."""
+    import matplotlib.pyplot as plt
+
+    with (RESULTS / "zclip_worth_curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rates = sorted({float(row["lr"]) for row in rows})
+    figure, axes = plt.subplots(1, len(rates), figsize=(4.5 * len(rates), 4), layout="constrained")
+    for axis, lr in zip(axes, rates, strict=True):
+        for clip in WORTH:
+            losses: dict[int, list[float]] = {}
+            for row in rows:
+                if float(row["lr"]) == lr and row["clip"] == clip:
+                    losses.setdefault(int(row["step"]), []).append(float(row["train_loss"]))
+            steps = sorted(losses)[1:]
+            (line,) = axis.plot(steps, [statistics.fmean(losses[s]) for s in steps], label=clip, linewidth=1.2)
+            low, high = [min(losses[s]) for s in steps], [max(losses[s]) for s in steps]
+            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.set(title=f"learning rate {lr:g}", xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("training loss, nats a byte")
+    axes[-1].legend()
+    path = RESULTS.parent.parent / "docs" / "images" / "zclip_worth.png"
+    figure.savefig(path, dpi=110)
+    CONSOLE.print(path)
+
+
 # --- lock-in ---------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +288,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "worth", "lock-in"))
+    parser.add_argument("part", choices=("cost", "worth", "plot", "lock-in"))
     parser.add_argument("--steps", type=int, help="training steps of a run (cost: 5, worth: 300)")
     parser.add_argument("--rounds", type=int, default=9, help="cost: how often each variant is measured")
     parser.add_argument("--batch-size", type=int, default=4, help="cost: sequences of 256 bytes a step")
@@ -272,6 +301,8 @@ def main() -> None:
         cost(arguments.steps or 5, arguments.rounds, arguments.batch_size)
     elif arguments.part == "worth":
         worth(arguments.steps or 300, arguments.rates, arguments.seeds, arguments.workers)
+    elif arguments.part == "plot":
+        plot()
     else:
         lock_in()
 
