@@ -69,7 +69,7 @@ def test_json_holds_the_same(doctor):
     assert packages["torch"] == {
         "name": "torch",
         "state": "ok",
-        "installed": torch.__version__,
+        "installed": metadata.version("torch"),
         "supported": packages["torch"]["supported"],
         "extra": None,
         "detail": "",

@@ -320,7 +320,8 @@ def _clean_state() -> Iterator[None]:
         os.environ.update(environment)
         os.chdir(directory)
         torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
+        if torch.get_default_device() != torch.device("cpu"):  # torch 2.8 cannot say it once it has been set to None
+            torch.set_default_device(None)
         torch.set_num_threads(1)
         torch.set_grad_enabled(True)
         torch.use_deterministic_algorithms(False)
