@@ -21,6 +21,7 @@ class Command(NamedTuple):
 # is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
+    "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
 }
 
 # The methods of the Trainer that LightningCLI offers; it parses their arguments itself.

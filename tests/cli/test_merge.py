@@ -1,0 +1,540 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.demos.boring_classes import BoringDataModule
+
+from lightning_eff.cli import main
+from lightning_eff.merging import Merger, open_source, safetensors, write_merged
+
+
+class Net(L.LightningModule):
+    """A tied weight, float buffers, an integer buffer, hyperparameters, and a loss that knows the best weight."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.embed = torch.nn.Linear(width, width, bias=False)
+        self.norm = torch.nn.BatchNorm1d(width)
+        self.head = torch.nn.Linear(width, width, bias=False)
+        self.head.weight = self.embed.weight
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.norm(self.embed(batch))).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", (self.embed.weight - 1.5).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+class Data(BoringDataModule):
+    """Random numbers."""
+
+
+@pytest.fixture
+def merge(monkeypatch, tmp_path, capsys):
+    """Run `lightning-eff merge` in an empty directory: its exit status, stdout and stderr."""
+
+    def merge(*args):
+        status = main(["merge", *map(str, args)])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return merge
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Checkpoints of a real run after steps 2, 4, 6, 8 and 10; a shell lists step 10 first."""
+    folder = tmp_path_factory.mktemp("run")
+    L.seed_everything(0, verbose=False)
+    trainer = L.Trainer(
+        max_steps=10,
+        limit_val_batches=0,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[L.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)],
+    )
+    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4))
+    paths = sorted(folder.glob("*.ckpt"))
+    assert paths[0].name == "step=10.ckpt"
+    return paths
+
+
+def states(paths):
+    """State dicts by step."""
+    loaded = [torch.load(path, weights_only=True) for path in paths]
+    return [one["state_dict"] for one in sorted(loaded, key=lambda one: one["global_step"])]
+
+
+def save_plain(folder, count=3, **more):
+    """Small state dicts whose weights are 0, 1, 2, ..."""
+    paths = []
+    for i in range(count):
+        paths.append(folder / f"{i}.pt")
+        torch.save({"w": torch.full((4,), float(i)), "n": torch.tensor(i), **more}, paths[-1])
+    return paths
+
+
+# --- what is merged -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_merged_into_a_checkpoint_that_lightning_loads(merge, run):
+    status, out, _ = merge(*run, "-o", "merged.ckpt", "--scheme", "wsm")
+    assert status == 0, out
+    assert [line.split()[-2:] for line in out.splitlines() if "step=" in line] == [
+        ["2", "0.4472"],
+        ["4", "0.1852"],
+        ["6", "0.1421"],
+        ["8", "0.1198"],
+        ["10", "0.1056"],
+    ]
+    model = Net.load_from_checkpoint("merged.ckpt")
+    assert model.hparams.width == 32
+    assert model.head.weight is model.embed.weight
+    weights = [1 - math.sqrt(i / 5) for i in range(5)] + [0.0]
+    weights = [a - b for a, b in zip([1.0, *weights[1:5]], [*weights[1:5], 0.0], strict=True)]
+    for name, merged in model.state_dict().items():
+        each = [state[name] for state in states(run)]
+        if name == "norm.num_batches_tracked":
+            assert merged.item() == 10
+        else:
+            expected = sum(weight * one.double() for weight, one in zip(weights, each, strict=True))
+            torch.testing.assert_close(merged, expected.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_the_merged_checkpoint_has_weights_and_hyperparameters_and_no_training_state(merge, run):
+    assert merge(*run, "-o", "merged.ckpt")[0] == 0
+    checkpoint = torch.load("merged.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"] == {"width": 32}
+    assert checkpoint["global_step"] == 10
+    assert not {"optimizer_states", "lr_schedulers", "callbacks", "loops"} & set(checkpoint)
+    assert checkpoint["lightning_eff_merge"] == {
+        "files": [f"step={step}.ckpt" for step in (2, 4, 6, 8, 10)],
+        "weights": [0.2] * 5,
+        "scheme": "uniform",
+    }
+    state = checkpoint["state_dict"]
+    assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()  # one tensor, once in the file
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.validate(Net(), Data(), ckpt_path="merged.ckpt", verbose=False)
+
+
+def test_every_scheme(merge, run):
+    for options in [
+        ["uniform"],
+        ["linear"],
+        ["exponential", "--alpha", "0.3"],
+        ["wsm", "--decay", "cosine"],
+        ["loss", "--losses", "1", "5", "4", "3", "2", "--penalty", "2"],
+        ["step", "--penalty", "6.9"],
+        ["posthoc", "--stored-sigma-rels", "0.1", "0.05", "0.1", "0.05", "0.1", "--sigma-rel", "0.07"],
+    ]:
+        status, out, err = merge(*run, "-o", "merged.safetensors", "--overwrite", "--scheme", *options)
+        assert (status, err) == (0, ""), out
+        weights = [float(line.split()[-1]) for line in out.splitlines() if "step=" in line]
+        assert sum(weights) == pytest.approx(1, abs=3e-4)
+    # The losses were given in the order of the files: the file of step 10 first.
+    merge(*run, "-o", "merged.ckpt", "--scheme", "loss", "--losses", "1", "5", "5", "5", "5", "--penalty", "100")
+    torch.testing.assert_close(
+        torch.load("merged.ckpt", weights_only=True)["state_dict"]["embed.weight"], states(run)[-1]["embed.weight"]
+    )
+
+
+def test_given_weights_in_the_given_order(merge, tmp_path):
+    assert merge(*save_plain(tmp_path), "-o", "m.safetensors", "--weights", "2", "-1.5", "0.5")[0] == 0
+    merged = safetensors.load("m.safetensors")
+    assert merged["w"].tolist() == [-0.5] * 4
+    assert merged["n"].item() == 2
+
+
+def test_kinds_of_files_mix(merge, run):
+    """A Lightning checkpoint, a safetensors file, a sharded folder: the same tensors, the same result."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    first, second, third = states(run)[:3]
+    safetensors.save("second.safetensors", second, {"global_step": "4"})
+    with pytest.warns(UserWarning, match="disabled|unavailable"):
+        dcp.save({"state_dict": third}, checkpoint_id="third", no_dist=True)
+    torch.save({"global_step": 6, "hyper_parameters": {"width": 32}}, "third/meta.pt")
+    first = next(path for path in run if path.name == "step=2.ckpt")
+    files = ["third", "second.safetensors", first]
+    assert merge(*files, "-o", "mixed.ckpt", "--scheme", "linear")[0] == 0
+    same = [path for path in run if path.name in ("step=2.ckpt", "step=4.ckpt", "step=6.ckpt")]
+    assert merge(*same, "-o", "same.ckpt", "--scheme", "linear")[0] == 0
+    mixed, same = (Net.load_from_checkpoint(name).state_dict() for name in ("mixed.ckpt", "same.ckpt"))
+    for name, tensor in same.items():
+        assert torch.equal(mixed[name], tensor), name
+
+
+def test_buffers_are_copied_by_choice_and_the_dtype_is_set_by_choice(merge, run):
+    options = ["--copy", "*.running_*", "--dtype", "float64"]
+    assert merge(*run, "-o", "merged.safetensors", *options)[0] == 0
+    merged = safetensors.load("merged.safetensors")
+    assert torch.equal(merged["norm.running_mean"], states(run)[-1]["norm.running_mean"])
+    exact = torch.stack([state["norm.bias"].double() for state in states(run)]).mean(0)
+    assert merged["norm.bias"].dtype == torch.float64
+    torch.testing.assert_close(merged["norm.bias"], exact, rtol=0, atol=1e-15)
+
+
+def test_overwriting_an_input_is_possible(merge, tmp_path):
+    paths = save_plain(tmp_path)
+    os.rename(paths[0], "a.ckpt")
+    assert merge("a.ckpt", *paths[1:], "-o", "a.ckpt", "--overwrite")[0] == 0
+    assert torch.load("a.ckpt", weights_only=True)["state_dict"]["w"].tolist() == [1.0] * 4
+
+
+# --- what is refused, with nothing left behind -----------------------------------------------------------------------
+
+
+def plain(folder, **tensors):
+    torch.save(tensors, folder / "other.pt")
+
+
+def truncated(folder, name, data=b""):
+    path = folder / name
+    data = data or path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    return path
+
+
+def truncated_torch(folder):
+    plain(folder, w=torch.ones(4), n=torch.tensor(1))
+    truncated(folder, "other.pt")
+
+
+def truncated_safetensors(folder):
+    safetensors.save(folder / "other.safetensors", {"w": torch.ones(4), "n": torch.tensor(1)})
+    truncated(folder, "other.safetensors")
+
+
+def with_objects(folder):
+    torch.save({"state_dict": {"w": torch.ones(4)}, "hyper_parameters": {"path": Path("x")}}, folder / "other.pt")
+
+
+def folder_without_metadata(folder):
+    (folder / "other").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "other", "message"),
+    [
+        (lambda f: plain(f, w=torch.ones(4)), "other.pt", "hold different tensors; only in 1.pt: n"),
+        (lambda f: plain(f, w=torch.ones(4), n=torch.tensor(1), x=torch.ones(1)), "other.pt", "only in other.pt: x"),
+        (lambda f: plain(f, w=torch.ones(5), n=torch.tensor(1)), "other.pt", r"differ in shape: w: float32 (5,) and"),
+        (lambda f: plain(f, w=torch.ones(4).bfloat16(), n=torch.tensor(1)), "other.pt", "--dtype"),
+        (lambda f: None, "other.pt", "other.pt: no such file or folder"),
+        (truncated_torch, "other.pt", "other.pt: it is truncated"),
+        (truncated_safetensors, "other.safetensors", "other.safetensors: "),
+        (lambda f: (f / "other.pt").write_bytes(b""), "other.pt", "other.pt: it is"),
+        (lambda f: (f / "other.safetensors").write_bytes(b"hello world"), "other.safetensors", "no safetensors file"),
+        (with_objects, "other.pt", "holds Python objects"),
+        (folder_without_metadata, "other", "no sharded checkpoint: it has no .metadata"),
+        (lambda f: torch.save([1], f / "other.pt"), "other.pt", "it holds a list, and no dict"),
+        (lambda f: torch.save({"epoch": 1}, f / "other.pt"), "other.pt", "no state_dict"),
+    ],
+)
+def test_inputs_that_do_not_fit(merge, tmp_path, prepare, other, message):
+    save_plain(tmp_path, 2)
+    prepare(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    status, _, err = merge("0.pt", other, "1.pt", "-o", "merged.ckpt")
+    assert status == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_truncated_shard(merge, tmp_path):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    with pytest.warns(UserWarning, match="disabled|unavailable"):
+        dcp.save({"w": torch.ones(1000)}, checkpoint_id="a", no_dist=True)
+    file = next(Path("a").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "is truncated" in merge("a", "-o", "merged.ckpt")[2]
+    file.unlink()
+    assert "is missing" in merge("a", "-o", "merged.ckpt")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-o", "exists.ckpt"], "exists.ckpt exists; --overwrite"),
+        (["-o", "merged.pt"], "must end in .ckpt or .safetensors"),
+        (["-o", "nowhere/merged.ckpt"], "nowhere: no such folder"),
+        (["-o", "m.ckpt", "--weights", "1", "1"], "must sum to 1, and sum to 2"),
+        (["-o", "m.ckpt", "--scheme", "exponential", "--alpha", "2"], "alpha=2.0 is not allowed"),
+        (["-o", "m.ckpt", "--scheme", "step"], "--scheme step needs checkpoints of different steps"),
+        (["-o", "m.ckpt", "--scheme", "posthoc", "--sigma-rel", "0.1"], "0.pt does not say its step"),
+        (["-o", "m.ckpt", "--copy", "*.bias"], "copy='*.bias' matches no tensor; there are w, n"),
+        (
+            ["-o", "m.ckpt", "--search", "greedy", "--metric", "val_loss", "--config", "c.yaml"],
+            "c.yaml: no such config",
+        ),
+    ],
+)
+def test_wrong_wishes(merge, tmp_path, options, message):
+    paths = save_plain(tmp_path, 2)
+    (tmp_path / "exists.ckpt").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    status, _, err = merge(*[path.name for path in paths], *options)
+    assert status == 1
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "exists.ckpt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--alpha", "0.1"], "--alpha has an effect only with --scheme exponential"),
+        (["--weights", "1"], "--weights: 1 for 2 checkpoints"),
+        (["--weights", "1", "0", "--scheme", "linear"], "exclude each other"),
+        (["--metric", "val_loss"], "--metric has an effect only with --search"),
+        (["--search", "greedy"], "needs --metric and --config"),
+        (["--scheme", "posthoc"], "needs --sigma-rel"),
+    ],
+)
+def test_options_without_effect_are_refused(merge, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        merge(*save_plain(tmp_path, 2), "-o", "merged.ckpt", *options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
+    paths = save_plain(tmp_path, 3)
+    for name in ("merged.ckpt", "merged.safetensors"):
+        merger = Merger([open_source(path) for path in paths])
+
+        def fail(amount):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write_merged(merger, [0.2, 0.3, 0.5], tmp_path / name, progress=fail)
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+_SLOW = """
+import sys, time
+from pathlib import Path
+from lightning_eff.merging import Merger, open_source, write_merged
+folder = Path(sys.argv[1])
+def wait(amount):
+    print("merging", flush=True)
+    time.sleep(60)
+write_merged(Merger([open_source(folder / f"{i}.pt") for i in range(3)]), [0.2, 0.3, 0.5], folder / "m.safetensors",
+             progress=wait)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_in_the_middle_leaves_no_output(tmp_path, number):
+    paths = save_plain(tmp_path, 3)
+    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"merging\n"
+    process.send_signal(number)
+    process.wait(timeout=30)
+    process.stdout.close()
+    assert not (tmp_path / "m.safetensors").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert sorted(tmp_path.iterdir()) == paths
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+_MEASURED = """
+import json, resource, sys
+from pathlib import Path
+from lightning_eff.functional.averaging import uniform_weights
+from lightning_eff.merging import Merger, open_source, write_merged
+folder = Path(sys.argv[1])
+def peak(paths, name):
+    merger = Merger([open_source(path) for path in paths])
+    write_merged(merger, uniform_weights(range(len(paths))), folder / name, overwrite=True)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+big = sorted(folder.glob("big*"))
+before = max(peak([folder / "small.pt"], "out" + suffix) for suffix in (".ckpt", ".safetensors"))
+merges = [(".safetensors", 2), (".safetensors", 6), (".ckpt", 2), (".ckpt", 6)]
+print(json.dumps([peak(big[:count], "out" + suffix) - before for suffix, count in merges]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss in KiB, and dropped pages, are Linux's")
+def test_memory_is_about_one_model_whatever_the_number_of_files(tmp_path):
+    layers, mib = 15, 4  # a model of 60 MiB
+    torch.save({"w": torch.ones(4)}, tmp_path / "small.pt")
+    for i in range(6):
+        torch.save({f"layer{j}": torch.full((mib << 18,), float(i)) for j in range(layers)}, tmp_path / f"big{i}.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        # Freed memory goes back at once, so that what is measured is what is held.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    safetensors_2, safetensors_6, ckpt_2, ckpt_6 = json.loads(done.stdout)
+    # Beside the output: the float64 sum of one tensor (twice its size), the result, and what is read of the file.
+    assert safetensors_6 < 6 * mib + 8, done.stdout
+    assert ckpt_6 < layers * mib + 6 * mib + 8, done.stdout
+    assert safetensors_6 - safetensors_2 < 8, done.stdout
+    assert ckpt_6 - ckpt_2 < 8, done.stdout
+
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+
+def config(**more):
+    settings = {
+        "seed_everything": 1,
+        "model": "tests.cli.test_merge.Net",
+        "data": "tests.cli.test_merge.Data",
+        "trainer": {"accelerator": "cpu", "limit_val_batches": 1, "max_steps": 5},
+        "ckpt_path": None,
+        **more,
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(settings))
+    return "config.yaml"
+
+
+def of_constant(values):
+    """Checkpoints whose weight is a constant; the loss is (constant - 1.5)^2."""
+    paths = []
+    for i, value in enumerate(values):
+        net = Net()
+        net.embed.weight.data.fill_(value)
+        paths.append(f"{i}.ckpt")
+        torch.save({"state_dict": net.state_dict(), "hyper_parameters": {"width": 32}, "global_step": i}, paths[-1])
+    return paths
+
+
+def merged_constant():
+    return Net.load_from_checkpoint("merged.ckpt").embed.weight[0, 0].item()
+
+
+def test_a_greedy_soup_keeps_what_helps(merge):
+    paths = of_constant([1.0, 5.0, 2.0])
+    status, out, err = merge(
+        *paths, "-o", "merged.ckpt", "--search", "greedy", "--metric=val_loss", "--config", config()
+    )
+    assert status == 0, err
+    assert merged_constant() == pytest.approx(1.5)
+    assert "val_loss 0 after 5 validations; the best single checkpoint has 0.25." in out
+    about = torch.load("merged.ckpt", weights_only=True)["lightning_eff_merge"]
+    assert about["weights"] == [0.5, 0.0, 0.5]
+    assert about["scheme"] == "greedy"
+    assert about["val_loss"] == pytest.approx(0)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == sorted([*paths, "config.yaml", "merged.ckpt"])
+
+
+def test_an_evolution_may_subtract(merge):
+    # Both are on the same side of 1.5: no average between them reaches it.
+    paths = of_constant([3.0, 2.0])
+    options = ["--search", "evolution", "--metric", "val_loss", "--evaluations", "60", "--seed", "1"]
+    status, out, err = merge(*paths, "-o", "merged.ckpt", *options, "--config", config())
+    assert status == 0, err
+    assert merged_constant() == pytest.approx(1.5, abs=0.1)
+    weights = torch.load("merged.ckpt", weights_only=True)["lightning_eff_merge"]["weights"]
+    assert sum(weights) == pytest.approx(1)
+    assert weights[0] < 0
+    assert "after 60 validations; the best single checkpoint has 0.25." in out
+
+
+def test_the_class_of_the_model_can_be_named_beside_a_config_of_arguments(merge):
+    names = ["--model", "tests.cli.test_merge.Net", "--data", "tests.cli.test_merge.Data"]
+    options = ["--search", "greedy", "--metric", "val_loss", "--mode", "max", "--limit-val-batches", "1"]
+    settings = config(model={"width": 32}, data=None)
+    status, out, err = merge(*of_constant([1.0, 5.0]), "-o", "merged.ckpt", *options, *names, "--config", settings)
+    assert status == 0, err
+    assert merged_constant() == pytest.approx(5.0)
+    assert "val_loss 12.25 after 3 validations; the best single checkpoint has 12.25." in out
+
+
+@pytest.mark.parametrize(
+    ("more", "metric", "message"),
+    [
+        ({}, "accuracy", "metric='accuracy' is not logged by the validation; it logs val_loss"),
+        (
+            {"model": {"class_path": "tests.cli.test_merge.Net", "init_args": {"width": 8}}},
+            "val_loss",
+            "differ in shape",
+        ),
+        ({"model": {"width": 8}}, "val_loss", "does not say the class of the model: name it with --model"),
+    ],
+)
+def test_a_search_that_cannot_work(merge, more, metric, message):
+    paths = of_constant([1.0, 2.0])
+    options = ["--search", "greedy", "--metric", metric, "--config", config(**more)]
+    status, _, err = merge(*paths, "-o", "merged.ckpt", *options)
+    assert status == 1
+    assert message in err
+    assert not Path("merged.ckpt").exists()
+
+
+# --- the format -----------------------------------------------------------------------------------------------------
+
+
+def test_a_safetensors_file_byte_by_byte(tmp_path):
+    safetensors.save(tmp_path / "a.safetensors", {"b": torch.tensor([1, -1], dtype=torch.int8), "a": torch.ones(1)})
+    data = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(data[8 : 8 + length]) == {
+        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        "b": {"dtype": "I8", "shape": [2], "data_offsets": [4, 6]},
+    }
+    assert data[8 + length :] == b"\x00\x00\x80\x3f\x01\xff"
+
+
+def tensors_of_every_dtype():
+    found = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in safetensors.DTYPES.values()}
+    return {**found, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": torch.randn(3, 2).t()}
+
+
+def bytes_of(tensor):
+    return tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_safetensors_of_every_dtype_and_shape(tmp_path):
+    tensors = tensors_of_every_dtype()
+    safetensors.save(tmp_path / "a.safetensors", tensors, {"step": "7"})
+    loaded = safetensors.load(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert loaded[name].shape == tensor.shape
+        assert bytes_of(loaded[name]) == bytes_of(tensor)
+    assert safetensors.read_header(tmp_path / "a.safetensors")[1] == {"step": "7"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_the_package_safetensors_reads_ours_and_we_read_its(tmp_path):
+    theirs = pytest.importorskip("safetensors.torch")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors_of_every_dtype().items()}
+    safetensors.save(tmp_path / "ours.safetensors", tensors, {"step": "7"})
+    theirs.save_file(tensors, tmp_path / "theirs.safetensors", {"step": "7"})
+    for loaded in (theirs.load_file(tmp_path / "ours.safetensors"), safetensors.load(tmp_path / "theirs.safetensors")):
+        assert loaded.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[name].dtype == tensor.dtype
+            assert loaded[name].shape == tensor.shape
+            assert bytes_of(loaded[name]) == bytes_of(tensor)
+
+
+def test_a_pipe_gets_no_progress_bar(merge, tmp_path):
+    assert merge(*save_plain(tmp_path), "-o", "m.ckpt")[2] == ""
