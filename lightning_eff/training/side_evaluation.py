@@ -56,7 +56,7 @@ def evaluate_beside(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor
         return {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
     finally:
         _put(trainer, side, loop)
-        side.teardown()
+        side._data_fetcher = None  # its teardown would reset the loader, which is the other loop's
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         connector.__dict__.pop("log_metrics", None)
         for name, value in before.items():

@@ -57,7 +57,8 @@ class SnapshotWindow:
             for name, tensor in tensors.items():
                 old = slot.get(name)
                 fits = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
-                new = old if fits and old is not None else self._allocate(tensor)
+                shared = fits and any(kept.get(name) is old for kept in self._snapshots)  # see `add`
+                new = old if fits and not shared and old is not None else self._allocate(tensor)
                 snapshot[name] = new.copy_(tensor, non_blocking=True)
         self._snapshots.append(snapshot)
         self.steps.append(step)
