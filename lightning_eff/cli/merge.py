@@ -125,10 +125,15 @@ def _run(args: argparse.Namespace) -> None:
         [[source.path, source.step, f"{weight:.4f}"] for source, weight in zip(sources, weights, strict=True)],
     )
     start = time.perf_counter()
+    merger.nonfinite.clear()
     with _progress(merger.size(weights)) as progress:
         write_merged(merger, weights, args.output, overwrite=args.overwrite, about=about, progress=progress)
     size, seconds = args.output.stat().st_size, time.perf_counter() - start
     print(f"\n{args.output}: {len(merger.specs)} tensors, {size / 1e6:.1f} MB, in {seconds:.1f} s")
+    if merger.nonfinite:
+        names = merger.nonfinite
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"Note: there are NaN or infinite values in {', '.join(names[:5])}{more}", file=sys.stderr)
 
 
 def _order(sources: Sequence[Source], wish: str) -> list[int]:

@@ -52,6 +52,7 @@ class Merger:
     Attributes:
         specs: name -> dtype and shape of the result.
         tied: groups of names that are one tensor in every checkpoint, and so in the result.
+        nonfinite: names of merged tensors with a NaN or infinite value, up to now.
 
     Raises:
         ValueError: keys, shapes or dtypes differ, or a pattern matches nothing.
@@ -64,6 +65,7 @@ class Merger:
         last = self.sources[-1]
         for source in self.sources[:-1]:
             _check_alike(str(source.path), source.specs, str(last.path), last.specs, any_dtype=dtype is not None)
+        self.nonfinite: list[str] = []
         self._copied = _matching(last.specs, copy)
         self._copied |= {name for name, spec in last.specs.items() if not spec.averaged}
         self.specs = {
@@ -82,7 +84,12 @@ class Merger:
             self.sources[-1].forget(name)
             return copied
         used = [(source, weight) for source, weight in zip(self.sources, weights, strict=True) if weight != 0]
-        return weighted_average(_reading(used, name), [weight for _, weight in used], dtype=self.specs[name].dtype)
+        spec = self.specs[name]
+        merged = weighted_average(_reading(used, name), [weight for _, weight in used], dtype=spec.dtype)
+        # NaN of any element survives a sum, and a sum needs no second tensor; float8 has none.
+        if name not in self.nonfinite and spec.dtype.itemsize > 1 and not merged.sum().isfinite():
+            self.nonfinite.append(name)
+        return merged
 
     def size(self, weights: Sequence[float]) -> int:
         """Bytes that a merge with these weights reads."""

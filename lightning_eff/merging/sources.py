@@ -100,9 +100,11 @@ class _TorchSource(Source):
         self.tied = _tied(self._state)
         if state is not checkpoint:
             self.rest = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-        self.step = _integer(self.rest.get("global_step"))
-        about = self.rest.get("lightning_eff_average")
-        self.sigma_rel = _number(about.get("sigma_rel")) if isinstance(about, dict) else None
+        average = self.rest.get("lightning_eff_average")
+        average = average if isinstance(average, dict) else {}
+        # The averages count real updates, and their profiles are by that count.
+        self.step = _integer(average.get("step", self.rest.get("global_step")))
+        self.sigma_rel = _number(average.get("sigma_rel"))
 
     def read(self, name: str) -> Tensor:
         return self._state[name]
@@ -116,7 +118,7 @@ class _SafetensorsSource(Source):
         super().__init__(path)
         self._entries, metadata = safetensors.read_header(path)
         self.specs = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items()}
-        self.step = _integer(metadata.get("global_step", metadata.get("step")))
+        self.step = _integer(metadata.get("step", metadata.get("global_step")))
         self.sigma_rel = _number(metadata.get("sigma_rel"))
 
     def read(self, name: str) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.demos.boring_classes import BoringDataModule
 
+from lightning_eff.callbacks import EMA
 from lightning_eff.cli import main
 from lightning_eff.merging import Merger, open_source, safetensors, write_merged
 
@@ -178,6 +179,61 @@ def test_kinds_of_files_mix(merge, run):
     mixed, same = (Net.load_from_checkpoint(name).state_dict() for name in ("mixed.ckpt", "same.ckpt"))
     for name, tensor in same.items():
         assert torch.equal(mixed[name], tensor), name
+
+
+def _save_shards(folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    for i in range(2):
+        whole = torch.arange(30.0).reshape(10, 3) * (i + 1)
+        rows, columns = (distribute_tensor(whole, mesh, [Shard(dim)]) for dim in (0, 1))
+        state = {"rows": rows, "columns": columns, "n": torch.tensor(i)}
+        dcp.save({"state_dict": state, "optimizer_0": {"moment": rows}}, checkpoint_id=Path(folder) / str(i))
+
+
+def test_shards_of_two_ranks_are_put_together(merge, pool, tmp_path):
+    pool.run(_save_shards, str(tmp_path))
+    assert merge("0", "1", "-o", "merged.safetensors", "--weights", "0.25", "0.75")[0] == 0
+    merged = safetensors.load("merged.safetensors")
+    expected = torch.arange(30.0).reshape(10, 3) * 1.75
+    assert merged.keys() == {"rows", "columns", "n"}
+    assert torch.equal(merged["rows"], expected)
+    assert torch.equal(merged["columns"], expected)
+    assert merged["n"].item() == 1
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_averages_of_the_ema_callback_give_another_width(merge, tmp_path, suffix):
+    ema = EMA(widths=[0.05, 0.10, 0.07], validate_with="current")
+    trainer = L.Trainer(
+        max_steps=60,
+        limit_val_batches=0,
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ema, L.pytorch.callbacks.ModelCheckpoint("run", "{step}", every_n_train_steps=10, save_top_k=-1)],
+    )
+    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4))
+    # The first width has the plain name.
+    stored = [f"run/{name}-step={step}.{suffix}" for name in ("ema", "ema-0.1") for step in range(10, 61, 10)]
+    status, out, err = merge(*stored, "-o", "merged.ckpt", "--scheme", "posthoc", "--sigma-rel", "0.07")
+    assert status == 0, err
+    assert "with a relative error of 0.0" in out
+    made = torch.load("merged.ckpt", weights_only=True)["state_dict"]["embed.weight"]
+    kept = torch.load("run/ema-0.07-step=60.ckpt", weights_only=True)["state_dict"]["embed.weight"]
+    live = torch.load("run/step=60.ckpt", weights_only=True)["state_dict"]["embed.weight"]
+    assert (made - kept).norm() < 0.05 * (live - kept).norm()
+
+
+def test_a_nan_is_told(merge, tmp_path):
+    torch.save({"w": torch.tensor([1.0, math.nan]), "v": torch.ones(2)}, "a.pt")
+    status, _, err = merge("a.pt", "-o", "m.ckpt")
+    assert status == 0
+    assert err == "Note: there are NaN or infinite values in w\n"
 
 
 def test_buffers_are_copied_by_choice_and_the_dtype_is_set_by_choice(merge, run):
