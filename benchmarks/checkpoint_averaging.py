@@ -155,7 +155,7 @@ def cost(rounds: int, batch_size: int, tiny: bool) -> None:
 
 # --- worth -----------------------------------------------------------------------------------------------------------
 
-INTERVAL = 25  # steps between two snapshots
+INTERVAL = 10  # steps between two snapshots: 16 of them are as long as the decay of 800 steps
 BETWEEN = 50  # steps between two validations
 DECAY = 0.2  # the part of a run that a real decay takes
 CURVES = {  # metric -> name
@@ -165,7 +165,7 @@ CURVES = {  # metric -> name
     "lawa/val_loss": "LAWA, 16 snapshots",
     "wsm/8/val_loss": "WSM 1-sqrt, 8 snapshots",
     "wsm/val_loss": "WSM 1-sqrt, 16 snapshots",
-    "ema/val_loss": "EMA, half-life 50",
+    "ema/val_loss": "EMA, half-life 25",
 }
 DECAYED = "real decay (1-sqrt, last 20 %)"
 
@@ -235,7 +235,7 @@ def train(seed: int, steps: int, lr: float, warmup: int, tiny: bool) -> list[tup
         averages = [
             CheckpointAveraging("uniform", window=16, preview=[4, 8], name="lawa", **common),
             CheckpointAveraging("wsm", window=16, preview=[8], name="wsm", **common),
-            EMA(half_life=50, save="none"),
+            EMA(half_life=25, save="none"),
         ]
         trainer(steps, *averages, record).fit(GPTModule(config, **arguments), data())
         points = record.points

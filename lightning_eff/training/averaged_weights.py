@@ -6,6 +6,7 @@ A subclass says what is collected and what the average of it is. See ``callbacks
 from __future__ import annotations
 
 import math
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
@@ -32,6 +34,8 @@ from lightning_eff.training.weight_swap import WeightSwap, local, reshard
 ValidateWith = Literal["average", "current", "both"]
 Buffers = Literal["copy", "average"]
 Save = Literal["all", "safetensors", "ckpt", "none"]
+
+_LEFT_OUT = ("_files", "_trainer", "_module", "_parameters")  # of a pickle: they belong to this process
 
 
 class AveragedWeights(Callback):
@@ -85,6 +89,8 @@ class AveragedWeights(Callback):
         self._wrapped: list[_EvaluationLoop] = []
         self._told_empty = False
         self._trainer: Trainer | None = None
+        self._module: weakref.ref[LightningModule] | None = None  # whose average it is
+        self._parameters: dict[str, Tensor] | None = None  # to be averaged, found once
 
     # What a subclass says.
 
@@ -176,6 +182,7 @@ class AveragedWeights(Callback):
             self._reset()
             self._trained = set()
             self._updates.load_state_dict({"updates": [0] * len(trainer.optimizers)})
+        self._module, self._parameters = weakref.ref(pl_module), None
         self._trained |= {name for name, p in clean_named_parameters(pl_module).items() if p.requires_grad}
         self._statistics = {}
         self._told_empty = False
@@ -187,6 +194,7 @@ class AveragedWeights(Callback):
         for name, parameter in change.opened.items():
             if name not in self._trained and (parameter.is_floating_point() or parameter.is_complex()):
                 self._trained.add(name)
+                self._parameters = None
                 self._add(name, local(parameter))
 
     @override
@@ -199,8 +207,14 @@ class AveragedWeights(Callback):
         if step < self._due:
             return
         self._due = self._next_due(step)
-        reshard(pl_module)
-        self._collect(step, self._tensors(pl_module))
+        if self._parameters is None or self.buffers == "average":  # a buffer may be another object every time
+            tensors = self._tensors(pl_module)
+            every = clean_named_parameters(pl_module)
+            self._parameters = {name: every[name] for name in tensors if name in every}
+        else:
+            reshard(pl_module)
+            tensors = {name: local(parameter) for name, parameter in self._parameters.items()}
+        self._collect(step, tensors)
 
     def _count(self) -> int:
         """Real updates: with several optimizers those of the one that has made the most."""
@@ -259,11 +273,11 @@ class AveragedWeights(Callback):
         self._restored = state  # the model's tensors are not there yet under every strategy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_files", "_trainer")}
+        return {name: value for name, value in vars(self).items() if name not in _LEFT_OUT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._trainer = None
+        self._trainer = self._module = self._parameters = None
         self._files = self._rank_files()
 
     # Tensors.
@@ -308,7 +322,7 @@ class AveragedWeights(Callback):
     def _evaluate_around(self, loop: _EvaluationLoop, run: Any) -> Any:
         trainer = loop.trainer
         module = trainer.lightning_module
-        if trainer.sanity_checking:  # of the code, not of the weights
+        if trainer.sanity_checking or not self._is_average_of(trainer, module):  # a check of the code, not of weights
             return run()
         try:
             self._beside = {}
@@ -325,6 +339,18 @@ class AveragedWeights(Callback):
             return run()
         finally:
             self._take_out(module)
+
+    def _is_average_of(self, trainer: Trainer, module: LightningModule) -> bool:
+        """False, with a message, where other weights than those of the run are evaluated."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            return True
+        if trainer.ckpt_path is None and (self._module is None or self._module() is module):
+            return True
+        rank_zero_info(
+            f"{type(self).__name__}({self.name!r}) is no average of the weights that are evaluated now, and leaves "
+            "them as they are; that of a checkpoint lies beside it"
+        )
+        return False
 
     def _log_beside(self, trainer: Trainer, module: LightningModule) -> None:
         beside, self._beside = self._beside, {}

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -39,8 +40,7 @@ def recompute_statistics(trainer: Trainer, module: LightningModule, batches: int
     """
     modes = {part: part.training for part in module.modules()}
     momenta = {part: part.momentum for part in module.modules() if isinstance(part, _BatchNorm)}
-    frozen = [part for part in momenta if not part.track_running_stats]
-    if len(frozen) == len(momenta):
+    if not statistics(module):
         return
     try:
         with torch.inference_mode(False), isolate_rng():
@@ -80,9 +80,10 @@ def _batches(trainer: Trainer) -> Iterator[Any]:
     """The training batches from the start, without touching the loaders that the training is in the middle of."""
     loaders = trainer.fit_loop._combined_loader
     if loaders is None:
-        trainer.fit_loop.setup_data()
-        loaders = trainer.fit_loop._combined_loader
-    assert loaders is not None
+        raise MisconfigurationException(
+            "update_bn takes BatchNorm statistics from the training data, and this Trainer has none: it has not "
+            "fitted. Evaluate the averaged checkpoint without the callback"
+        )
     copies = [_independent(loader) for loader in loaders.flattened]
     if len(copies) == 1:
         yield from copies[0]

@@ -131,6 +131,20 @@ def test_batchnorm_statistics_are_those_of_the_average(tmp_path):
     assert not torch.allclose(average.norm.running_mean, module.norm.running_mean)
 
 
+def _statistics_of_two_ranks(folder: Path) -> dict[str, torch.Tensor]:
+    averaging = CheckpointAveraging(window=2, every_n_steps=1, update_bn=2)
+    fit(folder, averaging, SaveAt(2, folder / "run.ckpt"), module=Odd(), steps=2, strategy=DDP, limit_val_batches=0)
+    return {name: tensor for name, tensor in averaging._statistics[""][1].items() if "running" in name}
+
+
+def test_ranks_agree_on_the_statistics_of_the_average(tmp_path, pool):
+    one, other = pool.run(_statistics_of_two_ranks, tmp_path)
+    assert not differences(one, other)
+    average = Odd.load_from_checkpoint(tmp_path / "average-run.ckpt")
+    batches = torch.stack([item["x"] for item in average.train_dataloader().dataset])
+    torch.testing.assert_close(one["norm.running_mean"], average.first(batches).mean(0))  # 2 ranks x 2 batches: all
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +176,18 @@ def test_validate_and_test_after_the_fit(tmp_path):
     result = trainer.validate(module, verbose=False)[0]
     assert result["average/val_loss"] == average
     assert result["val_loss"] == loss_of(module, tmp_path)
+
+
+def test_the_weights_of_a_checkpoint_are_tested_as_they_are(tmp_path, caplog):
+    averaging = CheckpointAveraging(window=3, every_n_steps=1, validate_with="average")
+    saves = [SaveAt(4, tmp_path / "early.ckpt"), SaveAt(12, tmp_path / "run.ckpt")]
+    trainer, module = fit(tmp_path, averaging, *saves, module=Odd(), steps=12, val_check_interval=4)
+    early = Odd.load_from_checkpoint(tmp_path / "early.ckpt")
+    wanted = loss_of(early, tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert trainer.validate(early, verbose=False)[0]["val_loss"] == wanted
+    assert "is no average of the weights that are evaluated now" in caplog.text
+    assert trainer.validate(module, ckpt_path=tmp_path / "early.ckpt", verbose=False)[0]["val_loss"] == wanted
 
 
 def test_a_monitored_average_decides_which_checkpoint_stays(tmp_path):
