@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--order", choices=["step", "given"], default="step", help="default: by step where known")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="of the averaged tensors; default: theirs")
     parser.add_argument(
-        "--copy", nargs="+", default=[], metavar="PATTERN", help="copy these from the last: '*.running_*'"
+        "--copy", action="append", default=[], metavar="PATTERN", help="copy these from the last; can be repeated"
     )
     scheme = parser.add_argument_group("coefficients by a scheme")
     scheme.add_argument("--scheme", choices=[*get_args(Scheme), "posthoc"], help="default: uniform")

@@ -87,8 +87,10 @@ class Merger:
         spec = self.specs[name]
         merged = weighted_average(_reading(used, name), [weight for _, weight in used], dtype=spec.dtype)
         # NaN of any element survives a sum, and a sum needs no second tensor; float8 has none.
-        if name not in self.nonfinite and spec.dtype.itemsize > 1 and not merged.sum().isfinite():
-            self.nonfinite.append(name)
+        if spec.dtype.itemsize > 1 and name not in self.nonfinite:
+            total = merged.sum(dtype=torch.promote_types(spec.dtype, torch.float32))  # float16 ends at 65504
+            if not total.isfinite():
+                self.nonfinite.append(name)
         return merged
 
     def size(self, weights: Sequence[float]) -> int:

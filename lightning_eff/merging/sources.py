@@ -200,7 +200,7 @@ def load_mapped(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError) as error:
         if "mmap" in str(error):
             raise ValueError("it is no zip file: saved before torch 1.6, or truncated") from error
-        raise ValueError(f"it is truncated, or no file of torch.save ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"it is truncated, or no file of torch.save ({str(error).split('. ')[0]})") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"it holds a {type(checkpoint).__name__}, and no dict")
     return checkpoint

@@ -230,7 +230,8 @@ def test_averages_of_the_ema_callback_give_another_width(merge, tmp_path, suffix
 
 
 def test_a_nan_is_told(merge, tmp_path):
-    torch.save({"w": torch.tensor([1.0, math.nan]), "v": torch.ones(2)}, "a.pt")
+    fine = torch.full((100,), 60000.0, dtype=torch.float16)  # its sum is no float16
+    torch.save({"w": torch.tensor([1.0, math.nan]), "v": fine, "c": torch.ones(1, dtype=torch.complex64)}, "a.pt")
     status, _, err = merge("a.pt", "-o", "m.ckpt")
     assert status == 0
     assert err == "Note: there are NaN or infinite values in w\n"
