@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 
-from lightning_eff.cli import tables
+from lightning_eff.cli import need_jsonargparse, tables
 from lightning_eff.functional.averaging import CURVES, Scheme, scheme_weights
 from lightning_eff.functional.coefficient_search import evolve, greedy_soup
 from lightning_eff.functional.ema import posthoc_error, posthoc_weights
@@ -184,6 +184,7 @@ def _posthoc(sources: Sequence[Source], widths: Sequence[float] | None, sigma_re
 
 
 def _search(merger: Merger, args: argparse.Namespace) -> tuple[list[float], Any]:
+    need_jsonargparse("merge --search")
     from lightning_eff.merging.validation import Validation
 
     validation = Validation(

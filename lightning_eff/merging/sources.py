@@ -94,6 +94,9 @@ class _TorchSource(Source):
         others = [name for name, value in state.items() if not isinstance(value, Tensor)]
         if "state_dict" not in checkpoint and others:
             raise ValueError(f"it has no state_dict, and is none: {others[0]!r} is no tensor")
+        unusual = [name for name, value in state.items() if isinstance(value, Tensor) and _unusual(value)]
+        if unusual:
+            raise ValueError(f"{unusual[0]!r} is a sparse or quantized tensor, which cannot be averaged")
         self._state = {name: value.detach() for name, value in state.items() if isinstance(value, Tensor)}
         self.extra = {name: state[name] for name in others}
         self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._state.items()}
@@ -173,13 +176,17 @@ class _ShardedSource(Source):
                 raise ValueError(f"its file {name} is truncated: {file.stat().st_size} bytes of {end}")
 
     def read(self, name: str) -> Tensor:
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_loader import load
 
         spec = self.specs[name]
         tensor = torch.empty(spec.shape, dtype=spec.dtype)
         with warnings.catch_warnings():  # "assuming the intent is to load in a single process": it is
             warnings.filterwarnings("ignore", message="torch.distributed is ", category=UserWarning)
-            load({self._keys[name]: tensor}, storage_reader=self._reader(self.path), no_dist=True)
+            try:
+                load({self._keys[name]: tensor}, storage_reader=self._reader(self.path), no_dist=True)
+            except (CheckpointException, RuntimeError) as error:
+                raise ValueError(f"{self.path}: {name} cannot be read: {error}") from error
         return tensor
 
 
@@ -204,6 +211,10 @@ def load_mapped(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"it holds a {type(checkpoint).__name__}, and no dict")
     return checkpoint
+
+
+def _unusual(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_quantized
 
 
 def _tied(state: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

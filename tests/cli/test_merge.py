@@ -300,6 +300,7 @@ def folder_without_metadata(folder):
         (lambda f: (f / "other.safetensors").write_bytes(b"hello world"), "other.safetensors", "no safetensors file"),
         (with_objects, "other.pt", "holds Python objects"),
         (folder_without_metadata, "other", "no sharded checkpoint: it has no .metadata"),
+        (lambda f: plain(f, w=torch.ones(4).to_sparse(), n=torch.tensor(1)), "other.pt", "'w' is a sparse"),
         (lambda f: torch.save([1], f / "other.pt"), "other.pt", "it holds a list, and no dict"),
         (lambda f: torch.save({"epoch": 1}, f / "other.pt"), "other.pt", "no state_dict"),
     ],
@@ -320,7 +321,11 @@ def test_a_truncated_shard(merge, tmp_path):
     with pytest.warns(UserWarning, match="disabled|unavailable"):
         dcp.save({"w": torch.ones(1000)}, checkpoint_id="a", no_dist=True)
     file = next(Path("a").glob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:-100])
+    data = file.read_bytes()
+    file.write_bytes(bytes(len(data)))
+    assert "a: w cannot be read" in merge("a", "-o", "merged.ckpt")[2]
+    assert [path.name for path in Path.cwd().iterdir()] == ["a"]
+    file.write_bytes(data[:-100])
     assert "is truncated" in merge("a", "-o", "merged.ckpt")[2]
     file.unlink()
     assert "is missing" in merge("a", "-o", "merged.ckpt")[2]
