@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_eff.functional.averaging import Curve, scheme_weights, weighted_average
-from lightning_eff.training.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith, check, is_count
+from lightning_eff.training.arguments import check, is_count, readable_size
+from lightning_eff.training.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
 from lightning_eff.training.snapshots import Place, SnapshotWindow
 
 WindowScheme = Literal["uniform", "linear", "exponential", "wsm", "step"]
@@ -191,20 +192,12 @@ class CheckpointAveraging(AveragedWeights):
         sharing = 1 if self.window.place == "model" else max(1, trainer.num_devices)
         free = self.window.free_bytes(trainer.strategy.root_device)
         where = {"cpu": "host memory", "disk": f"files under {self.window.folder}", "model": "the model's device"}
-        needed = f"{self.window.length} x {_readable(size)} on each rank in {where[self.window.place]}"
+        needed = f"{self.window.length} x {readable_size(size)} on each rank in {where[self.window.place]}"
         fits = free is None or missing * size * sharing <= free
         if not trainer.strategy.reduce_boolean_decision(fits, all=True):
             raise MisconfigurationException(
                 f"CheckpointAveraging(window={self.window.length}) keeps {needed}, and one more in an evaluation, and "
-                f"{_readable(free or 0)} are free here: take a smaller window or another device= ('cpu', 'disk', "
+                f"{readable_size(free or 0)} are free here: take a smaller window or another device= ('cpu', 'disk', "
                 "'model')"
             )
         rank_zero_info(f"CheckpointAveraging({self.name!r}) keeps {needed}")
-
-
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

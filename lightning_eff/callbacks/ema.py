@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,7 +19,8 @@ from lightning_eff.functional.ema import (
     power_from_width,
     warmup_decay,
 )
-from lightning_eff.training.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith, check
+from lightning_eff.training.arguments import check, readable_size
+from lightning_eff.training.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
 
 
 class EMA(AveragedWeights):
@@ -208,3 +211,10 @@ class EMA(AveragedWeights):
         if self.widths:
             return {"scheme": "power", "sigma_rel": self.widths[self._labels().index(label)]}
         return {"scheme": "exponential", "decay": self.decay}
+
+    @override
+    def _on_start(self, trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+        size = sum(tensor.numel() * max(4, tensor.element_size()) for tensor in tensors.values())
+        where = "host memory" if self.device == "cpu" else "the model's device"
+        count = len(self.widths) or 1
+        rank_zero_info(f"EMA({self.name!r}) keeps {count} x {readable_size(size)} on each rank in {where}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -22,12 +22,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_eff.functional.structure import clean_named_parameters
 from lightning_eff.training import batch_norm
+from lightning_eff.training.arguments import check, is_count
 from lightning_eff.training.averaged_files import averaged_paths, averaged_state, remove_averaged, write_averaged
 from lightning_eff.training.rank_state import RankState
-from lightning_eff.training.side_evaluation import evaluate_beside
+from lightning_eff.training.side_evaluation import AroundEvaluations, evaluate_beside
 from lightning_eff.training.trainable import TrainableChange
+from lightning_eff.training.trained_tensors import TrainedTensors
 from lightning_eff.training.update_count import UpdateCount
 from lightning_eff.training.weight_swap import WeightSwap, local, reshard
 
@@ -35,7 +36,7 @@ ValidateWith = Literal["average", "current", "both"]
 Buffers = Literal["copy", "average"]
 Save = Literal["all", "safetensors", "ckpt", "none"]
 
-_LEFT_OUT = ("_files", "_trainer", "_module", "_parameters")  # of a pickle: they belong to this process
+_LEFT_OUT = ("_files", "_evaluations", "_trainer", "_module")  # of a pickle: they belong to this process
 
 
 class AveragedWeights(Callback):
@@ -79,18 +80,17 @@ class AveragedWeights(Callback):
 
         self._updates = UpdateCount()
         self._due = 0
-        self._trained: set[str] = set()  # clean names of the parameters that an average can differ from
+        self._tensors = TrainedTensors(buffers == "average")
         self._swap = WeightSwap()
         self._files = self._rank_files()
         self._restored: dict[str, Any] | None = None
         # BatchNorm's under each average: after how many collections they were taken, and where they lie.
         self._statistics: dict[str, tuple[int, dict[str, Tensor]]] = {}
         self._beside: dict[str, Tensor] = {}
-        self._wrapped: list[_EvaluationLoop] = []
+        self._evaluations = AroundEvaluations(self._evaluate_around, self._before_end)
         self._told_empty = False
         self._trainer: Trainer | None = None
         self._module: weakref.ref[LightningModule] | None = None  # whose average it is
-        self._parameters: dict[str, Tensor] | None = None  # to be averaged, found once
 
     # What a subclass says.
 
@@ -164,7 +164,7 @@ class AveragedWeights(Callback):
             )
         if stage == "fit":
             self._files.attach(trainer.strategy)
-        self._wrap_loops(trainer, stage)
+        self._evaluations.attach(trainer, stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -172,29 +172,29 @@ class AveragedWeights(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tensors = self._all_tensors(pl_module)
+        tensors = self._tensors.every(pl_module)
         restored, self._restored = self._restored, None
+        trained = self._tensors.names
         if restored is not None:
-            self._trained = set(restored["trained"])
+            trained = restored["trained"]
             if not self._restore(restored["state"], tensors):
                 rank_zero_info(f"{type(self).__name__}: the saved average is of another model; it starts anew")
-        elif trainer.global_step == 0:  # the callback may have been in another run before
+        elif trainer.global_step == 0 or (self._module is not None and self._module() is not pl_module):
+            # A new run. The callback may have been in another one before.
             self._reset()
-            self._trained = set()
+            trained = set()
             self._updates.load_state_dict({"updates": [0] * len(trainer.optimizers)})
-        self._module, self._parameters = weakref.ref(pl_module), None
-        self._trained |= {name for name, p in clean_named_parameters(pl_module).items() if p.requires_grad}
+        self._tensors.begin(pl_module, trained)
+        self._module = weakref.ref(pl_module)
         self._statistics = {}
         self._told_empty = False
         self._due = self._next_due(self._count())
-        self._on_start(trainer, self._tensors(pl_module))
+        self._on_start(trainer, self._tensors.of(pl_module))
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """A parameter that is trained for the first time has been the same in every snapshot until now."""
         for name, parameter in change.opened.items():
-            if name not in self._trained and (parameter.is_floating_point() or parameter.is_complex()):
-                self._trained.add(name)
-                self._parameters = None
+            if self._tensors.open(name, parameter):
                 self._add(name, local(parameter))
 
     @override
@@ -207,14 +207,7 @@ class AveragedWeights(Callback):
         if step < self._due:
             return
         self._due = self._next_due(step)
-        if self._parameters is None or self.buffers == "average":  # a buffer may be another object every time
-            tensors = self._tensors(pl_module)
-            every = clean_named_parameters(pl_module)
-            self._parameters = {name: every[name] for name in tensors if name in every}
-        else:
-            reshard(pl_module)
-            tensors = {name: local(parameter) for name, parameter in self._parameters.items()}
-        self._collect(step, tensors)
+        self._collect(step, self._tensors.again(pl_module))
 
     def _count(self) -> int:
         """Real updates: with several optimizers those of the one that has made the most."""
@@ -233,7 +226,7 @@ class AveragedWeights(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before: the checkpoints that are saved at the end of training have the live weights.
         if self.replace_at_end and self.collected:
-            tensors = self._tensors(pl_module)
+            tensors = self._tensors.of(pl_module)
             with torch.no_grad():
                 for name, average in self._averages("", tensors, rounded=True):
                     tensors[name].copy_(average)
@@ -251,7 +244,7 @@ class AveragedWeights(Callback):
     def _leave(self, trainer: Trainer) -> None:
         self._swap.take_out()
         self._updates.detach()
-        self._unwrap_loops()
+        self._evaluations.detach()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -267,7 +260,7 @@ class AveragedWeights(Callback):
         return RankState(f"average-{self.name}", self._save_rank, self._load_rank, self._write_beside, self._remove)
 
     def _save_rank(self) -> dict[str, Any]:
-        return {"trained": sorted(self._trained), "state": self._state()}
+        return {"trained": sorted(self._tensors.names), "state": self._state()}
 
     def _load_rank(self, state: dict[str, Any] | None) -> None:
         self._restored = state  # the model's tensors are not there yet under every strategy
@@ -277,47 +270,11 @@ class AveragedWeights(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._trainer = self._module = self._parameters = None
+        self._trainer = self._module = None
         self._files = self._rank_files()
-
-    # Tensors.
-
-    def _all_tensors(self, module: LightningModule) -> dict[str, Tensor]:
-        """This rank's part of every tensor that could be averaged."""
-        reshard(module)
-        tensors = {name: local(parameter) for name, parameter in clean_named_parameters(module).items()}
-        if self.buffers == "average":
-            tensors |= {name.replace("_orig_mod.", ""): local(buffer) for name, buffer in module.named_buffers()}
-        return {name: t for name, t in tensors.items() if t.is_floating_point() or t.is_complex()}
-
-    def _tensors(self, module: LightningModule) -> dict[str, Tensor]:
-        """And of those that are."""
-        parameters = clean_named_parameters(module)
-        every = self._all_tensors(module)
-        return {name: tensor for name, tensor in every.items() if name in self._trained or name not in parameters}
+        self._evaluations = AroundEvaluations(self._evaluate_around, self._before_end)
 
     # Evaluation.
-
-    def _wrap_loops(self, trainer: Trainer, stage: str) -> None:
-        """Stand in front of two methods of the evaluation loop, as attributes of the instance.
-
-        Around ``run`` the weights come back however it ends; and they are back before any callback's hook at the end
-        of the evaluation, where checkpoints are saved.
-        """
-        self._unwrap_loops()
-        loop = {"fit": trainer.fit_loop.epoch_loop.val_loop, "validate": trainer.validate_loop}.get(stage)
-        loop = trainer.test_loop if stage == "test" else loop
-        if loop is None:
-            return
-        loop.run = _Around(self, loop, loop.run)  # type: ignore[method-assign]
-        loop._on_evaluation_end = _Before(self, loop, loop._on_evaluation_end)  # type: ignore[method-assign]
-        self._wrapped.append(loop)
-
-    def _unwrap_loops(self) -> None:
-        for loop in self._wrapped:
-            for name in ("run", "_on_evaluation_end"):
-                _unwrap(loop, name, self)
-        self._wrapped = []
 
     def _evaluate_around(self, loop: _EvaluationLoop, run: Any) -> Any:
         trainer = loop.trainer
@@ -371,7 +328,7 @@ class AveragedWeights(Callback):
         if not self.collected:
             self._tell_empty()
             return
-        tensors = self._tensors(module)
+        tensors = self._tensors.of(module)
         fresh = not self.update_bn or self._has_statistics(label)
         if not fresh:
             self._statistics[label] = (0, {name: b.clone() for name, b in batch_norm.statistics(module).items()})
@@ -386,6 +343,9 @@ class AveragedWeights(Callback):
         if self._swap.active:
             reshard(module)
             self._swap.take_out()
+
+    def _before_end(self, loop: _EvaluationLoop) -> None:
+        self._take_out(loop.trainer.lightning_module)
 
     def _tell_empty(self) -> None:
         if not self._told_empty:
@@ -425,11 +385,10 @@ class AveragedWeights(Callback):
             self._tell_empty()
         for label in self._saved_labels() if self.collected else [""]:
             self._update_statistics(trainer, module, label)
-            tensors = self._tensors(module)
+            tensors = self._tensors.of(module)
             averages: dict[int, Tensor] = {}
             if self.collected:
-                own = {**dict(module.named_buffers()), **clean_named_parameters(module)}
-                own = {name.replace("_orig_mod.", ""): tensor for name, tensor in own.items()}
+                own = self._tensors.originals(module)
                 averages = {id(own[name]): a for name, a in self._averages(label, tensors, rounded=False)}
                 averages |= {id(buffer): other for buffer, other in self._statistics_of(module, label)}
             state = averaged_state(module, averages, keep=trainer.is_global_zero)
@@ -442,49 +401,3 @@ class AveragedWeights(Callback):
         if self.save != "none" and self._trainer is not None and self._trainer.is_global_zero:
             for label in self._saved_labels():
                 remove_averaged(path, f"{self.name}-{label}" if label else self.name)
-
-
-class _Layer:
-    """Stands in front of a method of a loop, for one callback; several may stand behind each other."""
-
-    def __init__(self, owner: AveragedWeights, loop: _EvaluationLoop, inner: Callable[[], Any]) -> None:
-        self.owner = owner
-        self.loop = loop
-        self.inner = inner
-
-
-class _Around(_Layer):
-    def __call__(self) -> Any:
-        return self.owner._evaluate_around(self.loop, self.inner)
-
-
-class _Before(_Layer):
-    def __call__(self) -> Any:
-        self.owner._take_out(self.loop.trainer.lightning_module)
-        return self.inner()
-
-
-def _unwrap(loop: _EvaluationLoop, name: str, owner: AveragedWeights) -> None:
-    outer, layer = None, vars(loop).get(name)
-    while isinstance(layer, _Layer):
-        if layer.owner is not owner:
-            outer, layer = layer, layer.inner
-            continue
-        if outer is not None:
-            outer.inner = layer.inner
-        elif isinstance(layer.inner, _Layer):
-            setattr(loop, name, layer.inner)
-        else:
-            delattr(loop, name)
-        return
-
-
-def is_count(value: Any) -> bool:
-    """Whether a value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def check(name: str, value: Any, ok: bool, allowed: str) -> None:
-    """Raise a ValueError for an argument that is not allowed."""
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")

@@ -1,7 +1,8 @@
-"""A second validation or test beside the one that Lightning runs, whose metrics are handed over instead of logged."""
+"""Around the evaluations that Lightning runs, and a second one beside them whose metrics are handed over."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -72,3 +73,77 @@ def _put(trainer: Trainer, old: _EvaluationLoop, new: _EvaluationLoop) -> None:
     for owner, name in ((trainer.fit_loop.epoch_loop, "val_loop"), (trainer, "validate_loop"), (trainer, "test_loop")):
         if getattr(owner, name) is old:
             setattr(owner, name, new)
+
+
+class AroundEvaluations:
+    """Stands in front of two methods of an evaluation loop, as attributes of the instance.
+
+    Around ``run``, because a hook is not called when an evaluation breaks off, and because a hook at its start comes
+    after the iteration over the data has begun. In front of the hooks at its end, where checkpoints are saved: some
+    callbacks have theirs before the owner's. Several owners may stand behind each other.
+
+    Args:
+        around: called with the loop and what is left of ``run``, to be called in it.
+        before_end: called with the loop before any hook at the end of the evaluation.
+    """
+
+    def __init__(
+        self,
+        around: Callable[[_EvaluationLoop, Callable[[], Any]], Any],
+        before_end: Callable[[_EvaluationLoop], None],
+    ) -> None:
+        self.around = around
+        self.before_end = before_end
+        self._loop: _EvaluationLoop | None = None
+
+    def attach(self, trainer: Trainer, stage: str) -> None:
+        """Stand in front of the loop of a stage, in place of any other."""
+        self.detach()
+        loops = {
+            "fit": trainer.fit_loop.epoch_loop.val_loop,
+            "validate": trainer.validate_loop,
+            "test": trainer.test_loop,
+        }
+        self._loop = loop = loops.get(stage)
+        if loop is not None:
+            loop.run = _Run(self, loop, loop.run)  # type: ignore[method-assign]
+            loop._on_evaluation_end = _End(self, loop, loop._on_evaluation_end)  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Leave the loop as it was."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            for name in ("run", "_on_evaluation_end"):
+                _remove(loop, name, self)
+
+
+class _Layer:
+    def __init__(self, owner: AroundEvaluations, loop: _EvaluationLoop, inner: Callable[..., Any]) -> None:
+        self.owner = owner
+        self.loop = loop
+        self.inner = inner
+
+
+class _Run(_Layer):
+    def __call__(self) -> Any:
+        return self.owner.around(self.loop, self.inner)
+
+
+class _End(_Layer):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.owner.before_end(self.loop)
+        return self.inner(*args, **kwargs)
+
+
+def _remove(loop: _EvaluationLoop, name: str, owner: AroundEvaluations) -> None:
+    outer, layer = None, vars(loop).get(name)
+    while isinstance(layer, _Layer) and layer.owner is not owner:
+        outer, layer = layer, layer.inner
+    if not isinstance(layer, _Layer):
+        return
+    if outer is not None:
+        outer.inner = layer.inner
+    elif isinstance(layer.inner, _Layer):
+        setattr(loop, name, layer.inner)
+    else:
+        delattr(loop, name)
