@@ -6,6 +6,7 @@ A subclass says what is collected and what the average of it is. See ``callbacks
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -322,6 +323,15 @@ class AveragedWeights(Callback):
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_beside(trainer, pl_module)
+
+    def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
+        """A chart for :class:`~lightning_eff.callbacks.TensorBoardLayout`: the averages beside the live weights."""
+        if self.validate_with != "both" and len(self._labels()) == 1:
+            return {}
+        names = "(val_loss|val/loss)"
+        return {
+            f"validation loss, live and {self.name}": ["Multiline", [names, f"{re.escape(self.name)}/(.*/)?{names}"]]
+        }
 
     def _put_in(self, trainer: Trainer, module: LightningModule, label: str) -> None:
         """Put an average in the place of the weights; without one they stay, with a message."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from lightning_eff.training import snapshots
 from lightning_eff.training.trainable import set_trainable
 from tests.callbacks.averaging_models import Odd, Weights, fit, loss_of
 from tests.distributed.faults import InjectedError, fail_at
-from tests.suite.models import Net
+from tests.suite.models import Gan, Net
 from tests.suite.runs import SaveAt, differences
 from tests.suite.table import DDP, FSDP2, SINGLE, Strategy
 
@@ -71,6 +73,13 @@ def test_skipped_steps_are_no_updates(tmp_path):
     fit(tmp_path, Drops(), weights, averaging, SaveAt(10, tmp_path / "run.ckpt"))
     assert averaging.window.steps == [2, 4, 6, 8]  # of ten attempts
     assert not differences(weights.history[6], averaging.window.read()[1])  # the 4th update is the 6th attempt
+
+
+def test_two_optimizers_count_as_one_step(tmp_path):
+    averaging = CheckpointAveraging(window=5, every_n_steps=2)
+    trainer, _ = fit(tmp_path, averaging, module=Gan(), steps=6)
+    assert trainer.global_step == 12
+    assert averaging.window.steps == [2, 4, 6]
 
 
 def test_bfloat16_weights_are_averaged_in_float32(tmp_path):
@@ -160,6 +169,32 @@ def test_average_and_current_are_validated_side_by_side(tmp_path):
     for prefix in ("", "average/", "average/2/"):  # a metric object of the module is not mixed up
         assert metrics[f"{prefix}val_mean"] == pytest.approx(metrics[f"{prefix}val_loss"], rel=1e-6)
     assert set(module.whole_validations[1:]) == {4}  # nor a list; the first was the sanity check
+
+
+def test_workers_that_stay_read_for_both(tmp_path):
+    class Workers(Odd):
+        def _loader(self, seed: int) -> torch.utils.data.DataLoader:
+            data = super()._loader(seed).dataset
+            return torch.utils.data.DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True)
+
+    averaging = CheckpointAveraging(window=3, every_n_steps=1)
+    arguments: dict[str, Any] = {"steps": 8, "val_check_interval": 4, "num_sanity_val_steps": 0}
+    trainer, module = fit(tmp_path, averaging, module=Workers(), **arguments)
+    assert module.whole_validations == [4, 4] * 2
+    plain, _ = fit(tmp_path, module=Workers(), **arguments)
+    assert trainer.callback_metrics["val_loss"] == plain.callback_metrics["val_loss"]
+    del trainer, plain, module
+    gc.collect()  # the workers end with the loaders
+
+
+def test_tensorboard_shows_live_and_averaged_in_one_chart(tmp_path):
+    averaging = CheckpointAveraging(window=3, every_n_steps=1, preview=[2])
+    trainer, _ = fit(tmp_path, averaging)
+    ((_, tags),) = averaging.tensorboard_charts(trainer).values()
+    for name in ("val_loss", "average/val_loss", "average/2/val_loss"):
+        assert name in trainer.callback_metrics
+        assert any(re.fullmatch(tag, name) for tag in tags)
+    assert CheckpointAveraging(validate_with="average").tensorboard_charts(trainer) == {}
 
 
 def test_validate_and_test_after_the_fit(tmp_path):
@@ -262,8 +297,12 @@ def test_without_a_snapshot_the_current_weights_stand_for_the_average(tmp_path, 
 def test_a_new_run_does_not_begin_with_the_old_ones_weights(tmp_path):
     averaging = CheckpointAveraging(window=4, every_n_steps=3)
     fit(tmp_path, averaging, steps=9)
-    fit(tmp_path, averaging, steps=4)
+    trainer, _ = fit(tmp_path, averaging, steps=4)
     assert averaging.window.steps == [3]
+    trainer.fit_loop.epoch_loop.max_steps += 3
+    trainer.fit(Net(optimizer="sgd"))  # the same Trainer, another model
+    assert averaging.window.steps == [3]
+    assert averaging.collected == 1
 
 
 @pytest.mark.parametrize("replace", [False, True])
