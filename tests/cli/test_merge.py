@@ -1,8 +1,5 @@
-import json
 import math
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule
 
 from lightning_eff.callbacks import EMA
 from lightning_eff.cli import main
-from lightning_eff.merging import Merger, open_source, safetensors, write_merged
+from lightning_eff.merging import safetensors
 
 
 class Net(L.LightningModule):
@@ -254,6 +251,10 @@ def test_overwriting_an_input_is_possible(merge, tmp_path):
     assert torch.load("a.ckpt", weights_only=True)["state_dict"]["w"].tolist() == [1.0] * 4
 
 
+def test_a_pipe_gets_no_progress_bar(merge, tmp_path):
+    assert merge(*save_plain(tmp_path), "-o", "m.ckpt")[2] == ""
+
+
 # --- what is refused, with nothing left behind -----------------------------------------------------------------------
 
 
@@ -376,91 +377,6 @@ def test_options_without_effect_are_refused(merge, tmp_path, capsys, options, me
     assert message in capsys.readouterr().err
 
 
-def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
-    paths = save_plain(tmp_path, 3)
-    for name in ("merged.ckpt", "merged.safetensors"):
-        merger = Merger([open_source(path) for path in paths])
-
-        def fail(amount):
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            write_merged(merger, [0.2, 0.3, 0.5], tmp_path / name, progress=fail)
-    assert sorted(tmp_path.iterdir()) == paths
-
-
-_SLOW = """
-import sys, time
-from pathlib import Path
-from lightning_eff.merging import Merger, open_source, write_merged
-folder = Path(sys.argv[1])
-def wait(amount):
-    print("merging", flush=True)
-    time.sleep(60)
-write_merged(Merger([open_source(folder / f"{i}.pt") for i in range(3)]), [0.2, 0.3, 0.5], folder / "m.safetensors",
-             progress=wait)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_kill_in_the_middle_leaves_no_output(tmp_path, number):
-    paths = save_plain(tmp_path, 3)
-    process = subprocess.Popen([sys.executable, "-c", _SLOW, str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"merging\n"
-    process.send_signal(number)
-    process.wait(timeout=30)
-    process.stdout.close()
-    assert not (tmp_path / "m.safetensors").exists()
-    if number == signal.SIGTERM:
-        assert process.returncode == 143
-        assert sorted(tmp_path.iterdir()) == paths
-
-
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-_MEASURED = """
-import json, sys
-from pathlib import Path
-from lightning_eff.functional.averaging import uniform_weights
-from lightning_eff.merging import Merger, open_source, write_merged
-folder = Path(sys.argv[1])
-def peak(paths, name):
-    merger = Merger([open_source(path) for path in paths])
-    write_merged(merger, uniform_weights(range(len(paths))), folder / name, overwrite=True)
-    # Not `ru_maxrss`: a child begins with that of its parent.
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-big = sorted(folder.glob("big*"))
-before = max(peak([folder / "small.pt"], "out" + suffix) for suffix in (".ckpt", ".safetensors"))
-merges = [(".safetensors", 2), (".safetensors", 6), (".ckpt", 2), (".ckpt", 6)]
-print(json.dumps([peak(big[:count], "out" + suffix) - before for suffix, count in merges]))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak, and the dropping of pages, are Linux's")
-def test_memory_is_about_one_model_whatever_the_number_of_files(tmp_path):
-    layers, mib = 15, 4  # a model of 60 MiB
-    torch.save({"w": torch.ones(4)}, tmp_path / "small.pt")
-    for i in range(6):
-        torch.save({f"layer{j}": torch.full((mib << 18,), float(i)) for j in range(layers)}, tmp_path / f"big{i}.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURED, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-        # Freed memory goes back at once, so that what is measured is what is held.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )
-    safetensors_2, safetensors_6, ckpt_2, ckpt_6 = json.loads(done.stdout)
-    # Beside the output: the float64 sum of one tensor (twice its size), the result, and what is read of the file.
-    assert safetensors_6 < 6 * mib + 8, done.stdout
-    assert ckpt_6 > layers * mib, done.stdout  # it is measured at all
-    assert ckpt_6 < layers * mib + 6 * mib + 8, done.stdout
-    assert safetensors_6 - safetensors_2 < 8, done.stdout
-    assert ckpt_6 - ckpt_2 < 8, done.stdout
-
-
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
@@ -549,57 +465,3 @@ def test_a_search_that_cannot_work(merge, more, metric, message):
     assert status == 1
     assert message in err
     assert not Path("merged.ckpt").exists()
-
-
-# --- the format -----------------------------------------------------------------------------------------------------
-
-
-def test_a_safetensors_file_byte_by_byte(tmp_path):
-    safetensors.save(tmp_path / "a.safetensors", {"b": torch.tensor([1, -1], dtype=torch.int8), "a": torch.ones(1)})
-    data = (tmp_path / "a.safetensors").read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    assert length % 8 == 0
-    assert json.loads(data[8 : 8 + length]) == {
-        "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-        "b": {"dtype": "I8", "shape": [2], "data_offsets": [4, 6]},
-    }
-    assert data[8 + length :] == b"\x00\x00\x80\x3f\x01\xff"
-
-
-def tensors_of_every_dtype():
-    found = {str(dtype): torch.arange(6).reshape(2, 3).to(dtype) for dtype in safetensors.DTYPES.values()}
-    return {**found, "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "turned": torch.randn(3, 2).t()}
-
-
-def bytes_of(tensor):
-    return tensor.reshape(-1).view(torch.uint8).tolist()
-
-
-def test_safetensors_of_every_dtype_and_shape(tmp_path):
-    tensors = tensors_of_every_dtype()
-    safetensors.save(tmp_path / "a.safetensors", tensors, {"step": "7"})
-    loaded = safetensors.load(tmp_path / "a.safetensors")
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        assert loaded[name].shape == tensor.shape
-        assert bytes_of(loaded[name]) == bytes_of(tensor)
-    assert safetensors.read_header(tmp_path / "a.safetensors")[1] == {"step": "7"}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-
-
-def test_the_package_safetensors_reads_ours_and_we_read_its(tmp_path):
-    theirs = pytest.importorskip("safetensors.torch")
-    tensors = {name: tensor.contiguous() for name, tensor in tensors_of_every_dtype().items()}
-    safetensors.save(tmp_path / "ours.safetensors", tensors, {"step": "7"})
-    theirs.save_file(tensors, tmp_path / "theirs.safetensors", {"step": "7"})
-    for loaded in (theirs.load_file(tmp_path / "ours.safetensors"), safetensors.load(tmp_path / "theirs.safetensors")):
-        assert loaded.keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert loaded[name].dtype == tensor.dtype
-            assert loaded[name].shape == tensor.shape
-            assert bytes_of(loaded[name]) == bytes_of(tensor)
-
-
-def test_a_pipe_gets_no_progress_bar(merge, tmp_path):
-    assert merge(*save_plain(tmp_path), "-o", "m.ckpt")[2] == ""
