@@ -83,6 +83,9 @@ class AveragedWeights(Callback):
         self._due = 0
         self._tensors = TrainedTensors(buffers == "average")
         self._swap = WeightSwap()
+        self._inside: str | None = None  # the average that is in the place of the weights
+        self._paused: str | None = None  # and the one that was before a checkpoint is saved
+        self._replacing = False  # an evaluation is on its way that is one of the average
         self._files = self._rank_files()
         self._restored: dict[str, Any] | None = None
         # BatchNorm's under each average: after how many collections they were taken, and where they lie.
@@ -261,6 +264,11 @@ class AveragedWeights(Callback):
         return RankState(f"average-{self.name}", self._save_rank, self._load_rank, self._write_beside, self._remove)
 
     def _save_rank(self) -> dict[str, Any]:
+        # A module may save in a hook of its validation. The checkpoint's tensors are the model's own, so that putting
+        # the live weights back now puts them into the checkpoint; afterwards the evaluation goes on as it was.
+        self._paused = self._inside
+        if self._trainer is not None and self._inside is not None:
+            self._take_out(self._trainer.lightning_module)
         return {"trained": sorted(self._tensors.names), "state": self._state()}
 
     def _load_rank(self, state: dict[str, Any] | None) -> None:
@@ -292,11 +300,22 @@ class AveragedWeights(Callback):
                 self._take_out(module)
                 prefix = f"{self.name}/{label}" if label else self.name
                 self._beside |= {f"{prefix}/{key}": value for key, value in metrics.items()}
-            if self.validate_with == "average":
-                self._put_in(trainer, module, "")
+            self._replacing = self.validate_with == "average"
             return run()
         finally:
+            self._replacing = False
             self._take_out(module)
+
+    # In a hook of the evaluation itself, behind all that other callbacks evaluate beside it: one average at a time.
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._replacing:
+            self._put_in(trainer, pl_module, "")
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._replacing:
+            self._put_in(trainer, pl_module, "")
 
     def _is_average_of(self, trainer: Trainer, module: LightningModule) -> bool:
         """False, with a message, where other weights than those of the run are evaluated."""
@@ -341,9 +360,12 @@ class AveragedWeights(Callback):
         tensors = self._tensors.of(module)
         fresh = not self.update_bn or self._has_statistics(label)
         if not fresh:
-            self._statistics[label] = (0, {name: b.clone() for name, b in batch_norm.statistics(module).items()})
+            with torch.inference_mode(False):
+                live = {name: buffer.clone() for name, buffer in batch_norm.statistics(module).items()}
+            self._statistics[label] = (0, live)
         averages = ((tensors[name], average) for name, average in self._averages(label, tensors, rounded=True))
         self._swap.put_in(chain(averages, self._statistics_of(module, label)))
+        self._inside = label
         if not fresh:
             # The live statistics lie in `_statistics` now, and change places with those taken here when it is over.
             batch_norm.recompute_statistics(trainer, module, self.update_bn or 1)
@@ -353,6 +375,7 @@ class AveragedWeights(Callback):
         if self._swap.active:
             reshard(module)
             self._swap.take_out()
+        self._inside = None
 
     def _before_end(self, loop: _EvaluationLoop) -> None:
         self._take_out(loop.trainer.lightning_module)
@@ -388,9 +411,17 @@ class AveragedWeights(Callback):
 
     def _write_beside(self, checkpoint: dict[str, Any], path: str) -> None:
         trainer = self._trainer
-        if self.save == "none" or trainer is None:
+        if trainer is None:
             return
         module = trainer.lightning_module
+        paused, self._paused = self._paused or self._inside, None
+        self._take_out(module)
+        if self.save != "none":
+            self._write_average(trainer, module, checkpoint, path)
+        if paused is not None:
+            self._put_in(trainer, module, paused)
+
+    def _write_average(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], path: str) -> None:
         if not self.collected:
             self._tell_empty()
         for label in self._saved_labels() if self.collected else [""]:

@@ -93,6 +93,26 @@ def test_the_average_of_bfloat16_weights_moves_and_keeps_its_digits(tmp_path):
     assert len(moved) > len(state) / 2
 
 
+def test_a_checkpoint_saved_in_the_middle_of_a_validation_is_no_other(tmp_path):
+    class Saves(Odd):
+        def on_validation_epoch_end(self) -> None:
+            super().on_validation_epoch_end()
+            if self.trainer.global_step == 8:
+                self.trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    arguments = {"steps": 12, "val_check_interval": 4}
+    weights, ema, save = Weights(), EMA(0.8, validate_with="average"), SaveAt(8, tmp_path / "before.ckpt")
+    trainer, _ = fit(tmp_path, weights, ema, save, module=Saves(), **arguments)
+    before, within = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "within"))
+    assert not differences(dict(before["state_dict"]), dict(within["state_dict"]))
+    files = [safetensors.load(tmp_path / f"ema-{name}.safetensors") for name in ("before", "within")]
+    assert not differences(*files)
+    ranks = [torch.load(next((tmp_path / f"{name}.ckpt.ranks").iterdir())) for name in ("before", "within")]
+    assert not differences(ranks[0]["states"], ranks[1]["states"])
+    plain, _ = fit(tmp_path, EMA(0.8, validate_with="average"), module=Odd(), **arguments)
+    assert trainer.callback_metrics["val_loss"] == plain.callback_metrics["val_loss"]
+
+
 def test_one_foreach_call_a_step(tmp_path):
     calls = {}
     for steps in (4, 8):
