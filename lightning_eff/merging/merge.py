@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_eff.functional.averaging import weighted_average
-from lightning_eff.merging import safetensors
+from lightning_eff.merging.safe_files import check_dtypes, save_safetensors
 from lightning_eff.merging.sources import Source, Spec
 
 OUTPUTS = (".ckpt", ".safetensors")
@@ -146,9 +146,9 @@ def write_merged(
     Args:
         merger: the checkpoints.
         weights: one for each; they sum to 1.
-        output: ``.safetensors``, written tensor by tensor (tied tensors twice, as the format has no ties), or
-            ``.ckpt``, which holds one model in memory, keeps hyperparameters and is what ``load_from_checkpoint`` and
-            ``trainer.validate(ckpt_path=...)`` open. Optimizer states are left out.
+        output: ``.safetensors`` (tied tensors are in it twice, as the format has no ties), or ``.ckpt``, which keeps
+            hyperparameters and is what ``load_from_checkpoint`` and ``trainer.validate(ckpt_path=...)`` open. Optimizer
+            states are left out. Either holds one model in memory; safetensors before 0.8 copies it to write it.
         overwrite: replace a file of that name.
         about: what the file says of its making, plain data; ``.ckpt`` in ``checkpoint["lightning_eff_merge"]``.
         progress: called with the bytes that were read since the last call.
@@ -156,7 +156,7 @@ def write_merged(
     Raises:
         FileExistsError: the output exists, and ``overwrite`` is not set.
         FileNotFoundError: its folder does not exist.
-        ValueError: its suffix is neither, or the weights are too few or do not sum to 1.
+        ValueError: its suffix is neither, the weights are too few or do not sum to 1, or safetensors lacks a dtype.
     """
     output = Path(output)
     check_output(output, overwrite)
@@ -165,11 +165,15 @@ def write_merged(
     if not abs(math.fsum(weights) - 1) <= 1e-6:
         raise ValueError(f"weights: they must sum to 1, and sum to {math.fsum(weights):.6g}")
     about = {"files": [source.path.name for source in merger.sources], "weights": list(weights), **(about or {})}
-    with _part_of(output, overwrite) as file:
+    if output.suffix == ".safetensors":
+        check_dtypes({name: spec.dtype for name, spec in merger.specs.items()})
+    with _part_of(output, overwrite) as part:
+        state = merger.state_dict(weights, progress)
         if output.suffix == ".safetensors":
-            _write_safetensors(file, merger, weights, about, progress)
+            save_safetensors(part, {name: state[name] for name in merger.specs}, _notes(merger, about))
         else:
-            torch.save(_checkpoint(merger, merger.state_dict(weights, progress), about), file)
+            with part.open("wb") as file:  # by its name, the archive would have that inside
+                torch.save(_checkpoint(merger, state, about), file)
     return output
 
 
@@ -185,25 +189,11 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{output} exists; --overwrite (overwrite=True) replaces it")
 
 
-def _write_safetensors(
-    file: IO[bytes],
-    merger: Merger,
-    weights: Sequence[float],
-    about: Mapping[str, Any],
-    progress: Callable[[int], None] | None,
-) -> None:
-    counted = set(merger._once())
-
-    def produce(name: str) -> Tensor:
-        tensor = merger.tensor(name, weights)
-        if progress is not None and name in counted:
-            progress(merger._read_for(name, weights))
-        return tensor
-
+def _notes(merger: Merger, about: Mapping[str, Any]) -> dict[str, str]:
     notes = {"format": "pt", "lightning_eff_merge": json.dumps(about)}
     if merger.sources[-1].step is not None:
         notes["global_step"] = str(merger.sources[-1].step)
-    safetensors.write(file, {name: (spec.dtype, spec.shape) for name, spec in merger.specs.items()}, produce, notes)
+    return notes
 
 
 def _checkpoint(merger: Merger, state_dict: dict[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,14 +205,13 @@ def _checkpoint(merger: Merger, state_dict: dict[str, Any], about: Mapping[str, 
 
 
 @contextmanager
-def _part_of(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """A file beside the output that takes its name at the end, and is removed if that is never reached."""
+def _part_of(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A path beside the output whose file takes its name at the end, and is removed if that is never reached."""
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     with _terminated_by_exception():
         try:
-            with part.open("wb") as file:
-                yield file
-                file.flush()
+            yield part
+            with part.open("rb+") as file:
                 os.fsync(file.fileno())
             check_output(output, overwrite)  # somebody may have written it meanwhile
             os.replace(part, output)

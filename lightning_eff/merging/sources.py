@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from lightning_eff.merging import safetensors
 
 
 class Spec(NamedTuple):
@@ -117,15 +116,27 @@ class _TorchSource(Source):
 
 
 class _SafetensorsSource(Source):
+    """A safetensors file, mapped into memory."""
+
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._entries, metadata = safetensors.read_header(path)
-        self.specs = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items()}
+        try:
+            self._file = safe_open(path, framework="pt")
+            for name in self._file.keys():  # noqa: SIM118  (it is no mapping)
+                tensor = self._file.get_tensor(name)  # of which nothing is read until it is used
+                self.specs[name] = Spec(tensor.dtype, tuple(tensor.shape))
+        except SafetensorError as error:
+            raise ValueError(f"it is truncated, or no safetensors file ({error})") from error
+        metadata = self._file.metadata() or {}
         self.step = _integer(metadata.get("step", metadata.get("global_step")))
         self.sigma_rel = _number(metadata.get("sigma_rel"))
 
     def read(self, name: str) -> Tensor:
-        return safetensors.read_tensor(self.path, self._entries[name])
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def forget(self, name: str) -> None:
+        _drop_pages(self._file.get_tensor(name))
 
 
 class _ShardedSource(Source):

@@ -8,11 +8,13 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import Tensor, nn
 
 from lightning_eff.functional.gradients import is_dtensor
-from lightning_eff.merging import safetensors
+from lightning_eff.merging.safe_files import safetensors_bytes, save_safetensors
 from lightning_eff.training.rank_state import KEY as _RANK_STATE
 from lightning_eff.training.weight_swap import full, reshard
 
@@ -81,8 +83,7 @@ def write_averaged(
         fs = get_filesystem(path)
         fs.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            with fs.open(f"{path}.part", "wb") as stream:
-                write(stream, checkpoint, state, about)
+            write(f"{path}.part", checkpoint, state, about)
             fs.mv(f"{path}.part", path)
         except BaseException:
             with suppress(FileNotFoundError):
@@ -90,14 +91,20 @@ def write_averaged(
             raise
 
 
-def _write_safetensors(stream: Any, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
-    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    safetensors.write(stream, shapes, state.__getitem__, {key: str(value) for key, value in about.items()})
+def _write_safetensors(path: str, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
+    metadata = {key: str(value) for key, value in about.items()}
+    fs, place = url_to_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        save_safetensors(place, state, metadata)
+        return
+    with fs.open(place, "wb") as stream:
+        stream.write(safetensors_bytes(state, metadata))
 
 
-def _write_checkpoint(stream: Any, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
+def _write_checkpoint(path: str, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
     rest = {key: value for key, value in checkpoint.items() if key not in _TRAINING}
-    torch.save({**rest, "state_dict": state, KEY: about}, stream)
+    with get_filesystem(path).open(path, "wb") as stream:
+        torch.save({**rest, "state_dict": state, KEY: about}, stream)
 
 
 def remove_averaged(checkpoint: str, name: str) -> None:

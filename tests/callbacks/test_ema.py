@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from lightning_eff.callbacks import EMA
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.functional.ema import posthoc_weights, power_decay, power_from_width, warmup_decay
-from lightning_eff.merging import safetensors
 from tests.callbacks.averaging_models import Odd, Weights, fit, loss_of
 from tests.operators import OperatorCounter
 from tests.suite.models import Net
@@ -41,7 +42,7 @@ def _recursion(weights: Weights, steps: list[int], decays: list[float]) -> dict[
 def test_the_average_follows_its_recursion(arguments, steps, decays, tmp_path):
     weights, ema = Weights(), EMA(**arguments)
     fit(tmp_path, weights, ema, SaveAt(10, tmp_path / "run.ckpt"))
-    state = safetensors.load(tmp_path / "ema-run.safetensors")
+    state = load_file(tmp_path / "ema-run.safetensors")
     assert not differences(_recursion(weights, list(steps), decays), state, rtol=1e-6, atol=1e-7)
 
 
@@ -54,13 +55,14 @@ def test_another_width_is_made_of_the_files_of_two(tmp_path):
     for step in (10, 20, 30, 40):
         for width, name in ((0.08, f"stored-{step}"), (0.16, f"stored-0.16-{step}")):
             path = tmp_path / f"{name}.safetensors"
-            files.append(safetensors.load(path))
-            _, about = safetensors.read_header(path)
+            files.append(load_file(path))
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
             assert (float(about["sigma_rel"]), int(about["step"])) == (width, step)
             steps.append(step)
             widths.append(width)
     factors = posthoc_weights(steps, widths, 0.12)
-    target = safetensors.load(tmp_path / "wanted-40.safetensors")
+    target = load_file(tmp_path / "wanted-40.safetensors")
     live = torch.load(tmp_path / "40.ckpt", weights_only=True)["state_dict"]
     for name, tensor in target.items():
         made = weighted_average([file[name] for file in files], factors)
@@ -86,7 +88,7 @@ def test_the_average_of_bfloat16_weights_moves_and_keeps_its_digits(tmp_path):
     weights, ema = Weights(), EMA(0.99, warmup=False)
     save = SaveAt(10, tmp_path / "run.ckpt")
     _, module = fit(tmp_path, weights, ema, save, module=Half(), precision="bf16-true")  # with validations in between
-    state = safetensors.load(tmp_path / "ema-run.safetensors")
+    state = load_file(tmp_path / "ema-run.safetensors")
     assert not differences(_recursion(weights, list(range(1, 11)), [0.99] * 9), state, rtol=1e-5, atol=1e-6)
     assert next(module.parameters()).dtype == torch.bfloat16
     moved = [name for name in state if not torch.equal(state[name], weights.history[1][name].float())]
@@ -105,7 +107,7 @@ def test_a_checkpoint_saved_in_the_middle_of_a_validation_is_no_other(tmp_path):
     trainer, _ = fit(tmp_path, weights, ema, save, module=Saves(), **arguments)
     before, within = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("before", "within"))
     assert not differences(dict(before["state_dict"]), dict(within["state_dict"]))
-    files = [safetensors.load(tmp_path / f"ema-{name}.safetensors") for name in ("before", "within")]
+    files = [load_file(tmp_path / f"ema-{name}.safetensors") for name in ("before", "within")]
     assert not differences(*files)
     ranks = [torch.load(next((tmp_path / f"{name}.ckpt.ranks").iterdir())) for name in ("before", "within")]
     assert not differences(ranks[0]["states"], ranks[1]["states"])

@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.demos.boring_classes import BoringDataModule
+from safetensors.torch import load_file
 
 from lightning_eff.callbacks import EMA
 from lightning_eff.cli import main
-from lightning_eff.merging import safetensors
+from lightning_eff.merging.safe_files import save_safetensors
 
 
 class Net(L.LightningModule):
@@ -155,7 +156,7 @@ def test_every_scheme(merge, run):
 
 def test_given_weights_in_the_given_order(merge, tmp_path):
     assert merge(*save_plain(tmp_path), "-o", "m.safetensors", "--weights", "2", "-1.5", "0.5")[0] == 0
-    merged = safetensors.load("m.safetensors")
+    merged = load_file("m.safetensors")
     assert merged["w"].tolist() == [-0.5] * 4
     assert merged["n"].item() == 2
 
@@ -164,7 +165,7 @@ def test_kinds_of_files_mix(merge, run):
     """A Lightning checkpoint, a safetensors file, a sharded folder: the same tensors, the same result."""
     dcp = pytest.importorskip("torch.distributed.checkpoint")
     first, second, third = states(run)[:3]
-    safetensors.save("second.safetensors", second, {"global_step": "4"})
+    save_safetensors("second.safetensors", second, {"global_step": "4"})
     with pytest.warns(UserWarning, match="disabled|unavailable"):
         dcp.save({"state_dict": third}, checkpoint_id="third", no_dist=True)
     torch.save({"global_step": 6, "hyper_parameters": {"width": 32}}, "third/meta.pt")
@@ -194,7 +195,7 @@ def _save_shards(folder):
 def test_shards_of_two_ranks_are_put_together(merge, pool, tmp_path):
     pool.run(_save_shards, str(tmp_path))
     assert merge("0", "1", "-o", "merged.safetensors", "--weights", "0.25", "0.75")[0] == 0
-    merged = safetensors.load("merged.safetensors")
+    merged = load_file("merged.safetensors")
     expected = torch.arange(30.0).reshape(10, 3) * 1.75
     assert merged.keys() == {"rows", "columns", "n"}
     assert torch.equal(merged["rows"], expected)
@@ -237,7 +238,7 @@ def test_a_nan_is_told(merge, tmp_path):
 def test_buffers_are_copied_by_choice_and_the_dtype_is_set_by_choice(merge, run):
     options = ["--copy", "*.running_*", "--dtype", "float64"]
     assert merge(*run, "-o", "merged.safetensors", *options)[0] == 0
-    merged = safetensors.load("merged.safetensors")
+    merged = load_file("merged.safetensors")
     assert torch.equal(merged["norm.running_mean"], states(run)[-1]["norm.running_mean"])
     exact = torch.stack([state["norm.bias"].double() for state in states(run)]).mean(0)
     assert merged["norm.bias"].dtype == torch.float64
@@ -275,7 +276,7 @@ def truncated_torch(folder):
 
 
 def truncated_safetensors(folder):
-    safetensors.save(folder / "other.safetensors", {"w": torch.ones(4), "n": torch.tensor(1)})
+    save_safetensors(folder / "other.safetensors", {"w": torch.ones(4), "n": torch.tensor(1)}, {})
     truncated(folder, "other.safetensors")
 
 
@@ -296,7 +297,7 @@ def folder_without_metadata(folder):
         (lambda f: plain(f, w=torch.ones(4).bfloat16(), n=torch.tensor(1)), "other.pt", "--dtype"),
         (lambda f: None, "other.pt", "other.pt: no such file or folder"),
         (truncated_torch, "other.pt", "other.pt: it is truncated"),
-        (truncated_safetensors, "other.safetensors", "other.safetensors: "),
+        (truncated_safetensors, "other.safetensors", "other.safetensors: it is truncated"),
         (lambda f: (f / "other.pt").write_bytes(b""), "other.pt", "other.pt: it is"),
         (lambda f: (f / "other.safetensors").write_bytes(b"hello world"), "other.safetensors", "no safetensors file"),
         (with_objects, "other.pt", "holds Python objects"),
