@@ -26,7 +26,7 @@ from typing_extensions import override
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
-from lightning_eff.callbacks import TensorBoardLayout, ZClip
+from lightning_eff.callbacks import EMA, TensorBoardLayout, ZClip
 
 BATCH_SIZE = 8  # small batches: on a CPU a byte costs the same in any batch, and more steps learn more
 LAST_STEPS = 50  # the loss of one batch of 8 is noisy; the loss at the end is a mean over these
@@ -38,6 +38,7 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.train_losses: list[Tensor] = []
         self.val_bpb: list[float] = []  # before the first step, and after each validation
+        self.ema_bpb: list[float] = []  # of the averaged weights, after each validation
         self.step_seconds = 0.0  # training steps alone, without validation
         self._started = 0.0
 
@@ -55,6 +56,8 @@ class Recorder(Callback):
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.val_bpb.append(trainer.callback_metrics["val_bpb"].item())
+        if not trainer.sanity_checking:
+            self.ema_bpb.append(trainer.callback_metrics["ema/val_bpb"].item())
 
 
 class ProgressBar(RichProgressBar):
@@ -79,7 +82,10 @@ def results(recorder: Recorder, methods: Sequence[Callback], bytes_per_step: int
     table.add_row("Validation, at the end", f"{recorder.val_bpb[-1]:.4f} bits a byte", end_section=True)
     for method in methods:
         if isinstance(method, ZClip):
-            table.add_row("Gradient spikes clipped (ZClip)", f"{sum(method.spikes)} of {steps} steps", end_section=True)
+            table.add_row("Gradient spikes clipped (ZClip)", f"{sum(method.spikes)} of {steps} steps")
+        elif isinstance(method, EMA):
+            table.add_row("Validation of the averaged weights (EMA)", f"{recorder.ema_bpb[-1]:.4f} bits a byte")
+    table.add_section()
     table.add_row("Steps", f"{steps:,}")
     table.add_row("Tokens (bytes) a second, in steps", f"{steps * bytes_per_step / recorder.step_seconds:,.0f}")
     table.add_row("Wall-clock, all in all", f"{wall_seconds:.0f} s")
@@ -138,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     # The methods of the suite. What each did is in the table at the end and in TensorBoard.
     methods = [
         ZClip(max_grad_norm=None),  # no cap: norms fall from 4 to 0.7, and a cap of 1 would clip every early step
+        EMA(half_life=20, save="none"),
     ]
     recorder = Recorder()
     trainer = L.Trainer(

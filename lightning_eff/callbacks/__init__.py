@@ -1,6 +1,8 @@
 """The methods as Lightning callbacks."""
 
+from lightning_eff.callbacks.checkpoint_averaging import CheckpointAveraging
+from lightning_eff.callbacks.ema import EMA
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_eff.callbacks.zclip import ZClip
 
-__all__ = ["TensorBoardLayout", "ZClip"]
+__all__ = ["EMA", "CheckpointAveraging", "TensorBoardLayout", "ZClip"]

@@ -21,6 +21,7 @@ class Command(NamedTuple):
 # is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
+    "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
 }
 
 # The methods of the Trainer that LightningCLI offers; it parses their arguments itself.
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = f" Did you mean `{close[0]}`?" if close else ""
         print(f"lightning-eff: no command `{first}`.{meant} See `lightning-eff --help`.", file=sys.stderr)
         return 2
-    _need_jsonargparse(first)
+    need_jsonargparse(first)
     train = import_module("lightning_eff.cli.training")
     # None and not the list: given arguments, LightningCLI warns that those of the process are not read.
     return int(train.main(None if argv is None else args))
@@ -89,7 +90,8 @@ def _help() -> str:
     )
 
 
-def _need_jsonargparse(command: str) -> None:
+def need_jsonargparse(command: str) -> None:
+    """End with what to install, if LightningCLI cannot work here."""
     missing = [name for name in ("jsonargparse", "docstring_parser", "typeshed_client") if find_spec(name) is None]
     if missing:
         raise SystemExit(

@@ -57,6 +57,9 @@ class RankState:
             and rank zero warns, if not every rank has its own state back (another number of ranks, a file missing):
             all ranks are told the same and start anew together. It is not called for a checkpoint that never had
             such a state.
+        saved: called on every rank behind each checkpoint that is saved, one of weights only too, with its dict and
+            its path: to write more files beside it.
+        removed: called on every rank on which a checkpoint is removed, with its path, to remove those files.
 
     Example:
         >>> from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -68,11 +71,18 @@ class RankState:
     """
 
     def __init__(
-        self, name: str, save: Callable[[], dict[str, Any]], load: Callable[[dict[str, Any] | None], None]
+        self,
+        name: str,
+        save: Callable[[], dict[str, Any]],
+        load: Callable[[dict[str, Any] | None], None],
+        saved: Callable[[dict[str, Any], str], None] | None = None,
+        removed: Callable[[str], None] | None = None,
     ) -> None:
         self.name = name
         self.save = save
         self.load = load
+        self.saved = saved
+        self.removed = removed
         self._files: _RankFiles | None = None
 
     def attach(self, strategy: Strategy) -> None:
@@ -149,6 +159,9 @@ class _RankFiles:
         self.original["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
         if not self.owners:
             return
+        for owner in self.owners.values():
+            if owner.saved is not None:
+                owner.saved(checkpoint, path)
         keep, before = {identity}, self.latest.get(path, "")
         self.latest[path] = identity
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
@@ -179,6 +192,9 @@ class _RankFiles:
     def remove_checkpoint(self, filepath: _PATH) -> None:
         self.original["remove_checkpoint"](filepath)
         self.remove_files(str(filepath), set())
+        for owner in self.owners.values():
+            if owner.removed is not None:
+                owner.removed(str(filepath))
 
     def read(self, path: str, identity: str) -> dict[str, Any] | None:
         """This rank's states, beside the checkpoint that a link points to or that this one was copied from."""

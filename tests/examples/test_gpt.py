@@ -66,7 +66,7 @@ def fit(
 
 
 @pytest.mark.usefixtures("command_line")
-@pytest.mark.parametrize(("name", "millions"), [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124)])
+@pytest.mark.parametrize(("name", "millions"), [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1)])
 def test_config_instantiates_with_the_size_of_its_name(name, millions):
     with torch.device("meta"):  # shapes without memory
         cli = GPTCLI(
@@ -81,7 +81,7 @@ def test_config_instantiates_with_the_size_of_its_name(name, millions):
 
 
 def test_every_config_is_tested():
-    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == ["10m", "124m", "1m", "50m"]
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == ["10m", "124m", "1m", "50m", "wsm"]
 
 
 def test_a_byte_does_not_change_earlier_logits():
@@ -213,3 +213,32 @@ def test_command_line(text, tmp_path):
     assert cli.trainer.global_step == 4
     assert {"train_loss", "val_loss", "val_bpb", "zclip/grad_norm"} <= set(metrics)
     assert metrics["val_bpb"].item() == pytest.approx(metrics["val_loss"].item() / 0.693147, rel=1e-5)
+
+
+@pytest.mark.usefixtures("command_line")
+def test_warm_up_stable_merge(text, tmp_path):
+    overrides = f"""
+        --trainer.accelerator cpu --trainer.max_steps 24 --trainer.val_check_interval 6
+        --trainer.enable_progress_bar false --trainer.enable_model_summary false
+        --trainer.logger.save_dir {tmp_path} --trainer.default_root_dir {tmp_path}
+        --model.config.block_size 32 --model.config.n_layer 1 --model.config.n_head 2 --model.config.n_embd 16
+        --model.warmup_steps 2
+        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
+    """
+    config = tmp_path / "wsm.yaml"
+    schedule = {"every_n_steps: 125": "every_n_steps: 2", "start_step: 250": "start_step: 4"}
+    written = (CONFIGS / "wsm.yaml").read_text()
+    for old, new in schedule.items():
+        assert old in written
+        written = written.replace(old, new)
+    config.write_text(written)
+    cli = train(["fit", "--config", str(config), *overrides.split()])
+    metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
+    losses = [metrics[f"{prefix}val_loss"] for prefix in ("", "average/2/", "average/4/", "average/")]
+    assert len(set(losses)) == 4
+    assert max(losses) < 6
+    (path,) = tmp_path.glob("**/average-step=*.ckpt")
+    average = GPTModule.load_from_checkpoint(path)
+    assert average.model.config.n_embd == 16
+    rates = {group["lr"] for group in cli.trainer.optimizers[0].param_groups}
+    assert rates == {3e-3}  # stable to the end

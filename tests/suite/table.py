@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_eff.callbacks import TensorBoardLayout, ZClip
+from lightning_eff.callbacks import EMA, CheckpointAveraging, TensorBoardLayout, ZClip
 from tests.suite.probe import Probe
 
 
@@ -147,4 +147,48 @@ ROWS = (
         },
     ),
     Row(TensorBoardLayout, changes_training=False),
+    Row(
+        CheckpointAveraging,
+        {"scheme": "wsm", "window": 3, "every_n_steps": 2, "start_step": 3, "preview": [2]},
+        crash_steps=(3, 7),  # before the first snapshot, and with half of a window
+        changes_training=False,
+        bad_arguments=(
+            {"scheme": "loss"},
+            {"window": 0},
+            {"every_n_steps": 0},
+            {"start_step": -1},
+            {"decay": "exponential"},
+            {"alpha": 0.0},
+            {"penalty": -1.0},
+            {"preview": [3]},
+            {"device": "tape"},
+            {"validate_with": "all"},
+            {"buffers": "none"},
+            {"update_bn": 0},
+            {"save": "pickle"},
+            {"name": "a/b"},
+        ),
+    ),
+    Row(
+        CheckpointAveraging,
+        {"window": 2, "every_n_steps": 3, "device": "disk", "validate_with": "average", "buffers": "average"},
+        name="CheckpointAveraging-disk",
+        crash_steps=(7,),
+        changes_training=False,
+    ),
+    Row(
+        EMA,
+        {"decay": 0.9, "validate_with": "average"},
+        crash_steps=(3,),
+        changes_training=False,
+        bad_arguments=({"decay": 1.0}, {"every_n_steps": 0}, {"device": "disk"}, {"name": ""}),
+    ),
+    Row(
+        EMA,
+        {"widths": [0.05, 0.1], "every_n_steps": 2, "device": "cpu"},
+        name="EMA-widths",
+        crash_steps=(7,),
+        changes_training=False,
+        bad_arguments=({"widths": [0.3]}, {"half_life": 0.0}, {"widths": []}),
+    ),
 )

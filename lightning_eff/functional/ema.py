@@ -1,0 +1,247 @@
+"""Exponential and power-function averages of weights that are kept while training, and what is made of them afterwards.
+
+In a plain torch loop::
+
+    shadow = float32_copies(model.parameters())                              # once
+    ...
+    optimizer.step()
+    ema_update_(shadow, model.parameters(), warmup_decay(step, decay=0.999))  # each step, from step 1
+
+A power-function average weighs step t by t^gamma: its width stays the same fraction of the run (``sigma_rel``), however
+long that is. From snapshots of two of them, an average of any other width can be made after the run
+(:func:`posthoc_weights`). Source: Karras et al., arXiv 2312.02696, section 3 and appendix C.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 1 / math.sqrt(12)
+"""Upper bound of ``sigma_rel``: that of the uniform average over the whole run, gamma = 0."""
+
+
+def float32_copies(tensors: Iterable[Tensor], device: torch.device | str | None = None) -> list[Tensor]:
+    """Shadows to average into: float32 (float64 for float64), real copies, without gradient.
+
+    In bfloat16 an average with a decay of 0.99 or more does not move at all: a change is smaller than half a digit.
+
+    Args:
+        tensors: floating-point tensors, e.g. parameters.
+        device: where the copies are kept; by default each where its tensor is.
+    """
+    return [
+        tensor.detach().to(device or tensor.device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        for tensor in tensors
+    ]
+
+
+@torch.no_grad()
+def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: float) -> None:
+    """shadow <- decay * shadow + (1 - decay) * tensor, in place; one ``_foreach`` call where the dtypes are equal.
+
+    Args:
+        shadows: of :func:`float32_copies`.
+        tensors: the weights now, on the devices of the shadows, with their shapes; bfloat16 and float16 too.
+        decay: weight of the past, in [0, 1]; 0 copies.
+
+    Raises:
+        ValueError: ``decay`` is out of its range.
+
+    >>> shadow = [torch.zeros(2)]
+    >>> ema_update_(shadow, [torch.ones(2)], decay=0.75)
+    >>> shadow
+    [tensor([0.2500, 0.2500])]
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay!r} is not allowed: it must be in [0, 1]")
+    shadows, tensors = list(shadows), list(tensors)
+    if not shadows:
+        return
+    if len(shadows) == len(tensors) and all(s.dtype == t.dtype for s, t in zip(shadows, tensors, strict=True)):
+        torch._foreach_lerp_(shadows, tensors, 1 - decay)
+        return
+    # lerp takes one dtype. Cast beside the shadows, since the difference is what must not be rounded to bfloat16.
+    wide = [tensor.to(shadow.dtype) for shadow, tensor in zip(shadows, tensors, strict=True)]
+    torch._foreach_lerp_(shadows, wide, 1 - decay)
+
+
+def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:
+    """The decay of one update with which a weight's share has halved after ``half_life`` steps.
+
+    Args:
+        half_life: in optimizer steps, > 0.
+        every_n_steps: steps between two updates of the average, >= 1.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    >>> half_life_decay(100, every_n_steps=100)
+    0.5
+    """
+    if not 0 < half_life < math.inf:
+        raise ValueError(f"half_life={half_life!r} is not allowed: it must be positive and finite")
+    _check_every(every_n_steps)
+    return float(0.5 ** (every_n_steps / half_life))
+
+
+def warmup_decay(update: int, decay: float, inv_gamma: float = 1.0, power: float = 2 / 3) -> float:
+    """min(decay, 1 - (1 + (update - 1) / inv_gamma)^-power): short at first, so that initial weights are forgotten.
+
+    Args:
+        update: which update of the average this is, from 1; the first copies (decay 0).
+        decay: where it ends, in [0, 1]. With the defaults 0.999 is reached after 31,600 updates.
+        inv_gamma: updates until it begins to rise, > 0.
+        power: how fast it rises; 2/3 for long runs, 3/4 reaches 0.999 after 10,000.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    >>> [round(warmup_decay(update, decay=0.999), 4) for update in (1, 2, 11, 1001)]
+    [0.0, 0.37, 0.7978, 0.99]
+    """
+    if update < 1:
+        raise ValueError(f"update={update!r} is not allowed: updates are counted from 1")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay!r} is not allowed: it must be in [0, 1]")
+    if inv_gamma <= 0 or power <= 0:
+        raise ValueError(f"inv_gamma={inv_gamma!r}, power={power!r}: both must be positive")
+    return float(min(decay, 1 - (1 + (update - 1) / inv_gamma) ** -power))
+
+
+def power_from_width(sigma_rel: float) -> float:
+    """gamma of the power-function average whose width is ``sigma_rel`` of the run.
+
+    The largest root of x^3 + 7 x^2 + (16 - s^-2) x + (12 - s^-2).
+
+    Args:
+        sigma_rel: the standard deviation of the profile as a fraction of the time since the start of training,
+            in (0, 1 / sqrt(12)).
+
+    Raises:
+        ValueError: ``sigma_rel`` is out of its range.
+
+    >>> round(power_from_width(0.10), 6)
+    6.937204
+    """
+    if not 0 < sigma_rel < MAX_WIDTH:
+        raise ValueError(f"sigma_rel={sigma_rel!r} is not allowed: it must be in (0, 1 / sqrt(12) = 0.288675)")
+    inverse = sigma_rel**-2
+    # Newton from the right: the polynomial is convex for x > 0 and sigma_rel < 1 / (gamma + 2), so that it falls
+    # monotonically on the largest root.
+    x = 1 / sigma_rel
+    while True:
+        value = ((x + 7) * x + 16 - inverse) * x + 12 - inverse
+        lower = x - value / ((3 * x + 14) * x + 16 - inverse)
+        if not lower < x:
+            return x
+        x = lower
+
+
+def width_from_power(gamma: float) -> float:
+    """``sigma_rel`` of a power-function average: sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))).
+
+    >>> round(width_from_power(6.937204), 6)
+    0.1
+    """
+    if not gamma > -1:
+        raise ValueError(f"gamma={gamma!r} is not allowed: it must be above -1")
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def power_decay(step: int, gamma: float, every_n_steps: int = 1) -> float:
+    """The decay of one update of a power-function average: (1 - every_n_steps / step)^(gamma + 1).
+
+    Args:
+        step: the optimizer step after which this is, counted from 1; up to ``every_n_steps`` it copies (decay 0).
+        gamma: of :func:`power_from_width`.
+        every_n_steps: steps since the update before.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    >>> round(power_decay(10, gamma=6.937204), 6)
+    0.433325
+    """
+    _check_every(every_n_steps)
+    if step < 1:
+        raise ValueError(f"step={step!r} is not allowed: steps are counted from 1")
+    return float(max(0.0, 1 - every_n_steps / step) ** (gamma + 1))
+
+
+def posthoc_weights(
+    steps: Sequence[float], sigma_rels: Sequence[float], sigma_rel: float, step: float | None = None
+) -> list[float]:
+    """Weights of stored power-function averages that give the average of another width: the closest in least squares.
+
+    Args:
+        steps: the step of each stored average, > 0.
+        sigma_rels: the width of each, of the same length; two widths at several steps (0.05 and 0.10 in the paper) are
+            enough for every width between them, and for wider ones.
+        sigma_rel: the width that is wanted, in (0, 1 / sqrt(12)).
+        step: the step that it is wanted at; by default the last. Not after it.
+
+    Returns:
+        One weight for each stored average, summing to 1; some are negative.
+
+    Raises:
+        ValueError: a length, a width or a step out of its range, or an average that is there twice.
+
+    >>> [round(weight, 3) for weight in posthoc_weights([400, 400], [0.05, 0.10], 0.07)]
+    [0.438, 0.562]
+    """
+    gammas, wanted, step = _posthoc_arguments(steps, sigma_rels, sigma_rel, step)
+    matrix = _correlations(steps, gammas, steps, gammas)
+    right = _correlations(steps, gammas, [step], [wanted])
+    solution = torch.linalg.solve(matrix, right)[:, 0]
+    return [float(value) for value in solution / solution.sum()]
+
+
+def posthoc_error(
+    steps: Sequence[float], sigma_rels: Sequence[float], sigma_rel: float, step: float | None = None
+) -> float:
+    """How far the profile of :func:`posthoc_weights` is from the wanted one, relative to it: 0 exact, 1 worthless.
+
+    Stored averages that are too few, too early or too wide say so here. The arguments are those of
+    :func:`posthoc_weights`.
+    """
+    weights = torch.tensor(posthoc_weights(steps, sigma_rels, sigma_rel, step), dtype=torch.float64)
+    gammas, wanted, step = _posthoc_arguments(steps, sigma_rels, sigma_rel, step)
+    norm = float(_correlations([step], [wanted], [step], [wanted]))
+    cross = _correlations(steps, gammas, [step], [wanted])[:, 0]
+    square = weights @ _correlations(steps, gammas, steps, gammas) @ weights - 2 * (weights @ cross) + norm
+    return math.sqrt(max(0.0, float(square)) / norm)
+
+
+def _posthoc_arguments(
+    steps: Sequence[float], sigma_rels: Sequence[float], sigma_rel: float, step: float | None
+) -> tuple[list[float], float, float]:
+    if not steps or len(steps) != len(sigma_rels):
+        raise ValueError(
+            f"sigma_rels: {len(sigma_rels)} widths for {len(steps)} stored averages; one for each is needed"
+        )
+    if not all(0 < stored < math.inf for stored in steps):
+        raise ValueError(f"steps={list(steps)} is not allowed: each must be positive and finite")
+    if len(set(zip(steps, sigma_rels, strict=True))) != len(steps):
+        raise ValueError(f"steps={list(steps)}: an average of the same step and width is there twice")
+    step = max(steps) if step is None else step
+    if not 0 < step <= max(steps):
+        raise ValueError(f"step={step!r} is not allowed: it must be in (0, {max(steps)}], up to the last stored step")
+    return [power_from_width(stored) for stored in sigma_rels], power_from_width(sigma_rel), step
+
+
+def _correlations(ta: Sequence[float], ga: Sequence[float], tb: Sequence[float], gb: Sequence[float]) -> Tensor:
+    """Inner products of profiles that end at ``ta`` and ``tb`` with powers ``ga`` and ``gb``: (len(ta), len(tb))."""
+    time_a, power_a = (torch.tensor(list(values), dtype=torch.float64)[:, None] for values in (ta, ga))
+    time_b, power_b = (torch.tensor(list(values), dtype=torch.float64)[None, :] for values in (tb, gb))
+    exponent = torch.where(time_a < time_b, power_b, -power_a)
+    scale = (power_a + 1) * (power_b + 1) / (power_a + power_b + 1) / torch.maximum(time_a, time_b)
+    return scale * (time_a / time_b) ** exponent
+
+
+def _check_every(every_n_steps: int) -> None:
+    if not every_n_steps >= 1:
+        raise ValueError(f"every_n_steps={every_n_steps!r} is not allowed: it must be at least 1")

@@ -1,0 +1,160 @@
+"""Around the evaluations that Lightning runs, and a second one beside them whose metrics are handed over."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from typing_extensions import override
+
+
+class _SideLoop(_EvaluationLoop):
+    """Runs on the data of another loop."""
+
+    def __init__(self, beside: _EvaluationLoop) -> None:
+        super().__init__(
+            beside.trainer, beside._trainer_fn, beside._stage, verbose=False, inference_mode=beside.inference_mode
+        )
+        self._data_source = beside._data_source
+        self._combined_loader = beside._combined_loader
+        self._max_batches = beside._max_batches
+
+    @override
+    def setup_data(self) -> None:
+        pass
+
+
+def evaluate_beside(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor]:
+    """Run the evaluation of ``loop`` now, before its own, and return the metrics that it would have logged.
+
+    The LightningModule sees a whole evaluation with all its hooks, so that metrics and lists which it keeps begin and
+    end with it. Callbacks and loggers see nothing of it. Random generators, the loop's progress and Lightning's
+    metrics are as before. Only the module's own calls to ``self.logger`` happen once more.
+
+    Collectives and host syncs: those of a validation.
+    """
+    loop.setup_data()
+    if loop.skip:
+        return {}
+    connector: Any = trainer._logger_connector
+    names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
+    before = {name: getattr(connector, name) for name in names}
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    # A progress bar stays, deaf: another thread draws it, and looks for it among the Trainer's callbacks.
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    side = _SideLoop(loop)
+    try:
+        connector.reset_metrics()
+        connector._first_loop_iter = None
+        connector.log_metrics = _ignore
+        for bar in bars:
+            vars(bar).update(dict.fromkeys(_HOOKS, _ignore))
+        trainer.callbacks = bars  # type: ignore[attr-defined]
+        _put(trainer, loop, side)
+        with isolate_rng():
+            side.run()
+        metrics = connector._callback_metrics
+        return {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
+    finally:
+        _put(trainer, side, loop)
+        side._data_fetcher = None  # its teardown would reset the loader, which is the other loop's
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        for bar, name in itertools.product(bars, _HOOKS):
+            vars(bar).pop(name, None)
+        connector.__dict__.pop("log_metrics", None)
+        for name, value in before.items():
+            setattr(connector, name, value)
+
+
+_HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _put(trainer: Trainer, old: _EvaluationLoop, new: _EvaluationLoop) -> None:
+    """Make ``new`` the loop that the Trainer finds where it found ``old``."""
+    for owner, name in ((trainer.fit_loop.epoch_loop, "val_loop"), (trainer, "validate_loop"), (trainer, "test_loop")):
+        if getattr(owner, name) is old:
+            setattr(owner, name, new)
+
+
+class AroundEvaluations:
+    """Stands in front of two methods of an evaluation loop, as attributes of the instance.
+
+    Around ``run``, because a hook is not called when an evaluation breaks off, and because a hook at its start comes
+    after the iteration over the data has begun. In front of the hooks at its end, where checkpoints are saved: some
+    callbacks have theirs before the owner's. Several owners may stand behind each other.
+
+    Args:
+        around: called with the loop and what is left of ``run``, to be called in it.
+        before_end: called with the loop before any hook at the end of the evaluation.
+    """
+
+    def __init__(
+        self,
+        around: Callable[[_EvaluationLoop, Callable[[], Any]], Any],
+        before_end: Callable[[_EvaluationLoop], None],
+    ) -> None:
+        self.around = around
+        self.before_end = before_end
+        self._loop: _EvaluationLoop | None = None
+
+    def attach(self, trainer: Trainer, stage: str) -> None:
+        """Stand in front of the loop of a stage, in place of any other."""
+        self.detach()
+        loops = {
+            "fit": trainer.fit_loop.epoch_loop.val_loop,
+            "validate": trainer.validate_loop,
+            "test": trainer.test_loop,
+        }
+        self._loop = loop = loops.get(stage)
+        if loop is not None:
+            loop.run = _Run(self, loop, loop.run)  # type: ignore[method-assign]
+            loop._on_evaluation_end = _End(self, loop, loop._on_evaluation_end)  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Leave the loop as it was."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            for name in ("run", "_on_evaluation_end"):
+                _remove(loop, name, self)
+
+
+class _Layer:
+    def __init__(self, owner: AroundEvaluations, loop: _EvaluationLoop, inner: Callable[..., Any]) -> None:
+        self.owner = owner
+        self.loop = loop
+        self.inner = inner
+
+
+class _Run(_Layer):
+    def __call__(self) -> Any:
+        return self.owner.around(self.loop, self.inner)
+
+
+class _End(_Layer):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.owner.before_end(self.loop)
+        return self.inner(*args, **kwargs)
+
+
+def _remove(loop: _EvaluationLoop, name: str, owner: AroundEvaluations) -> None:
+    outer, layer = None, vars(loop).get(name)
+    while isinstance(layer, _Layer) and layer.owner is not owner:
+        outer, layer = layer, layer.inner
+    if not isinstance(layer, _Layer):
+        return
+    if outer is not None:
+        outer.inner = layer.inner
+    elif isinstance(layer.inner, _Layer):
+        setattr(loop, name, layer.inner)
+    else:
+        delattr(loop, name)

@@ -1,0 +1,155 @@
+"""A sliding window of snapshots of a model, in host memory, on disk or on the model's device."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Place = Literal["cpu", "disk", "model"]
+
+
+class SnapshotWindow:
+    """The last snapshots of named tensors; real copies, never aliases.
+
+    Taking one does not wait: copies from a GPU go into pinned memory behind the step that has made the weights, and
+    are waited for where the window is read. On disk a snapshot is a mapped file without a name, which the system
+    writes when it has time and frees when the process ends, however it ends. A full window writes into its oldest.
+
+    Args:
+        length: snapshots that are kept, >= 1.
+        place: ``"cpu"`` (host memory), ``"disk"``, or ``"model"`` (where the tensors are).
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> window = SnapshotWindow(2)
+        >>> for step in (1, 2, 3):
+        ...     weight += 1
+        ...     window.take(step, {"weight": weight})
+        >>> window.steps, [snapshot["weight"].tolist() for snapshot in window.read()]
+        ([2, 3], [[2.0, 2.0], [3.0, 3.0]])
+    """
+
+    def __init__(self, length: int, place: Place = "cpu") -> None:
+        self.length = length
+        self.place: Place = place
+        self.folder: str | None = None
+        """Where ``"disk"`` is; None: the system's folder for temporary files."""
+        self.steps: list[int] = []
+        self._snapshots: list[dict[str, Tensor]] = []
+        self._copied: Any = None  # a CUDA event behind the latest copies
+
+    @torch.no_grad()
+    def take(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors, in place of the oldest snapshot if the window is full."""
+        slot: dict[str, Tensor] = {}
+        if len(self.steps) == self.length:
+            slot = self._snapshots.pop(0)
+            self.steps.pop(0)
+        with torch.inference_mode(False):
+            snapshot = {}
+            for name, tensor in tensors.items():
+                old = slot.get(name)
+                fits = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
+                shared = fits and any(kept.get(name) is old for kept in self._snapshots)  # see `add`
+                new = old if fits and not shared and old is not None else self._allocate(tensor)
+                snapshot[name] = new.copy_(tensor, non_blocking=True)
+        self._snapshots.append(snapshot)
+        self.steps.append(step)
+        if self.place != "model" and any(tensor.is_cuda for tensor in tensors.values()):
+            self._copied = torch.cuda.current_stream().record_event()
+
+    def read(self) -> list[dict[str, Tensor]]:
+        """The snapshots, oldest first; not to be changed."""
+        if self._copied is not None:
+            self._copied.synchronize()
+            self._copied = None
+        return self._snapshots
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Give every snapshot a tensor that has not changed since the first of them, held once."""
+        if self._snapshots:
+            with torch.inference_mode(False), torch.no_grad():
+                copy = self._allocate(tensor).copy_(tensor)
+            for snapshot in self._snapshots:
+                snapshot[name] = copy
+
+    def clear(self) -> None:
+        """Forget all snapshots."""
+        self.steps, self._snapshots, self._copied = [], [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and tensors, the window's own: to be saved, not to be kept."""
+        return {"steps": list(self.steps), "snapshots": list(self.read())}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> bool:
+        """Take saved snapshots, as many as the window holds; False, and none, if they do not fit ``like``."""
+        self.clear()
+        for step, snapshot in zip(state["steps"][-self.length :], state["snapshots"][-self.length :], strict=True):
+            if any(name not in like or like[name].shape != tensor.shape for name, tensor in snapshot.items()):
+                self.clear()
+                return False
+            self.take(step, {name: tensor.to(like[name].dtype) for name, tensor in snapshot.items()})
+            if self.place == "model":
+                self._snapshots[-1] = {name: t.to(like[name].device) for name, t in self._snapshots[-1].items()}
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.read()  # an event cannot be pickled
+        return vars(self)
+
+    def _allocate(self, tensor: Tensor) -> Tensor:
+        if self.place == "model":
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if self.place == "cpu" or tensor.numel() == 0:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        if self.folder is not None:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+        descriptor, path = tempfile.mkstemp(prefix=".snapshot-", dir=self.folder)
+        os.close(descriptor)
+        try:
+            mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        finally:
+            os.unlink(path)  # the mapping holds on to the file, so that a killed process leaves none behind
+        return mapped.view(tensor.shape)
+
+    def free_bytes(self, device: torch.device) -> int | None:
+        """What is free in the window's place now; None where it cannot be known."""
+        if self.place == "disk":
+            folder = Path(self.folder or tempfile.gettempdir()).absolute()
+            while not folder.exists():
+                folder = folder.parent
+            return shutil.disk_usage(folder).free
+        if self.place == "model" and device.type == "cuda":
+            return int(torch.cuda.mem_get_info(device)[0])
+        if self.place == "model" and device.type != "cpu":
+            return None
+        return _free_host_memory()
+
+
+def _free_host_memory() -> int | None:
+    """What the system says is available, within the limit of this process's container."""
+    free = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            free.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()) + _reclaimable())
+    except (OSError, ValueError, IndexError):
+        pass  # no Linux, or another version of control groups
+    return min(free) if free else None
+
+
+def _reclaimable() -> int:
+    """Files that are cached count as used memory in a container, and go when they must."""
+    for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,130 @@
+"""Exchanging a model's weights with others in place, so that nothing is lost whenever it is interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_eff.functional.gradients import is_dtensor
+
+
+@dataclass
+class _Exchange:
+    """One weight and the tensor that it is exchanged with.
+
+    While ``exchanged`` is False, ``values`` are what the two have to hold in the end: writing them may be interrupted
+    and repeated at any point.
+    """
+
+    weight: Tensor
+    other: Tensor
+    values: tuple[Tensor, Tensor | None] | None
+    exchanged: bool = False
+
+
+class WeightSwap:
+    """Puts other values into a model's weights and takes them out again.
+
+    Contents are exchanged, tensor by tensor: storage, views, tied weights, compiled graphs, the optimizer and FSDP's
+    shards stay what they are, and no second model is held, for the live weights lie in the other tensors meanwhile.
+    A pair of two dtypes (a bfloat16 weight and its float32 average) is not exchanged, because the average would be
+    rounded: the live weight is kept beside it.
+
+    Example:
+        >>> weight, average = torch.ones(2), torch.zeros(2)
+        >>> swap = WeightSwap()
+        >>> swap.put_in([(weight, average)])
+        >>> weight, average
+        (tensor([0., 0.]), tensor([1., 1.]))
+        >>> swap.take_out()
+        >>> weight, average
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def __init__(self) -> None:
+        self._exchanges: list[_Exchange] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether some weight may hold another value than its own."""
+        return bool(self._exchanges)
+
+    def put_in(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Exchange each weight with its other tensor. On any exception, a KeyboardInterrupt too, nothing is changed."""
+        if self.active:
+            raise RuntimeError("the weights are exchanged already: take them out first")
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for weight, other in pairs:
+                    self._put_in(weight, other)
+        except BaseException:
+            self.take_out()
+            raise
+
+    def _put_in(self, weight: Tensor, other: Tensor) -> None:
+        exact = weight.dtype == other.dtype
+        live = weight.clone() if exact else weight.to(other.device, copy=True)
+        average = other.clone() if exact else None
+        exchange = _Exchange(weight, other, (live, average))
+        self._exchanges.append(exchange)  # from here on `take_out` can undo it
+        weight.copy_(other)
+        if exact:
+            other.copy_(live)
+            exchange.exchanged = True
+            exchange.values = None  # two tensors at a time are held twice, not two models
+
+    def take_out(self) -> None:
+        """Put every weight back, the last one first, since two may share memory. Doing it again is harmless."""
+        with torch.inference_mode(False), torch.no_grad():
+            while self._exchanges:
+                exchange = self._exchanges[-1]
+                if exchange.exchanged:
+                    exchange.values = (exchange.other.clone(), exchange.weight.clone())
+                    exchange.exchanged = False
+                assert exchange.values is not None
+                live, average = exchange.values
+                exchange.weight.copy_(live)
+                if average is not None:
+                    exchange.other.copy_(average)
+                self._exchanges.pop()
+
+
+def reshard(module: nn.Module) -> None:
+    """Let FSDP2 show its shards, which a forward pass without a backward pass leaves gathered.
+
+    A change of the shards would not be seen by a module that still holds its gathered weights.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds: a DTensor's shard, everything else as it is; shares memory with ``tensor``."""
+    with torch.no_grad():
+        detached = tensor.detach()
+        return detached.to_local() if is_dtensor(detached) else detached  # type: ignore[attr-defined, no-any-return]
+
+
+def full(tensor: Tensor, like: Tensor) -> Tensor:
+    """Put together what ``local`` has taken apart: ``tensor`` is this rank's part of one with the form of ``like``.
+
+    Collective, if ``like`` is a DTensor.
+    """
+    if not is_dtensor(like):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    with torch.no_grad():
+        return DTensor.from_local(
+            tensor.to(like.device),
+            like.device_mesh,  # type: ignore[attr-defined]
+            like.placements,  # type: ignore[attr-defined]
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        ).full_tensor()

@@ -1,0 +1,69 @@
+"""The sliding window of snapshots."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_eff.training.snapshots import SnapshotWindow
+
+
+def _filled(window: SnapshotWindow, steps: int = 4) -> torch.Tensor:
+    weight = torch.zeros(3)
+    for step in range(1, steps + 1):
+        weight += 1
+        window.take(step, {"weight": weight, "empty": torch.empty(0)})
+    return weight
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk", "model"])
+def test_the_last_snapshots_are_real_copies(place, tmp_path):
+    window = SnapshotWindow(3, place)
+    window.folder = str(tmp_path / "new")
+    weight = _filled(window)
+    weight.fill_(7)
+    assert window.steps == [2, 3, 4]
+    assert [snapshot["weight"].tolist() for snapshot in window.read()] == [[2.0] * 3, [3.0] * 3, [4.0] * 3]
+
+
+def test_a_file_has_no_name_that_could_be_left_behind(tmp_path):
+    window = SnapshotWindow(2, "disk")
+    window.folder = str(tmp_path)
+    _filled(window)
+    assert os.listdir(tmp_path) == []
+    if Path("/proc/self/maps").exists():
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    assert pickle.loads(pickle.dumps(window)).read()[1]["weight"].tolist() == [4.0] * 3
+
+
+def test_state_goes_into_another_window():
+    window = SnapshotWindow(3)
+    like = {"weight": _filled(window), "empty": torch.empty(0)}
+    shorter = SnapshotWindow(2)
+    assert shorter.load_state_dict(window.state_dict(), like)
+    assert shorter.steps == [3, 4]
+    assert shorter.read()[0]["weight"].tolist() == [3.0] * 3
+    assert not shorter.load_state_dict(window.state_dict(), {"weight": torch.zeros(4), "empty": torch.empty(0)})
+    assert shorter.steps == []
+
+
+def test_what_has_not_changed_is_held_once():
+    window = SnapshotWindow(3)
+    weight = _filled(window)
+    window.add("later", torch.ones(5))
+    first, second, third = (snapshot["later"] for snapshot in window.read())
+    assert first is second is third
+    window.take(5, {"weight": weight, "empty": torch.empty(0), "later": torch.zeros(5)})
+    assert [snapshot["later"].sum().item() for snapshot in window.read()] == [5, 5, 0]
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk", "model"])
+def test_free_memory_is_a_sensible_number(place, tmp_path):
+    window = SnapshotWindow(1, place)
+    window.folder = str(tmp_path / "not" / "there")
+    free = window.free_bytes(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**60
