@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import math
 import multiprocessing
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -25,17 +23,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.rows import in_turn, provenance, ratio, write_rows
+from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
+from benchmarks.runs import QUIET, quiet_lightning
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 
-CONSOLE = Console()
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "checkpoint_averaging.png"
 TINY = dict(n_layer=1, n_head=2, n_embd=16)
 
@@ -113,7 +108,7 @@ def _model(tiny: bool) -> GPTModule:
 
 def _memory(callbacks: str, tiny: bool, batch_size: int) -> float:
     """MB of a process of its own at the end of the training."""
-    quiet_lightning()
+    quiet_lightning("Be aware that when using `ckpt_path`")
     return _train_10m(callbacks, _model(tiny), batch_size).resident
 
 
@@ -207,7 +202,7 @@ class Record(L.Callback):
 def train(seed: int, steps: int, lr: float, warmup: int, tiny: bool) -> list[tuple[int, str, float]]:
     """One constant run of the 1 M GPT on one thread with all its averages, and the decays that branch off it."""
     torch.set_num_threads(1)
-    quiet_lightning()
+    quiet_lightning("Be aware that when using `ckpt_path`")
     L.seed_everything(seed, verbose=False)
     config = GPTConfig(block_size=128, **(TINY if tiny else {}))
     arguments: dict[str, Any] = dict(lr=lr, schedule="constant", warmup_steps=warmup, fused=True)
@@ -317,23 +312,6 @@ def plot(curves: list[dict[str, Any]], seeds: int, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def quiet_lightning() -> None:
-    """Only the figures: no advice about data workers, devices, or callbacks that a branch leaves out on purpose."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (".*does not have many workers", ".*LeafSpec", "Be aware that when using `ckpt_path`"):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title=title, caption=", ".join(provenance().values()))
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    CONSOLE.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("cost", "worth"))
@@ -346,7 +324,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="worth: runs at a time, one thread each")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script: no rows are written")
     arguments = parser.parse_args()
-    quiet_lightning()
+    quiet_lightning("Be aware that when using `ckpt_path`")
     if arguments.part == "cost":
         cost(arguments.rounds, arguments.batch_size, arguments.tiny)
     else:

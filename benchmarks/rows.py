@@ -7,15 +7,18 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from rich.console import Console
+from rich.table import Table
 
 import lightning_eff
 
+CONSOLE = Console()
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,6 +56,14 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(stamped)
     return path
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a table, the provenance below."""
+    table = Table(*rows[0], title=title, caption=", ".join(provenance().values()))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    CONSOLE.print(table)
 
 
 def in_turn(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

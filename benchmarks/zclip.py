@@ -13,32 +13,25 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import logging
 import multiprocessing
 import random
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.rows import RESULTS, in_turn, provenance, ratio, write_rows
+from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
+from benchmarks.runs import QUIET, quiet_lightning
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from lightning_eff.callbacks import ZClip
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
 from tests.operators import OperatorCounter
-
-CONSOLE = Console()
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-
 
 # --- cost ------------------------------------------------------------------------------------------------------------
 
@@ -170,7 +163,7 @@ def loss_spikes(losses: list[float], window: int = 30, height: float = 0.3) -> i
 def train(lr: float, clip: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
     """One run of the 1 M GPT on one thread: its row and the loss of every step."""
     torch.set_num_threads(1)
-    quiet_lightning()
+    quiet_lightning("the mean gradient norm")
     L.seed_everything(seed, verbose=False)
     model = GPTModule(GPTConfig(block_size=128), lr=lr, schedule="constant", warmup_steps=0, fused=True)
     data = TextDataModule(block_size=128, batch_size=16, val_windows=256, seed=seed)
@@ -272,20 +265,6 @@ def lock_in() -> None:
     CONSOLE.print(write_rows("zclip_lock_in", rows))
 
 
-def quiet_lightning() -> None:
-    """Only the figures: no advice about data workers, devices or the cap, which is part of the experiment."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (".*does not have many workers", "the mean gradient norm", ".*LeafSpec"):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title=title, caption=", ".join(provenance().values()))
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    CONSOLE.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("cost", "worth", "plot", "lock-in"))
@@ -296,7 +275,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="worth: number of seeds")
     parser.add_argument("--workers", type=int, default=2, help="worth: runs at a time, one thread each")
     arguments = parser.parse_args()
-    quiet_lightning()
+    quiet_lightning("the mean gradient norm")
     if arguments.part == "cost":
         cost(arguments.steps or 5, arguments.rounds, arguments.batch_size)
     elif arguments.part == "worth":
