@@ -45,8 +45,9 @@ _CHUNK = 1 << 17  # elements that are held in float64 beside the sum: 1 MiB, whi
 def uniform_weights(steps: Sequence[float]) -> list[float]:
     """The same weight for each: LAWA's average, and PMA's SMA.
 
-    >>> uniform_weights([100, 200, 300, 400])
-    [0.25, 0.25, 0.25, 0.25]
+    Example:
+        >>> uniform_weights([100, 200, 300, 400])
+        [0.25, 0.25, 0.25, 0.25]
     """
     _check_steps(steps)
     return [1 / len(steps)] * len(steps)
@@ -55,8 +56,9 @@ def uniform_weights(steps: Sequence[float]) -> list[float]:
 def linear_weights(steps: Sequence[float]) -> list[float]:
     """PMA's WMA: weights 1, 2, ..., n over n (n + 1) / 2, by the order of the checkpoints and not by their distance.
 
-    >>> linear_weights([100, 200, 300, 400])
-    [0.1, 0.2, 0.3, 0.4]
+    Example:
+        >>> linear_weights([100, 200, 300, 400])
+        [0.1, 0.2, 0.3, 0.4]
     """
     _check_steps(steps)
     return _normalised([float(i) for i in range(1, len(steps) + 1)])
@@ -75,8 +77,9 @@ def exponential_weights(steps: Sequence[float], alpha: float = 0.2) -> list[floa
     Raises:
         ValueError: ``alpha`` is out of its range, or the steps do not rise.
 
-    >>> exponential_weights([100, 200, 300], alpha=0.5)
-    [0.25, 0.25, 0.5]
+    Example:
+        >>> exponential_weights([100, 200, 300], alpha=0.5)
+        [0.25, 0.25, 0.5]
     """
     _check_steps(steps)
     if not 0 < alpha <= 1:
@@ -105,8 +108,9 @@ def wsm_weights(steps: Sequence[float], decay: Decay = "1-sqrt") -> list[float]:
 
     Source: WSM (arXiv 2507.17634), theorem 3.1.
 
-    >>> [round(weight, 4) for weight in wsm_weights([100, 200, 300, 400], "1-sqrt")]
-    [0.5, 0.2071, 0.1589, 0.134]
+    Example:
+        >>> [round(weight, 4) for weight in wsm_weights([100, 200, 300, 400], "1-sqrt")]
+        [0.5, 0.2071, 0.1589, 0.134]
     """
     _check_steps(steps)
     if isinstance(decay, str) and decay not in CURVES:
@@ -142,8 +146,9 @@ def weights_from_decay(factors: Sequence[float]) -> list[float]:
 def decay_from_weights(weights: Sequence[float]) -> list[float]:
     """How often each update between the checkpoints counts in their average: w_i = c_i + ... + c_k.
 
-    >>> decay_from_weights([0.25, 0.25, 0.25, 0.25])
-    [0.75, 0.5, 0.25]
+    Example:
+        >>> decay_from_weights([0.25, 0.25, 0.25, 0.25])
+        [0.75, 0.5, 0.25]
     """
     return [math.fsum(weights[i:]) for i in range(1, len(weights))]
 
@@ -161,8 +166,9 @@ def loss_weights(losses: Sequence[float], penalty: float = 1.0) -> list[float]:
     Raises:
         ValueError: a loss is not positive and finite, or the penalty is negative.
 
-    >>> [round(weight, 4) for weight in loss_weights([2.0, 1.0, 1.0], penalty=1.0)]
-    [0.2, 0.4, 0.4]
+    Example:
+        >>> [round(weight, 4) for weight in loss_weights([2.0, 1.0, 1.0], penalty=1.0)]
+        [0.2, 0.4, 0.4]
     """
     _check_values("losses", losses)
     _check_penalty(penalty)
@@ -183,8 +189,9 @@ def step_weights(steps: Sequence[float], penalty: float = 1.0) -> list[float]:
     Raises:
         ValueError: a step is not positive, the steps do not rise, or the penalty is negative.
 
-    >>> step_weights([100, 300], penalty=1.0)
-    [0.25, 0.75]
+    Example:
+        >>> step_weights([100, 300], penalty=1.0)
+        [0.25, 0.75]
     """
     _check_steps(steps)
     _check_values("steps", steps)
@@ -249,8 +256,9 @@ def weighted_average(tensors: Iterable[Tensor], weights: Sequence[float], dtype:
     Raises:
         ValueError: no tensor, not one for each weight, another shape, or a dtype that cannot be averaged.
 
-    >>> weighted_average([torch.zeros(2), torch.ones(2)], [0.25, 0.75])
-    tensor([0.7500, 0.7500])
+    Example:
+        >>> weighted_average([torch.zeros(2), torch.ones(2)], [0.25, 0.75])
+        tensor([0.7500, 0.7500])
     """
     total: Tensor | None = None
     flat = torch.empty(0)

@@ -52,8 +52,9 @@ def greedy_soup(evaluate: Evaluate, count: int) -> Found:
 
     Source: Wortsman et al., Model soups (arXiv 2203.05482), recipe 1.
 
-    >>> greedy_soup(lambda w: abs(w[0] - 0.5) + w[1], count=3).weights
-    [0.5, 0.0, 0.5]
+    Example:
+        >>> greedy_soup(lambda w: abs(w[0] - 0.5) + w[1], count=3).weights
+        [0.5, 0.0, 0.5]
     """
     _check_at_least("count", count, 1)
     trials = _Trials(evaluate)

@@ -51,10 +51,11 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
     Raises:
         ValueError: ``decay`` is out of its range.
 
-    >>> shadow = [torch.zeros(2)]
-    >>> ema_update_(shadow, [torch.ones(2)], decay=0.75)
-    >>> shadow
-    [tensor([0.2500, 0.2500])]
+    Example:
+        >>> shadow = [torch.zeros(2)]
+        >>> ema_update_(shadow, [torch.ones(2)], decay=0.75)
+        >>> shadow
+        [tensor([0.2500, 0.2500])]
     """
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r} is not allowed: it must be in [0, 1]")
@@ -79,8 +80,9 @@ def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:
     Raises:
         ValueError: an argument out of its range.
 
-    >>> half_life_decay(100, every_n_steps=100)
-    0.5
+    Example:
+        >>> half_life_decay(100, every_n_steps=100)
+        0.5
     """
     if not 0 < half_life < math.inf:
         raise ValueError(f"half_life={half_life!r} is not allowed: it must be positive and finite")
@@ -100,8 +102,9 @@ def warmup_decay(update: int, decay: float, inv_gamma: float = 1.0, power: float
     Raises:
         ValueError: an argument out of its range.
 
-    >>> [round(warmup_decay(update, decay=0.999), 4) for update in (1, 2, 11, 1001)]
-    [0.0, 0.37, 0.7978, 0.99]
+    Example:
+        >>> [round(warmup_decay(update, decay=0.999), 4) for update in (1, 2, 11, 1001)]
+        [0.0, 0.37, 0.7978, 0.99]
     """
     if update < 1:
         raise ValueError(f"update={update!r} is not allowed: updates are counted from 1")
@@ -124,8 +127,9 @@ def power_from_width(sigma_rel: float) -> float:
     Raises:
         ValueError: ``sigma_rel`` is out of its range.
 
-    >>> round(power_from_width(0.10), 6)
-    6.937204
+    Example:
+        >>> round(power_from_width(0.10), 6)
+        6.937204
     """
     if not 0 < sigma_rel < MAX_WIDTH:
         raise ValueError(f"sigma_rel={sigma_rel!r} is not allowed: it must be in (0, 1 / sqrt(12) = 0.288675)")
@@ -144,8 +148,9 @@ def power_from_width(sigma_rel: float) -> float:
 def width_from_power(gamma: float) -> float:
     """``sigma_rel`` of a power-function average: sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))).
 
-    >>> round(width_from_power(6.937204), 6)
-    0.1
+    Example:
+        >>> round(width_from_power(6.937204), 6)
+        0.1
     """
     if not gamma > -1:
         raise ValueError(f"gamma={gamma!r} is not allowed: it must be above -1")
@@ -163,8 +168,9 @@ def power_decay(step: int, gamma: float, every_n_steps: int = 1) -> float:
     Raises:
         ValueError: an argument out of its range.
 
-    >>> round(power_decay(10, gamma=6.937204), 6)
-    0.433325
+    Example:
+        >>> round(power_decay(10, gamma=6.937204), 6)
+        0.433325
     """
     _check_every(every_n_steps)
     if step < 1:
@@ -190,8 +196,9 @@ def posthoc_weights(
     Raises:
         ValueError: a length, a width or a step out of its range, or an average that is there twice.
 
-    >>> [round(weight, 3) for weight in posthoc_weights([400, 400], [0.05, 0.10], 0.07)]
-    [0.438, 0.562]
+    Example:
+        >>> [round(weight, 3) for weight in posthoc_weights([400, 400], [0.05, 0.10], 0.07)]
+        [0.438, 0.562]
     """
     gammas, wanted, step = _posthoc_arguments(steps, sigma_rels, sigma_rel, step)
     matrix = _correlations(steps, gammas, steps, gammas)

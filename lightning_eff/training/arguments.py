@@ -19,8 +19,9 @@ def check(name: str, value: Any, ok: bool, allowed: str) -> None:
 def readable_size(size: float) -> str:
     """A number of bytes with a unit.
 
-    >>> readable_size(40_090_000)
-    '40.1 MB'
+    Example:
+        >>> readable_size(40_090_000)
+        '40.1 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
