@@ -29,7 +29,7 @@ class ZClip(Callback):
     Reads: the gradients, once.
     Changes: the gradients; with ``nonfinite="skip"`` whether the optimizer steps.
     Collectives: none on one device and under DDP; FSDP2 one scalar all-reduce a step for each sharded mesh dimension.
-    Host syncs: none in a step; ``nonfinite="raise"`` one a step, ``"skip"`` one a step unless the optimizer is fused.
+    Host syncs: none in a step, up to two where it is logged; ``"raise"`` and, unless fused, ``"skip"`` one a step.
     Strategies: one device, DDP and its kin, FSDP2 and tensor parallelism (``ModelParallelStrategy``).
 
     Args:
