@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_eff.functional.arguments import check, is_count, readable_size
 from lightning_eff.functional.averaging import Curve, scheme_weights, weighted_average
-from lightning_eff.training.arguments import check, is_count, readable_size
 from lightning_eff.training.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
 from lightning_eff.training.snapshots import Place, SnapshotWindow
 

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_eff.functional.arguments import check, readable_size
 from lightning_eff.functional.ema import (
     MAX_WIDTH,
     ema_update_,
@@ -19,7 +20,6 @@ from lightning_eff.functional.ema import (
     power_from_width,
     warmup_decay,
 )
-from lightning_eff.training.arguments import check, readable_size
 from lightning_eff.training.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
 
 

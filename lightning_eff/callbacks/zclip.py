@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_eff.functional.arguments import check
 from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
 from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
 
@@ -29,7 +30,7 @@ class ZClip(Callback):
     Reads: the gradients, once.
     Changes: the gradients; with ``nonfinite="skip"`` whether the optimizer steps.
     Collectives: none on one device and under DDP; FSDP2 one scalar all-reduce a step for each sharded mesh dimension.
-    Host syncs: none in a step, up to two where it is logged; ``"raise"`` and, unless fused, ``"skip"`` one a step.
+    Host syncs: none in a step, one where it is logged; ``"raise"`` and, unless fused, ``"skip"`` one a step.
     Strategies: one device, DDP and its kin, FSDP2 and tensor parallelism (``ModelParallelStrategy``).
 
     Args:
@@ -104,8 +105,7 @@ class ZClip(Callback):
             skip_update_on_spike=skip_update_on_spike,
             relearn_after=relearn_after,
         )
-        if nonfinite not in get_args(NonFinite):
-            raise ValueError(f"nonfinite={nonfinite!r} is not allowed: it must be one of {get_args(NonFinite)}")
+        check("nonfinite", nonfinite, nonfinite in get_args(NonFinite), f"one of {get_args(NonFinite)}")
         self.nonfinite: NonFinite = nonfinite
         self.log_statistics = log_statistics
         self._states: list[ZClipState] = []
@@ -223,7 +223,7 @@ class ZClip(Callback):
             return
         # Norms are high in the first steps of many a healthy run: not before the running mean has forgotten them.
         settled = self.config.warmup_steps + 5 / (1 - self.config.alpha)
-        if state["count"] >= settled and state["mean"] > cap:
+        if (state["count"] >= settled) & (state["mean"] > cap):
             self._warned_of_cap = True
             warnings.warn(
                 f"the mean gradient norm is {float(state['mean']):.3g}, above ZClip(max_grad_norm={cap}): nearly every "

@@ -26,6 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_eff.functional.arguments import check
 from lightning_eff.functional.gradients import statistics_dtype
 
 Scheme = Literal["uniform", "linear", "exponential", "wsm", "loss", "step"]
@@ -82,8 +83,7 @@ def exponential_weights(steps: Sequence[float], alpha: float = 0.2) -> list[floa
         [0.25, 0.25, 0.5]
     """
     _check_steps(steps)
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha!r} is not allowed: it must be in (0, 1]")
+    check("alpha", alpha, 0 < alpha <= 1, "in (0, 1]")
     n = len(steps)
     return [(1 - alpha) ** (n - 1), *(alpha * (1 - alpha) ** (n - i) for i in range(2, n + 1))]
 
@@ -307,5 +307,4 @@ def _check_values(name: str, values: Sequence[float]) -> None:
 
 
 def _check_penalty(penalty: float) -> None:
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"penalty={penalty!r} is not allowed: it must be at least 0 and finite")
+    check("penalty", penalty, 0 <= penalty < math.inf, "at least 0 and finite")

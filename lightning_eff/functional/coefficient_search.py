@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from lightning_eff.functional.arguments import check
+
 Evaluate = Callable[[Sequence[float]], float]
 
 
@@ -99,8 +101,7 @@ def evolve(
     _check_at_least("len(start)", len(start), 1)
     _check_at_least("evaluations", evaluations, len(start))
     _check_at_least("parents", parents, 2)
-    if not 0 < mutation < math.inf:
-        raise ValueError(f"mutation={mutation!r} is not allowed: it must be positive and finite")
+    check("mutation", mutation, 0 < mutation < math.inf, "positive and finite")
     if any(abs(math.fsum(weights) - 1) > 1e-6 for weights in start):
         raise ValueError("start: each set of coefficients must sum to 1")
     trials, generator = _Trials(evaluate), random.Random(seed)
@@ -120,5 +121,4 @@ def evolve(
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be at least {least}")
+    check(name, value, value >= least, f"at least {least}")

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_eff.functional.arguments import check
+
 MAX_WIDTH = 1 / math.sqrt(12)
 """Upper bound of ``sigma_rel``: that of the uniform average over the whole run, gamma = 0."""
 
@@ -57,8 +59,7 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
         >>> shadow
         [tensor([0.2500, 0.2500])]
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r} is not allowed: it must be in [0, 1]")
+    check("decay", decay, 0 <= decay <= 1, "in [0, 1]")
     shadows, tensors = list(shadows), list(tensors)
     if not shadows:
         return
@@ -84,8 +85,7 @@ def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:
         >>> half_life_decay(100, every_n_steps=100)
         0.5
     """
-    if not 0 < half_life < math.inf:
-        raise ValueError(f"half_life={half_life!r} is not allowed: it must be positive and finite")
+    check("half_life", half_life, 0 < half_life < math.inf, "positive and finite")
     _check_every(every_n_steps)
     return float(0.5 ** (every_n_steps / half_life))
 
@@ -108,8 +108,7 @@ def warmup_decay(update: int, decay: float, inv_gamma: float = 1.0, power: float
     """
     if update < 1:
         raise ValueError(f"update={update!r} is not allowed: updates are counted from 1")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r} is not allowed: it must be in [0, 1]")
+    check("decay", decay, 0 <= decay <= 1, "in [0, 1]")
     if inv_gamma <= 0 or power <= 0:
         raise ValueError(f"inv_gamma={inv_gamma!r}, power={power!r}: both must be positive")
     return float(min(decay, 1 - (1 + (update - 1) / inv_gamma) ** -power))
@@ -131,8 +130,7 @@ def power_from_width(sigma_rel: float) -> float:
         >>> round(power_from_width(0.10), 6)
         6.937204
     """
-    if not 0 < sigma_rel < MAX_WIDTH:
-        raise ValueError(f"sigma_rel={sigma_rel!r} is not allowed: it must be in (0, 1 / sqrt(12) = 0.288675)")
+    check("sigma_rel", sigma_rel, 0 < sigma_rel < MAX_WIDTH, "in (0, 1 / sqrt(12) = 0.288675)")
     inverse = sigma_rel**-2
     # Newton from the right: the polynomial is convex for x > 0 and sigma_rel < 1 / (gamma + 2), so that it falls
     # monotonically on the largest root.
@@ -152,8 +150,7 @@ def width_from_power(gamma: float) -> float:
         >>> round(width_from_power(6.937204), 6)
         0.1
     """
-    if not gamma > -1:
-        raise ValueError(f"gamma={gamma!r} is not allowed: it must be above -1")
+    check("gamma", gamma, gamma > -1, "above -1")
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
@@ -235,8 +232,7 @@ def _posthoc_arguments(
     if len(set(zip(steps, sigma_rels, strict=True))) != len(steps):
         raise ValueError(f"steps={list(steps)}: an average of the same step and width is there twice")
     step = max(steps) if step is None else step
-    if not 0 < step <= max(steps):
-        raise ValueError(f"step={step!r} is not allowed: it must be in (0, {max(steps)}], up to the last stored step")
+    check("step", step, 0 < step <= max(steps), f"in (0, {max(steps)}], up to the last stored step")
     return [power_from_width(stored) for stored in sigma_rels], power_from_width(sigma_rel), step
 
 
@@ -250,5 +246,4 @@ def _correlations(ta: Sequence[float], ga: Sequence[float], tb: Sequence[float],
 
 
 def _check_every(every_n_steps: int) -> None:
-    if not every_n_steps >= 1:
-        raise ValueError(f"every_n_steps={every_n_steps!r} is not allowed: it must be at least 1")
+    check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_eff.functional.arguments import check, is_count
 from lightning_eff.functional.gradients import global_grad_norm, local_grads, scale_, statistics_dtype
 from lightning_eff.kernels import choose, grad_norm
 
@@ -95,20 +96,20 @@ class ZClipConfig:
     relearn_after: int | None = 100
 
     def __post_init__(self) -> None:
-        _check("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
-        _check("z_thresh", self.z_thresh, 0 < self.z_thresh < math.inf, "positive and finite")
+        check("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
+        check("z_thresh", self.z_thresh, 0 < self.z_thresh < math.inf, "positive and finite")
         if self.max_grad_norm is not None:
-            _check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive, or None for no cap")
-        _check("eps", self.eps, 0 <= self.eps < math.inf, "at least 0 and finite")
-        _check("warmup_steps", self.warmup_steps, _is_count(self.warmup_steps), "an integer of at least 1")
-        _check("mode", self.mode, self.mode in get_args(Mode), f"one of {get_args(Mode)}")
-        _check(
+            check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive, or None for no cap")
+        check("eps", self.eps, 0 <= self.eps < math.inf, "at least 0 and finite")
+        check("warmup_steps", self.warmup_steps, is_count(self.warmup_steps), "an integer of at least 1")
+        check("mode", self.mode, self.mode in get_args(Mode), f"one of {get_args(Mode)}")
+        check(
             "clip_option", self.clip_option, self.clip_option in get_args(ClipOption), f"one of {get_args(ClipOption)}"
         )
-        _check("clip_factor", self.clip_factor, 0 < self.clip_factor < math.inf, "positive and finite")
+        check("clip_factor", self.clip_factor, 0 < self.clip_factor < math.inf, "positive and finite")
         if self.relearn_after is not None:
             allowed = "an integer of at least 1, or None to never learn anew"
-            _check("relearn_after", self.relearn_after, _is_count(self.relearn_after), allowed)
+            check("relearn_after", self.relearn_after, is_count(self.relearn_after), allowed)
         if self.mode == "percentile" and self.clip_option != "adaptive_scaling":
             warnings.warn(f"clip_option={self.clip_option!r} has no effect with mode='percentile'", stacklevel=3)
         if self.clip_factor != 1.0 and (self.mode, self.clip_option) != ("zscore", "adaptive_scaling"):
@@ -117,15 +118,6 @@ class ZClipConfig:
                 "clip_option='adaptive_scaling'",
                 stacklevel=3,
             )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _check(name: str, value: Any, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
 
 
 @dataclass

@@ -23,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_eff.functional.arguments import check, is_count
 from lightning_eff.training import batch_norm
-from lightning_eff.training.arguments import check, is_count
 from lightning_eff.training.averaged_files import averaged_paths, averaged_state, remove_averaged, write_averaged
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.side_evaluation import AroundEvaluations, evaluate_beside
