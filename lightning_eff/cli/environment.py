@@ -20,6 +20,7 @@ EXTRAS = {
     "triton": "kernels on a GPU",
     "tensorboard": "logs for TensorBoard",
     "cli": "this command line",
+    "plots": "heat maps",
     "ft": "fault-tolerant training",
     "examples": "the examples",
 }
