@@ -1,0 +1,47 @@
+"""Alarms and who hears them."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+
+from lightning_eff.training.alarms import Alarm, sound
+
+
+class Listener(L.Callback):
+    def __init__(self) -> None:
+        self.heard = []
+
+    def on_alarm(self, trainer, pl_module, alarm) -> None:
+        self.heard.append((trainer, pl_module, alarm))
+
+
+def _trainer(*callbacks):
+    return L.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def test_every_listener_hears_the_alarm():
+    one, deaf, other = Listener(), L.Callback(), Listener()
+    trainer, module, alarm = _trainer(one, deaf, other), L.LightningModule(), Alarm("loss", 7, "too high", 0.5)
+    assert sound(trainer, module, alarm) is True
+    assert one.heard == other.heard == [(trainer, module, alarm)]
+
+
+def test_an_alarm_that_nobody_hears_says_so():
+    assert sound(_trainer(L.Callback()), L.LightningModule(), Alarm("loss", 7, "too high")) is False
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("source", ""), ("step", -1), ("severity", 1.5), ("severity", float("nan"))]
+)
+def test_bad_values_are_met_at_the_door(argument, value):
+    values = {"source": "loss", "step": 3, "message": "too high", "severity": 1.0}
+    with pytest.raises(ValueError, match=f"{argument}={value!r}"):
+        Alarm(**{**values, argument: value})
