@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import lightning_eff  # noqa: F401  (registers its strategies now, so that no test is blamed for it)
+from tests.distributed.network import Network, why_not
 from tests.distributed.pool import Pool
 from tests.leaks import Photograph, WrittenFiles, leaks_since, seed_everything
 from tests.memory import PoisonedEmpty
@@ -27,6 +29,15 @@ def pool() -> Iterator[Pool]:
     pool = Pool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def network() -> Iterator[Callable[..., Network]]:
+    """Makes shaped networks that end with the test: `network(2, mbit=200)`. Such a test is `slow`."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **kwargs: stack.enter_context(Network(*args, **kwargs))
 
 
 @pytest.fixture(scope="session")
