@@ -182,7 +182,9 @@ class _Stream:
     def __init__(self, loader: DataLoader[Any], plan: ShardPlan, shard: int, keep: int) -> None:
         self._keys = _Keys(plan, shard)
         self._keep = keep
-        self._forget()
+        self._kept: dict[int, Any] = {}
+        self._next: int | None = None
+        self._batches: Iterator[Any] | None = None
         more: dict[str, Any] = {}
         if loader.num_workers > 0:
             more = dict(prefetch_factor=loader.prefetch_factor, persistent_workers=loader.persistent_workers)
@@ -216,9 +218,8 @@ class _Stream:
         return self._kept[index]
 
     def _forget(self) -> None:
-        self._kept: dict[int, Any] = {}
-        self._next: int | None = None
-        self._batches: Iterator[Any] | None = None
+        self._kept = {}
+        self._next = self._batches = None
 
     def close(self) -> None:
         self._forget()
