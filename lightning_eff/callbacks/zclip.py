@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_eff.functional.arguments import check
 from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
 from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
+from lightning_eff.training.trainable import TrainableChange
 
 NonFinite = Literal["zero", "skip", "raise", "ignore"]
 
@@ -25,6 +26,11 @@ class ZClip(Callback):
 
     Each optimizer has its own statistics, taken from the gradients of its own ``param_groups`` after accumulation,
     reduction over ranks and unscaling. They are saved in the checkpoint, in the middle of the warm-up too.
+
+    When another callback opens parameters during the run (MISA, or any that calls ``set_trainable``), the next norm is
+    one of other parameters and no spike: the statistics of that optimizer are scaled to it and follow the new level
+    quickly, while the relative spread, by which an outlier is told, is kept. Closing alone makes norms smaller, which
+    needs no reaction.
 
     Runs in: ``on_before_optimizer_step``, behind the suite's monitors of gradients.
     Reads: the gradients, once.
@@ -111,6 +117,7 @@ class ZClip(Callback):
         self._states: list[ZClipState] = []
         self._folded: dict[int, RemovableHandle] = {}  # optimizer's index -> the hook that ends the folding
         self._warned_of_cap = False
+        self._stepped = False  # in this fit
 
     @property
     def spikes(self) -> list[int]:
@@ -142,6 +149,7 @@ class ZClip(Callback):
                 stacklevel=2,
             )
         _move_behind_monitors(trainer, self)
+        self._stepped = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -171,6 +179,7 @@ class ZClip(Callback):
         norm = global_grad_norm(parameters)
         if norm is None:  # training_step returned None
             return
+        self._stepped = True
         scaler = _scaler(trainer)
         if scaler is not None and _unscales_itself(optimizer):
             norm = norm / scaler._get_scale_async().to(norm)  # get_scale() would wait for the device
@@ -194,6 +203,15 @@ class ZClip(Callback):
             scale_(local_grads(parameters), coefficient, zero_nonfinite=zero)
         if trainer._logger_connector.should_update_logs:
             self._log(pl_module, index)
+
+    def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
+        """The norms that follow are of other parameters, unless a resumed run only restores what was open."""
+        if not (change.opened and self._stepped):
+            return
+        opened = {id(parameter) for parameter in change.opened.values()}
+        for optimizer, state in zip(trainer.optimizers, self._states, strict=True):
+            if any(id(parameter) in opened for group in optimizer.param_groups for parameter in group["params"]):
+                state.change_level()
 
     def _log(self, pl_module: LightningModule, index: int) -> None:
         state = self._states[index]

@@ -129,11 +129,13 @@ class ZClipState:
         values: float64 (float32 on MPS) tensor of shape (len(FIELDS),): mean, variance, counters and the last step's
             figures, in the order of ``FIELDS``.
         norms: tensor of shape (warmup_steps,): the last raw finite norms, as a ring.
+        since: 0-d tensor, the norms seen since the last :meth:`change_level`; None if there never was one.
     """
 
     config: ZClipConfig = field(default_factory=ZClipConfig)
     values: Tensor = field(default_factory=lambda: torch.zeros(len(FIELDS), dtype=torch.float64))
     norms: Tensor = field(default_factory=lambda: torch.empty(0))
+    since: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.norms):
@@ -149,11 +151,23 @@ class ZClipState:
             dtype = statistics_dtype(device)
             self.values = self.values.to(dtype).to(device)
             self.norms = self.norms.to(dtype).to(device)
+            self.since = None if self.since is None else self.since.to(dtype).to(device)
         return self
+
+    def change_level(self) -> None:
+        """The norms that follow are of other parameters: of another level, and that is no spike.
+
+        The next norm is taken for the new level: mean, deviation and the norms of the warm-up are scaled to it, so that
+        the relative spread, which is what an outlier is told by, is not learned anew. From there the mean follows as
+        the plain mean of the norms since the change, until these are as many as ``alpha`` remembers: one odd norm at
+        the change is soon forgotten. That first norm alone cannot be an outlier; ``max_grad_norm`` holds for it.
+        """
+        self.since = torch.zeros_like(self.values[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to carry on exactly, as Python numbers."""
-        return {**dict(zip(FIELDS, self.values.tolist(), strict=True)), "norms": self.norms.tolist()}
+        values = dict(zip(FIELDS, self.values.tolist(), strict=True))
+        return {**values, "norms": self.norms.tolist(), "since": None if self.since is None else self.since.item()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a ``state_dict``; with another ``warmup_steps`` the statistics are learned anew, with a warning."""
@@ -166,6 +180,8 @@ class ZClipState:
             return
         self.values = torch.tensor([state_dict[name] for name in FIELDS], dtype=torch.float64)
         self.norms = torch.tensor(state_dict["norms"], dtype=torch.float64)
+        since = state_dict.get("since")
+        self.since = None if since is None else torch.tensor(since, dtype=torch.float64)
 
 
 def zclip_update(norm: Tensor, state: ZClipState, *, on_nonfinite: float = 0.0) -> Tensor:
@@ -181,9 +197,43 @@ def zclip_update(norm: Tensor, state: ZClipState, *, on_nonfinite: float = 0.0) 
     Returns:
         The coefficient, a 0-d tensor: 1 for a step that is not clipped. Shares memory with ``state.values``.
     """
-    config = state.config
     state.to(norm.device)
     norm = norm.to(state.values.dtype)
+    if state.since is None:
+        return _decide(norm, state, on_nonfinite)
+    before = _scale_to_level(norm, state, state.since)
+    coefficient = _decide(norm, state, on_nonfinite)
+    _follow_level(state, state.since, before)
+    return coefficient
+
+
+def _scale_to_level(norm: Tensor, state: ZClipState, since: Tensor) -> Tensor:
+    """Scale the statistics to the first norm after a change of level; returns the values before this step's update."""
+    mean, var, count, streak = (state[name] for name in ("mean", "var", "count", "streak"))
+    first = (since == 0) & torch.isfinite(norm) & (norm > 0)
+    warmup = state.config.warmup_steps
+    level = torch.where(count >= warmup, mean, state.norms.sum() / count.clamp(1, warmup))
+    factor = torch.where(first & (level > 0), norm / level, 1.0)
+    mean.mul_(factor)
+    var.mul_(factor.square())
+    state.norms.mul_(factor)
+    streak.copy_(torch.where(first, 0.0, streak))
+    return state.values.clone()
+
+
+def _follow_level(state: ZClipState, since: Tensor, before: Tensor) -> None:
+    """Give a norm soon after a change of level the weight that it has in a plain mean, rather than 1 - alpha."""
+    mean, old = state["mean"], before[INDEX["mean"]]
+    warm = before[INDEX["count"]] >= state.config.warmup_steps
+    same = warm & (state["relearned"] == before[INDEX["relearned"]])  # else the mean is that of the ring
+    weight = (1 / ((since + 1) * (1 - state.config.alpha))).clamp(min=1.0)
+    mean.copy_(torch.where(same, old + (mean - old) * weight, mean))
+    since.add_(state["count"] - before[INDEX["count"]])
+
+
+def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
+    """The update for norms of one level."""
+    config = state.config
     if choose("grad_norm.zclip_decide", norm.device).implementation == "triton":
         _decide_in_one_launch(norm, state, on_nonfinite)
         return state["coefficient"]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_eff.callbacks import ZClip
+from lightning_eff.training.trainable import set_trainable
 
 
 class Model(L.LightningModule):
@@ -33,7 +34,8 @@ class Model(L.LightningModule):
         step = len(self.raw)
         if step < len(self.factors):
             for parameter in self.parameters():
-                parameter.grad.mul_(self.factors[step])
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.factors[step])
         self.raw.append(self.grad_norm())
 
     def on_before_optimizer_step(self, optimizer):
@@ -120,6 +122,44 @@ def test_monitors_of_gradients_come_first():
     ]
     assert monitor.norms == model.raw
     assert max(model.clipped) < 0.51
+
+
+class Opens(L.Callback):
+    """Closes the weight at the start and opens it again, with gradients that are much larger than the bias's."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_step < self.at:
+            set_trainable(trainer, {"layer.weight": False})
+        else:  # as a resumed run that restores what was open
+            set_trainable(trainer, {"layer.weight": True})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            set_trainable(trainer, {"layer.weight": True})
+
+
+@pytest.mark.parametrize("reacts", [True, False])
+def test_opening_parameters_is_no_spike(reacts, monkeypatch):
+    if not reacts:
+        monkeypatch.delattr(ZClip, "on_trainable_change")
+    model = Model(factors=[1.0] * 6 + [1000.0] * 4, optimizer=torch.optim.SGD, lr=1e-4)
+    zclip = ZClip(warmup_steps=4, max_grad_norm=None, z_thresh=50.0)
+    fit(model, zclip, Opens(at=6), max_steps=10)
+    assert zclip.spikes == [0 if reacts else 4]
+    assert (model.clipped[6:] == model.raw[6:]) == reacts
+
+
+def test_closing_parameters_and_restoring_a_set_are_no_change_of_level():
+    model, zclip = Model(), ZClip(warmup_steps=4)
+    fit(model, zclip, Opens(at=99), max_steps=4)
+    assert zclip._states[0].since is None
+    model.layer.weight.requires_grad_(False)  # as in a module that froze it when it was built
+    fit(model, zclip, Opens(at=0), max_steps=4)
+    assert model.layer.weight.requires_grad
+    assert zclip._states[0].since is None
 
 
 BAD = {"nan": math.nan, "inf": math.inf}

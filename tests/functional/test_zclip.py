@@ -268,6 +268,122 @@ def test_state_carries_on_exactly(cut):
     assert unbroken["relearned"].item() == 1
 
 
+# --- another level, since other parameters are trained ---------------------------------------------------------------
+
+
+def changing_norms(seed, sets, steps, spread=0.1):
+    """Norms of sets of parameters whose levels differ by up to a factor of 20."""
+    generator = random.Random(seed)
+    levels = [math.exp(generator.uniform(-1.5, 1.5)) for _ in range(sets)]
+    return [[level * generator.gauss(1.0, spread) for _ in range(steps)] for level in levels]
+
+
+def feed_sets(state, sets, tell=True):
+    """Returns for each set the indices of the norms that were clipped as outliers."""
+    found = []
+    for number, norms in enumerate(sets):
+        if number and tell:
+            state.change_level()
+        spikes = []
+        for index, norm in enumerate(norms):
+            before = state["spikes"].item()
+            zclip_update(torch.tensor(norm, dtype=torch.float64), state)
+            spikes += [index] * (state["spikes"].item() > before)
+        found.append(spikes)
+    return found
+
+
+@pytest.mark.parametrize(("steps", "at_most"), [(50, 25), (20, 30), (5, 45)], ids=["long", "within-warmup", "short"])
+def test_another_set_of_parameters_is_no_spike(steps, at_most):
+    config = ZClipConfig(max_grad_norm=None)
+    sets = changing_norms(0, 1000 // steps, steps)
+    told, untold = ZClipState(config), ZClipState(config)
+    spikes, others = feed_sets(told, sets), feed_sets(untold, sets, tell=False)
+    # A stationary stream of the same spread clips about 14 of 1,000; a level known from few norms adds some.
+    assert sum(map(len, spikes)) <= at_most
+    assert not any(0 in indices for indices in spikes)
+    assert sum(0 in indices for indices in others) > 2  # what it is for
+
+
+@pytest.mark.parametrize("place", [1, 2, 10, 40])
+def test_a_spike_after_the_change_is_one(place):
+    state = ZClipState(ZClipConfig(max_grad_norm=None))
+    feed_sets(state, [normal_norms(0, 200, 1.0, 0.1)])
+    norms = normal_norms(1, 50, 7.0, 0.7)
+    norms[place] *= 3
+    assert place in feed_sets(state, [[], norms])[1]
+
+
+def test_the_statistics_after_a_change_by_hand():
+    config = ZClipConfig(alpha=0.9, warmup_steps=2, max_grad_norm=None, z_thresh=100.0)
+    state = ZClipState(config)
+    feed(state, [0.9, 1.1])  # mean 1, variance 0.01
+    state.change_level()
+    feed(state, [math.nan, 5.0])  # a norm that says nothing is not the first one
+    assert state["mean"].item() == pytest.approx(5.0, rel=1e-12)
+    assert state["var"].item() == pytest.approx(0.9 * 0.01 * 25, rel=1e-12)
+    assert state.norms.tolist() == pytest.approx([5.0, 5.5])  # 0.9 made room for 5.0, and 1.1 was scaled
+    seen = [5.0]
+    for norm in (6.0, 4.0, 4.5, 5.5):
+        feed(state, [norm])
+        seen.append(norm)
+        assert state["mean"].item() == pytest.approx(sum(seen) / len(seen), rel=1e-12)
+    feed(state, [5.0] * 4)
+    before = state["mean"].item()  # nine norms: the next one has the weight of 1 - alpha, and all after it
+    for norm in (8.0, 3.0):
+        feed(state, [norm])
+        assert state["mean"].item() == pytest.approx(0.9 * before + 0.1 * norm, rel=1e-12)
+        before = state["mean"].item()
+
+
+def test_a_change_in_the_warm_up_keeps_the_spread():
+    state = ZClipState(ZClipConfig(warmup_steps=4, max_grad_norm=None))
+    state.change_level()  # before any norm: nothing to scale
+    feed(state, [0.9, 1.1])
+    state.change_level()
+    feed(state, [20.0, 22.0])
+    ring = [18.0, 22.0, 20.0, 22.0]
+    mean = sum(ring) / 4
+    assert state.norms.tolist() == pytest.approx(ring)
+    assert state["mean"].item() == pytest.approx(mean)
+    assert state["var"].item() == pytest.approx(sum((norm - mean) ** 2 for norm in ring) / 4)
+
+
+def test_a_lasting_rise_after_a_change_is_learned_as_ever():
+    state = ZClipState(ZClipConfig(warmup_steps=4, relearn_after=6, max_grad_norm=None))
+    feed(state, normal_norms(0, 40, 1.0, 0.1))
+    state.change_level()
+    feed(state, [2.0, 2.1, 1.9, 2.0, *[9.0, 9.1, 8.9] * 5])
+    assert state["relearned"].item() == 1
+    assert state["mean"].item() == pytest.approx(9.0, rel=0.02)
+
+
+@pytest.mark.parametrize("cut", [50, 51, 60, 75], ids=["at the change", "one norm later", "soon after", "later"])
+def test_a_state_after_a_change_carries_on_exactly(cut):
+    config = ZClipConfig(warmup_steps=4, max_grad_norm=None)
+    one, other = normal_norms(0, 50, 1.0, 0.1), normal_norms(1, 50, 3.0, 0.3)
+    unbroken, first = ZClipState(config), ZClipState(config)
+    for state in (unbroken, first):
+        feed(state, one)
+        state.change_level()
+    feed(unbroken, other)
+    feed(first, other[: cut - 50])
+    second = ZClipState(config)
+    second.load_state_dict(first.state_dict())
+    feed(second, other[cut - 50 :])
+
+    assert torch.equal(second.values, unbroken.values)
+    assert torch.equal(second.norms, unbroken.norms)
+    assert torch.equal(second.since, unbroken.since)
+
+
+def test_a_state_of_an_earlier_version_has_seen_no_change():
+    state, saved = ZClipState(), ZClipState().state_dict()
+    del saved["since"]
+    state.load_state_dict(saved)
+    assert state.since is None
+
+
 def test_another_warm_up_starts_anew_with_a_warning():
     saved = ZClipState(ZClipConfig(warmup_steps=4))
     feed(saved, [1.0] * 6)
@@ -287,7 +403,9 @@ def test_runs_without_data():
         ):
             parameters = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(5))]
             state = ZClipState(ZClipConfig(warmup_steps=2, mode=mode, clip_option=clip_option))
-            for _ in range(4):
+            for step in range(4):
+                if step == 2:
+                    state.change_level()
                 for parameter in parameters:
                     parameter.grad = torch.ones_like(parameter)
                 zclip_grad_norm_(parameters, state)
@@ -298,6 +416,8 @@ def test_a_step_never_waits_for_the_device():
     state = ZClipState(ZClipConfig(warmup_steps=2))
     with OperatorCounter() as counter:
         for norm in (1.0, 1.1, 1.0, 50.0, math.nan):
+            if norm == 50.0:
+                state.change_level()
             parameter.grad = torch.tensor([norm, 0.0, 0.0])
             zclip_grad_norm_([parameter], state)
     assert counter.host_syncs == 0
