@@ -1,0 +1,95 @@
+"""Strategy strings, registered without importing Lightning.
+
+``import lightning_eff`` must stay quick, and `lightning-eff doctor` must run where Lightning cannot be imported. So the
+names are registered at once if Lightning is loaded, else right after it has made its registry.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+_REGISTRY = "lightning.pytorch.strategies"
+
+
+class Entry(NamedTuple):
+    """A family of strings: the function that builds the strategy, by its module, and what it says of itself."""
+
+    name: str
+    """Without "ddp_"."""
+
+    factory: str
+    """module:function; called with ``start_method`` and ``arguments``."""
+
+    arguments: dict[str, Any]
+    description: str
+
+
+_COMPRESSED = "lightning_eff.strategies:compressed_ddp"
+
+ENTRIES = (
+    Entry("arc_topk", _COMPRESSED, {"compressor": "ArcTopK"}, "a fifth of the rows of each gradient (ARC-Top-K)"),
+    Entry("fp16", _COMPRESSED, {"compressor": "FP16"}, "gradients as float16"),
+    Entry("bf16", _COMPRESSED, {"compressor": "BF16"}, "gradients as bfloat16"),
+)
+
+# As Lightning names its own.
+START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+
+
+def register() -> None:
+    """Register the strategy strings now, or when Lightning is imported."""
+    if _REGISTRY in sys.modules:
+        _fill(sys.modules[_REGISTRY])
+    else:
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _fill(strategies: ModuleType) -> None:
+    registry = strategies.StrategyRegistry
+    for entry in ENTRIES:
+        for prefix, start_method in START_METHODS.items():
+            registry.register(
+                f"{prefix}_{entry.name}",
+                partial(_build, entry.factory),
+                description=f"DDP, {entry.description}, with `start_method` '{start_method}'",
+                override=True,
+                start_method=start_method,
+                **entry.arguments,
+            )
+
+
+def _build(factory: str, **arguments: Any) -> Any:
+    """Import the strategy when somebody asks for it."""
+    module, name = factory.split(":")
+    build: Callable[..., Any] = getattr(import_module(module), name)
+    return build(**arguments)
+
+
+class _WhenImported(MetaPathFinder):
+    """Lets the usual finders find Lightning's strategies, and fills the registry behind them; then it is gone."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_fill(module: ModuleType) -> None:
+            execute(module)
+            _fill(module)
+
+        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        return spec
