@@ -1,0 +1,119 @@
+"""A fine-tuning task for the benchmarks: a GPT pre-trained on one part of the standard library, tuned on another.
+
+The GPT reads the standard library without its graphical packages, then learns these: other libraries, another style
+(camelCase names, layout code). The pre-trained weights are made once and kept in `logs/`.
+
+    python -m benchmarks.fine_tuning        # make them, and say what a fine-tuning has to gain
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rows import CONSOLE
+from benchmarks.runs import QUIET, quiet_lightning
+from examples.gpt.data import TextDataModule
+from examples.gpt.model import GPTConfig
+from examples.gpt.module import GPTModule
+
+GRAPHICAL = ("idlelib", "tkinter", "turtledemo")
+BLOCK_SIZE = 128
+BATCH_SIZE = 16
+CONFIG = GPTConfig(block_size=BLOCK_SIZE)  # the 1 M GPT of the examples
+PRETRAIN_STEPS = 2000
+WEIGHTS = Path("logs") / "benchmarks" / "pretrained-1m.pt"
+
+
+class PartOfLibrary(TextDataModule):
+    """The standard library without its graphical packages, or these alone.
+
+    Args:
+        graphical: which of the two parts.
+        seed: decides which crops are drawn.
+        val_windows: validate on this many windows of 128 bytes; None: on all.
+    """
+
+    def __init__(self, graphical: bool, seed: int = 0, val_windows: int | None = 256) -> None:
+        super().__init__(
+            block_size=BLOCK_SIZE, batch_size=BATCH_SIZE, val_windows=val_windows, val_fraction=0.1, seed=seed
+        )
+        self.graphical = graphical
+
+    def split_files(self) -> tuple[list[Path], list[Path]]:
+        """As for the whole library, by the names of files."""
+
+        def chosen(files: list[Path]) -> list[Path]:
+            return [file for file in files if (file.relative_to(self.root).parts[0] in GRAPHICAL) == self.graphical]
+
+        train, val = super().split_files()
+        return chosen(train), chosen(val)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trained low-rank addition: W x + (scale / rank) B A x."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_a = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_b = nn.Linear(rank, base.out_features, bias=False)
+        nn.init.zeros_(self.lora_b.weight)  # the tuning begins at the pre-trained model
+        self.factor = scale / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.factor * self.lora_b(self.lora_a(x))
+
+
+def add_lora(model: nn.Module, rank: int = 8, scale: float = 16.0) -> None:
+    """Freeze a GPT and give each linear layer of its blocks a low-rank pair."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for layers in (block.attn, block.mlp):
+            for name, layer in list(layers.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(layers, name, LoRALinear(layer, rank, scale))
+
+
+def pretrained(path: Path = WEIGHTS, steps: int = PRETRAIN_STEPS) -> dict[str, Tensor]:
+    """The state dict of the pre-trained GPT; trained now if it is not there yet (minutes on one core)."""
+    if not path.exists():
+        L.seed_everything(0, verbose=False)
+        module = GPTModule(CONFIG, lr=3e-3, warmup_steps=100, fused=True)
+        trainer = L.Trainer(devices=1, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0, **QUIET)
+        trainer.fit(module, PartOfLibrary(graphical=False))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(module.model.state_dict(), path)
+    return torch.load(path, weights_only=True)
+
+
+def tuned_module(lora: bool, lr: float, seed: int = 0, schedule: str = "cosine", warmup_steps: int = 20) -> GPTModule:
+    """The pre-trained GPT, to be tuned: all parameters, or low-rank pairs alone."""
+    module = GPTModule(CONFIG, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=0.01, fused=True)
+    module.model.load_state_dict(pretrained())
+    if lora:
+        torch.manual_seed(seed)
+        add_lora(module.model)
+    return module
+
+
+def validation_loss(module: GPTModule, data: L.LightningDataModule) -> float:
+    """Nats a byte."""
+    return L.Trainer(devices=1, **QUIET).validate(module, data, verbose=False)[0]["val_loss"]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    quiet_lightning()
+    torch.set_num_threads(1)
+    for name, graphical in (("the part that it was trained on", False), ("the graphical packages", True)):
+        loss = validation_loss(tuned_module(lora=False, lr=0.0), PartOfLibrary(graphical))
+        CONSOLE.print(f"validation loss on {name}: {loss:.4f} nats a byte")
+
+
+if __name__ == "__main__":
+    main()
