@@ -172,7 +172,15 @@ class CheckpointAveraging(AveragedWeights):
         return {**self.window.state_dict(), "collected": self._collected}
 
     @override
+    def _held_state(self) -> dict[str, Any]:
+        return {"held": self.window.hold(), "collected": self._collected}  # copies of copies are not needed
+
+    @override
     def _restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+        if "held" in state:
+            self.window.go_back(state["held"])
+            self._collected = state["collected"]
+            return True
         fits = self.window.load_state_dict(state, tensors)
         self._collected = state["collected"] if fits else 0
         return fits

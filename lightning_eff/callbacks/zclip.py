@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -123,6 +124,10 @@ class ZClip(Callback):
     def spikes(self) -> list[int]:
         """Outliers clipped so far, for each optimizer. Waits for the device."""
         return [int(state["spikes"]) for state in self._states]
+
+    def spike_count(self) -> Tensor:
+        """Outliers and non-finite norms so far, of all optimizers together; 0-d, on the device."""
+        return torch.stack([state["spikes"] + state["nonfinite"] for state in self._states]).sum()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -176,24 +176,41 @@ class AveragedWeights(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tensors = self._tensors.every(pl_module)
         restored, self._restored = self._restored, None
+        if restored is None and (
+            trainer.global_step == 0 or (self._module is not None and self._module() is not pl_module)
+        ):
+            # A new run. The callback may have been in another one before.
+            self._reset()
+            self._tensors.names = set()
+            self._updates.load_state_dict({"updates": [0] * len(trainer.optimizers)})
+        self._begin(pl_module, restored)
+        self._told_empty = False
+        self._on_start(trainer, self._tensors.of(pl_module))
+
+    def _begin(self, pl_module: LightningModule, restored: dict[str, Any] | None) -> None:
+        """Go on from what was restored, or else from what is there."""
         trained = self._tensors.names
         if restored is not None:
             trained = restored["trained"]
-            if not self._restore(restored["state"], tensors):
+            if not self._restore(restored["state"], self._tensors.every(pl_module)):
                 rank_zero_info(f"{type(self).__name__}: the saved average is of another model; it starts anew")
-        elif trainer.global_step == 0 or (self._module is not None and self._module() is not pl_module):
-            # A new run. The callback may have been in another one before.
-            self._reset()
-            trained = set()
-            self._updates.load_state_dict({"updates": [0] * len(trainer.optimizers)})
         self._tensors.begin(pl_module, trained)
         self._module = weakref.ref(pl_module)
         self._statistics = {}
-        self._told_empty = False
         self._due = self._next_due(self._count())
-        self._on_start(trainer, self._tensors.of(pl_module))
+
+    def rollback_state(self) -> dict[str, Any]:
+        """What goes back with the run, see ``training/run_state.py``."""
+        return {**self._updates.state_dict(), "trained": sorted(self._tensors.names), "state": self._held_state()}
+
+    def _held_state(self) -> dict[str, Any]:
+        return self._state()
+
+    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Go back to that state, in the middle of a fit."""
+        self._updates.load_state_dict(state)
+        self._begin(pl_module, state)
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """A parameter that is trained for the first time has been the same in every snapshot until now."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +45,8 @@ class SnapshotWindow:
         """Where ``"disk"`` is; None: the system's folder for temporary files."""
         self.steps: list[int] = []
         self._snapshots: list[dict[str, Tensor]] = []
+        self._spare: list[dict[str, Tensor]] = []  # memory of snapshots that are no longer kept
+        self._held: weakref.WeakSet[HeldWindow] = weakref.WeakSet()
         self._copied: Any = None  # a CUDA event behind the latest copies
 
     @torch.no_grad()
@@ -52,12 +56,15 @@ class SnapshotWindow:
         if len(self.steps) == self.length:
             slot = self._snapshots.pop(0)
             self.steps.pop(0)
+        elif self._spare:
+            slot = self._spare.pop()
+        used = [*self._snapshots, *(snapshot for held in self._held for snapshot in held.snapshots)]
         with torch.inference_mode(False):
             snapshot = {}
             for name, tensor in tensors.items():
                 old = slot.get(name)
                 fits = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
-                shared = fits and any(kept.get(name) is old for kept in self._snapshots)  # see `add`
+                shared = fits and any(other.get(name) is old for other in used)  # see `add` and `hold`
                 new = old if fits and not shared and old is not None else self._allocate(tensor)
                 snapshot[name] = new.copy_(tensor, non_blocking=True)
         self._snapshots.append(snapshot)
@@ -82,7 +89,24 @@ class SnapshotWindow:
 
     def clear(self) -> None:
         """Forget all snapshots."""
-        self.steps, self._snapshots, self._copied = [], [], None
+        self.steps, self._snapshots, self._spare, self._copied = [], [], [], None
+
+    def drop_after(self, step: int) -> None:
+        """Forget the snapshots that are newer than ``step``; their memory is for the next ones."""
+        while self.steps and self.steps[-1] > step:
+            self.steps.pop()
+            self._spare.append(self._snapshots.pop())
+
+    def hold(self) -> HeldWindow:
+        """The window as it is now, for `go_back`: no copy, but as long as it lives, its memory is not written again."""
+        held = HeldWindow(list(self.steps), [dict(snapshot) for snapshot in self._snapshots])
+        self._held.add(held)
+        return held
+
+    def go_back(self, held: HeldWindow) -> None:
+        """Be what the window was when it was held."""
+        self.steps = list(held.steps)
+        self._snapshots = [dict(snapshot) for snapshot in held.snapshots]
 
     def state_dict(self) -> dict[str, Any]:
         """Steps and tensors, the window's own: to be saved, not to be kept."""
@@ -102,7 +126,10 @@ class SnapshotWindow:
 
     def __getstate__(self) -> dict[str, Any]:
         self.read()  # an event cannot be pickled
-        return vars(self)
+        return {**vars(self), "_held": (), "_spare": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _held=weakref.WeakSet())
 
     def _allocate(self, tensor: Tensor) -> Tensor:
         if self.place == "model":
@@ -131,6 +158,17 @@ class SnapshotWindow:
         if self.place == "model" and device.type != "cpu":
             return None
         return _free_host_memory()
+
+
+@dataclass(eq=False)
+class HeldWindow:
+    """What a window was at some time; copies of it are the same one."""
+
+    steps: list[int]
+    snapshots: list[dict[str, Tensor]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldWindow:
+        return self
 
 
 def _free_host_memory() -> int | None:

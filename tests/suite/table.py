@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_eff.callbacks import EMA, CheckpointAveraging, TensorBoardLayout, ZClip
+from lightning_eff.callbacks import EMA, CheckpointAveraging, TensorBoardLayout, TrainingGuard, ZClip
 from tests.suite.probe import Probe
 
 
@@ -53,7 +54,7 @@ class Row:
 
     callback: type[L.Callback]
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Such that the method acts within ten steps; steps 5, 6 and 8 of the models have spikes."""
+    """Such that the method acts within ten steps; steps 5, 6 and 8 of the models have spikes. As YAML has them."""
 
     name: str = ""
     """Of the row, where one class has several."""
@@ -92,8 +93,18 @@ class Row:
     def id(self) -> str:
         return self.name or self.callback.__name__
 
-    def build(self) -> L.Callback:
-        return self.callback(**self.arguments)
+    def build(self, **changes: Any) -> L.Callback:
+        return self.callback(**_objects({**self.arguments, **changes}))
+
+
+def _objects(value: Any) -> Any:
+    """What YAML's ``class_path`` and ``init_args`` stand for."""
+    if isinstance(value, dict) and "class_path" in value:
+        module, _, name = value["class_path"].rpartition(".")
+        return getattr(import_module(module), name)(**_objects(value["init_args"]))
+    if isinstance(value, dict):
+        return {key: _objects(entry) for key, entry in value.items()}
+    return [_objects(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _zclip_tags(prefix: str) -> tuple[str, ...]:
@@ -102,6 +113,8 @@ def _zclip_tags(prefix: str) -> tuple[str, ...]:
 
 
 _ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": 1e3}
+
+_GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks", "undone_steps", "lr_factor"))
 
 ROWS = (
     Row(
@@ -190,5 +203,51 @@ ROWS = (
         crash_steps=(7,),
         changes_training=False,
         bad_arguments=({"widths": [0.3]}, {"half_life": 0.0}, {"widths": []}),
+    ),
+    Row(
+        TrainingGuard,
+        {
+            "rules": [
+                {
+                    "class_path": "lightning_eff.training.alarm_rules.ExplodingLoss",
+                    "init_args": {"factor": 2.0, "deviations": 3.0, "window": 3, "patience": 2},
+                }
+            ],
+            "every_n_steps": 1,
+            "keep": 8,
+            "margin": 2,
+            "check_every_n_steps": 1,
+            "lr_steps": 6,
+        },
+        crash_steps=(3, 9),  # before the alarm at step 7, and after the run has gone back from step 8 to step 5
+        exceptions={
+            "waits_for_nothing": "with check_every_n_steps=1 it reads the numbers of the step before in each",
+            "draws_no_random_numbers": "a rollback puts random numbers back, and more batches are drawn after it",
+        },
+        bad_arguments=(
+            {"action": "panic"},
+            {"rules": ["loss"]},
+            {"every_n_steps": 0},
+            {"keep": 1},
+            {"margin": 0},
+            {"margin": 6},
+            {"check_every_n_steps": 0},
+            {"device": "tape"},
+            {"lr_factor": 0.0},
+            {"lr_factor": 1.5},
+            {"lr_steps": 0},
+            {"max_rollbacks": 0},
+            {"forget_after": 0},
+            {"min_severity": 1.5},
+        ),
+    ),
+    Row(
+        TrainingGuard,
+        {"device": "disk"},
+        name="TrainingGuard-idle",
+        crash_steps=(7,),
+        changes_training=False,
+        tags=_GUARD_TAGS,
+        tags_two_optimizers=_GUARD_TAGS,
     ),
 )
