@@ -32,12 +32,21 @@ class Entry(NamedTuple):
     description: str
 
 
-_COMPRESSED = "lightning_eff.strategies:compressed_ddp"
+_COMPRESSED = "lightning_eff.strategies.compressed_ddp:build"
 
-ENTRIES = (
-    Entry("arc_topk", _COMPRESSED, {"compressor": "ArcTopK"}, "a fifth of the rows of each gradient (ARC-Top-K)"),
-    Entry("fp16", _COMPRESSED, {"compressor": "FP16"}, "gradients as float16"),
-    Entry("bf16", _COMPRESSED, {"compressor": "BF16"}, "gradients as bfloat16"),
+_COMPRESSORS = {
+    "arc_topk": ("ArcTopK", "the rows of each gradient that matter (ARC-Top-K)"),
+    "topk": ("TopK", "the largest elements of each gradient"),
+    "randk": ("RandK", "random elements of each gradient"),
+    "powersgd": ("PowerSGD", "a low-rank approximation of each gradient"),
+    "fp16": ("FP16", "gradients as float16"),
+    "bf16": ("BF16", "gradients as bfloat16"),
+    "int8": ("Int8", "gradients as 8-bit integers"),
+}
+
+ENTRIES = tuple(
+    Entry(name, _COMPRESSED, {"compressor": compressor}, f"reduces {what}")
+    for name, (compressor, what) in _COMPRESSORS.items()
 )
 
 # As Lightning names its own.
