@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 _REGISTRY = "lightning.pytorch.strategies"
 
 
+# As Lightning names its own.
+START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
+
+
 class Entry(NamedTuple):
     """A family of strings: the function that builds the strategy, by its module, and what it says of itself."""
 
@@ -30,27 +34,24 @@ class Entry(NamedTuple):
 
     arguments: dict[str, Any]
     description: str
+    start_methods: dict[str, str] = START_METHODS
+    """Prefix of the string -> how the processes are started."""
 
 
-_COMPRESSED = "lightning_eff.strategies.compressed_ddp:build"
+_COMPRESSED = "lightning_eff.strategies:compressed_ddp"
 
-_COMPRESSORS = {
-    "arc_topk": ("ArcTopK", "the rows of each gradient that matter (ARC-Top-K)"),
-    "topk": ("TopK", "the largest elements of each gradient"),
-    "randk": ("RandK", "random elements of each gradient"),
-    "powersgd": ("PowerSGD", "a low-rank approximation of each gradient"),
-    "fp16": ("FP16", "gradients as float16"),
-    "bf16": ("BF16", "gradients as bfloat16"),
-    "int8": ("Int8", "gradients as 8-bit integers"),
-}
-
-ENTRIES = tuple(
-    Entry(name, _COMPRESSED, {"compressor": compressor}, f"reduces {what}")
-    for name, (compressor, what) in _COMPRESSORS.items()
+ENTRIES = (
+    Entry("arc_topk", _COMPRESSED, {"compressor": "ArcTopK"}, "a fifth of the rows of each gradient (ARC-Top-K)"),
+    Entry("fp16", _COMPRESSED, {"compressor": "FP16"}, "gradients as float16"),
+    Entry(
+        "ft",
+        "lightning_eff.strategies.fault_tolerant:FaultTolerantDDPStrategy",
+        {},
+        "which outlives its replicas",
+        {"ddp": "popen"},  # a replica is started by `lightning-eff launch`
+    ),
+    Entry("bf16", _COMPRESSED, {"compressor": "BF16"}, "gradients as bfloat16"),
 )
-
-# As Lightning names its own.
-START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_notebook": "fork"}
 
 
 def register() -> None:
@@ -64,7 +65,7 @@ def register() -> None:
 def _fill(strategies: ModuleType) -> None:
     registry = strategies.StrategyRegistry
     for entry in ENTRIES:
-        for prefix, start_method in START_METHODS.items():
+        for prefix, start_method in entry.start_methods.items():
             registry.register(
                 f"{prefix}_{entry.name}",
                 partial(_build, entry.factory),

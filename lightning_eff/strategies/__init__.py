@@ -1,7 +1,8 @@
 """Lightning strategies: by string once ``lightning_eff`` is imported, or by class where the defaults do not fit."""
 
-from lightning_eff.functional.compression import BF16, FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
-from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_eff.functional.compression import BF16, FP16, ArcTopK, Compressor
+from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy, compressed_ddp
+from lightning_eff.strategies.fault_tolerant import FaultTolerantDDPStrategy
 
 __all__ = [
     "BF16",
@@ -9,8 +10,6 @@ __all__ = [
     "ArcTopK",
     "CompressedDDPStrategy",
     "Compressor",
-    "Int8",
-    "PowerSGD",
-    "RandK",
-    "TopK",
+    "FaultTolerantDDPStrategy",
+    "compressed_ddp",
 ]

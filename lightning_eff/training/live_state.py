@@ -1,0 +1,100 @@
+"""The whole state of a running Trainer, for a peer that has to catch up: a checkpoint that never touches a disk."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.loop import _Loop
+
+_LEFT_OUT = ("hyper_parameters", "hparams_name", "hparams_type", "datamodule_hyper_parameters")
+
+
+def live_state(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint has, and what one does not need: random state, and where files are written."""
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    for key in _LEFT_OUT:
+        checkpoint.pop(key, None)
+    return {"checkpoint": checkpoint, "random": _random_state(trainer), "places": _places(trainer)}
+
+
+def load_live_state(trainer: Trainer, state: dict[str, Any], loops: bool) -> None:
+    """Take a peer's state, as a resume from its checkpoint would.
+
+    Args:
+        trainer: which is training.
+        state: of a peer, see `live_state`.
+        loops: whether to take the peer's place in the loops, too. Not where this replica already stands there.
+    """
+    connector = trainer._checkpoint_connector
+    checkpoint = state["checkpoint"]
+    _load_places(trainer, state["places"])
+    connector._loaded_checkpoint = checkpoint
+    try:
+        connector.restore_datamodule()
+        connector.restore_model()
+        connector.restore_callbacks()
+        connector.restore_precision_plugin_state()
+        connector.restore_optimizers_and_schedulers()
+        if loops:
+            _load_loop(trainer.fit_loop, checkpoint["loops"]["fit_loop"])
+    finally:
+        connector._loaded_checkpoint = {}
+    # A callback that has state applies it here after a resume.
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.on_train_start(trainer, trainer.lightning_module)
+    trainer.lightning_module.zero_grad(set_to_none=True)
+    _load_random_state(trainer, state["random"])
+
+
+def _load_loop(loop: _Loop, state: dict[str, Any]) -> None:
+    loop.load_state_dict(state)
+    # Not a restart: the loop goes on from there as if it had come there by itself.
+    for each in _all_loops(loop):
+        each._restarting = each._loaded_from_state_dict = each._resuming_from_checkpoint = False
+
+
+def _all_loops(loop: _Loop) -> list[_Loop]:
+    found = [loop]
+    for value in vars(loop).values():
+        if isinstance(value, _Loop):
+            found += _all_loops(value)
+    return found
+
+
+def _random_state(trainer: Trainer) -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if trainer.strategy.root_device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(trainer.strategy.root_device)
+    return state
+
+
+def _load_random_state(trainer: Trainer, state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and trainer.strategy.root_device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], trainer.strategy.root_device)
+
+
+def _places(trainer: Trainer) -> dict[str, list[Any]]:
+    versions = [getattr(logger, "_version", None) for logger in trainer.loggers]
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return {
+        "versions": [version if isinstance(version, int | str) else None for version in versions],
+        "folders": [None if folder is None else str(folder) for folder in folders],
+    }
+
+
+def _load_places(trainer: Trainer, places: dict[str, list[Any]]) -> None:
+    for logger, version in zip(trainer.loggers, places["versions"], strict=False):
+        if version is not None and hasattr(logger, "_version"):
+            logger._version = version
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    for callback, folder in zip(callbacks, places["folders"], strict=False):
+        callback.dirpath = folder

@@ -1,0 +1,202 @@
+"""torchft's manager and process group, as the fault-tolerant strategy uses them: every listener on one address."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torchft.manager
+from torch._C._distributed_c10d import Store, TCPStore
+from torch.distributed import ProcessGroup, ProcessGroupGloo, ReduceOp
+from torch.distributed.distributed_c10d import AllreduceOptions
+from torchft.manager import Manager
+from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
+
+from lightning_eff.training.peer_state import PeerState
+
+
+class Gloo(ReconfigurableGloo):
+    """torchft's reconfigurable gloo, on one address, with a timeout for operations and a shorter one to connect.
+
+    Args:
+        host: address of the device that carries the traffic.
+        connect_timeout: for peers to meet after each change of membership. One that died on the way costs this.
+        timeout: for one operation: how long a peer may be silent within a step.
+    """
+
+    def __init__(self, host: str, connect_timeout: timedelta, timeout: timedelta) -> None:
+        super().__init__(timeout=connect_timeout)
+        self.host = host
+        self.members: list[int] = []
+        """Replica index of each rank."""
+        self.rank, self.world = 0, 0
+        self.generation: int | None = None
+        self._operation_timeout = timeout
+
+    def configure(
+        self,
+        store_addr: str,
+        replica_id: str,
+        rank: int,
+        world_size: int,
+        quorum_id: int | None = None,
+        group_rank: int | None = None,
+        group_world_size: int | None = None,
+        global_ranks: list[int] | None = None,
+    ) -> None:
+        """Connect to the members of a new quorum."""
+        self.rank, self.world, self.members = rank, world_size, list(global_ranks or [])
+        self.generation = None
+        super().configure(
+            store_addr, replica_id, rank, world_size, quorum_id, group_rank, group_world_size, global_ranks
+        )
+        self.generation = quorum_id
+
+    def _create_pg(self, store: Store, rank: int, world_size: int) -> ProcessGroup:
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [ProcessGroupGloo.create_device(hostname=self.host)]
+        options._timeout = self._timeout
+        options._threads = 2
+        group = ProcessGroup(store, rank, world_size)
+        group._set_default_backend(ProcessGroup.BackendType.GLOO)
+        backend = ProcessGroupGloo(store, rank, world_size, options)
+        backend._set_sequence_number_for_group()
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        for device in devices:
+            group._register_backend(torch.device(device), ProcessGroup.BackendType.GLOO, backend)
+        return group
+
+    def _opts_hook(self, opts: Any) -> Any:
+        if hasattr(opts, "timeout"):
+            opts.timeout = self._operation_timeout
+        return opts
+
+    def abort(self, errored: bool = True) -> None:
+        """Close the connections, so that peers which wait for this replica notice at once."""
+        group: Any = self._pg  # type: ignore[has-type]
+        self._pg = self.generation = None
+        if group is not None:
+            group.abort()
+
+
+class QuorumManager(Manager):
+    """torchft's manager with every listener on one address, and a state that is never unpickled.
+
+    Quorums are synchronous: a replica that lags behind has the peer's state when `start_quorum` returns.
+
+    Args:
+        name: of this replica; ends with its index.
+        host: where its store, its manager and its state listen, and under which the peers reach them.
+        lighthouse: ``http://host:port``.
+        min_replicas: fewer than these never commit.
+        connect_timeout: to connect to the lighthouse and to peers.
+        timeout: of operations, see `Gloo`.
+        quorum_timeout: how long to wait for the others at the start of a step.
+        quorum_retries: how often a lighthouse that is gone is asked again within that time.
+        state: called when a peer needs the state of this replica.
+        load: called with a peer's state.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        lighthouse: str,
+        min_replicas: int,
+        connect_timeout: timedelta,
+        timeout: timedelta,
+        quorum_timeout: timedelta,
+        quorum_retries: int,
+        state: Callable[[], dict[str, Any]],
+        load: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.group = Gloo(host, connect_timeout, timeout)
+        self.peer_state = PeerState(host)
+        self._host_store = _store(host)
+        try:
+            with _manager_servers_on(host):
+                super().__init__(
+                    pg=self.group,
+                    load_state_dict=load,
+                    state_dict=state,
+                    min_replica_size=min_replicas,
+                    use_async_quorum=False,
+                    timeout=timeout,
+                    quorum_timeout=quorum_timeout,
+                    connect_timeout=connect_timeout,
+                    rank=0,
+                    world_size=1,
+                    store_addr=host,
+                    store_port=self._host_store.port,
+                    lighthouse_addr=lighthouse,
+                    replica_id=name,
+                    hostname=host,
+                    checkpoint_transport=self.peer_state,
+                    quorum_retries=quorum_retries,
+                )
+        except BaseException:
+            self.peer_state.shutdown()
+            raise
+
+    def fail(self, error: Exception) -> None:
+        """Give up the step in flight; peers that wait for this replica notice at once."""
+        self.report_error(error)
+        self.group.abort()
+        self.should_commit()
+
+    def all_reduce(self, tensor: torch.Tensor) -> Any:
+        """Start a sum over the replicas, in place; errors are swallowed and reported, as torchft does."""
+        return self.allreduce(tensor, reduce_op=ReduceOp.SUM)
+
+    def set_step(self, step: int) -> None:
+        """The number of committed steps, after a checkpoint has been loaded."""
+        self.load_state_dict({"step": step, "batches_committed": 0})
+
+    def reset_failures(self) -> None:
+        """The group works again: without this, the next quorum would make a new one once more."""
+        self._commit_failures = 0
+
+    @property
+    def address(self) -> str:
+        """Of this replica's manager."""
+        assert self._manager is not None
+        return str(self._manager.address())
+
+
+def summed(group: ProcessGroup, tensor: torch.Tensor, op: Any) -> torch.Tensor:
+    """Reduce a tensor in place over a group and wait for it."""
+    options = AllreduceOptions()
+    options.reduceOp = op
+    group.allreduce([tensor], options).wait()
+    return tensor
+
+
+def _store(host: str) -> TCPStore:
+    # By its own choice the store would listen on every interface.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+@contextmanager
+def _manager_servers_on(host: str) -> Iterator[None]:
+    """torchft's manager would listen on every interface, and has no argument for it."""
+    server = torchft.manager.ManagerServer
+
+    def bound(**kwargs: Any) -> Any:
+        at = f"[{host}]" if ":" in host else host
+        kwargs["bind"] = f"{at}:{kwargs['bind'].rpartition(':')[2]}"
+        return server(**kwargs)
+
+    torchft.manager.ManagerServer = bound
+    try:
+        yield
+    finally:
+        torchft.manager.ManagerServer = server

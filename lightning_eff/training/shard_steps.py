@@ -1,0 +1,193 @@
+"""A replica's micro-batches: its own, which Lightning's loop runs, and beside them those of dead replicas."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_eff.training.logged_values import LoggedValues
+from lightning_eff.training.shard_gradients import ShardGradients
+from lightning_eff.training.shards import ShardedLoader
+
+
+class ShardSteps:
+    """One optimizer step in terms of shards.
+
+    Random numbers of a micro-batch (dropout) belong to (seed, epoch, shard, index), so it does not matter who computes
+    it or how often. Buffers that a forward pass changes (BatchNorm's) follow this replica's own micro-batches alone.
+
+    Args:
+        trainer: which is fitting.
+        loader: the training data.
+        gradients: of DDP's hook.
+        shard: this replica's own.
+    """
+
+    def __init__(self, trainer: Trainer, loader: ShardedLoader, gradients: ShardGradients, shard: int) -> None:
+        self.trainer = trainer
+        self.loader = loader
+        self.gradients = gradients
+        self.shard = shard
+        self.seed = 0
+        self.window: list[int] = []
+        """Indices of the micro-batches of the step in hand; empty between steps."""
+        self.orphans: list[int] = []
+        """Shards of dead replicas that this one computes besides its own."""
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Makes the context of each forward and backward pass, of this replica's own as well."""
+        self.aside = False
+        """Whether a micro-batch runs beside Lightning's loop."""
+        self.changing: set[str] = set()
+        """Names of the buffers that a forward pass changes."""
+        self._logged: LoggedValues | None = None
+        self._values: list[Tensor] = []
+        self._orphan_values: list[list[Tensor]] = []
+        self._count: int | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._versions: dict[str, int] | None = None
+
+    @property
+    def module(self) -> LightningModule:
+        """The user's."""
+        return self.trainer.lightning_module
+
+    def own(self, orphans: list[int]) -> None:
+        """Take these shards besides the own one."""
+        self.orphans = orphans
+        self.loader.own([self.shard, *orphans])
+
+    def begin(self) -> None:
+        """The first micro-batch of a step is next, and the weights are what they are."""
+        self._orphan_values = []
+        self.gradients.orphans = {}
+        buffers = dict(self.module.named_buffers())
+        if self._versions is not None:
+            self._buffers = {name: buffers[name].clone() for name in self.changing if name in buffers}
+        else:  # nothing is known yet
+            self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        self._versions = {name: buffer._version for name, buffer in buffers.items()}
+
+    def end(self) -> None:
+        """The step is over."""
+        self.window = []
+        self.gradients.orphans = {}
+
+    @contextmanager
+    def own_step(self) -> Iterator[None]:
+        """Around Lightning's call of ``training_step``; the orphans' go before it.
+
+        DDP expects gradients from its own forward pass on.
+        """
+        index = self.window[-1]
+        self._logged = LoggedValues(self.trainer.fit_loop.epoch_loop._results, self.module)
+        self._adopt(index)
+        self._count = 0
+        with self.random(self.shard, index):
+            yield
+        self._count = None
+        self._note_changes()
+
+    def repeat(self) -> None:
+        """Undo an attempt, and compute it again up to the micro-batch that Lightning itself repeats."""
+        if self._logged is not None:
+            self._logged.restore()
+        self.gradients.orphans = {}
+        self._restore_buffers()
+        for parameter in self._parameters():
+            parameter.grad = None
+        for index in self.window[:-1]:
+            self._adopt(index)
+            self._run(self.shard, index)
+
+    def reduced(self, value: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
+        """What this replica gives to a reduction that ``training_step`` asks for.
+
+        Args:
+            value: of the micro-batch.
+            combine: of values stacked along the first axis, to one that stands for all of them.
+
+        Returns:
+            The value of all of this replica's shards, and whether it belongs to a ``training_step`` at all.
+        """
+        if self.aside:
+            self._values.append(value)
+            return value, False
+        if self._count is None:
+            return value, False
+        others = [values[self._count] for values in self._orphan_values if len(values) > self._count]
+        self._count += 1
+        return (combine(torch.stack([value, *others])) if others else value), True
+
+    @contextmanager
+    def random(self, shard: int, index: int) -> Iterator[None]:
+        """Random numbers that belong to a micro-batch."""
+        device = self.trainer.strategy.root_device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(hash((self.seed, self.trainer.current_epoch, shard, index)) % 2**62)
+            yield
+
+    def _adopt(self, index: int) -> None:
+        """Gradients of the dead replicas' micro-batches, kept apart from the own ones, which Lightning may erase."""
+        self._orphan_values = []
+        if not self.orphans:
+            return
+        parameters = self._parameters()
+        own = [parameter.grad for parameter in parameters]
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers() if name in self.changing}
+        for parameter in parameters:
+            parameter.grad = None
+        for shard in self.orphans:
+            self._values = []
+            self._run(shard, index)
+            self._orphan_values.append(self._values)
+        self.gradients.take(parameters)
+        for parameter, gradient in zip(parameters, own, strict=True):
+            parameter.grad = gradient
+        _copy_into(self.module, buffers)
+
+    def _run(self, shard: int, index: int) -> None:
+        """Forward and backward on the module itself: nothing is reduced, nothing is logged."""
+        trainer, module = self.trainer, self.module
+        strategy, loop = trainer.strategy, trainer.fit_loop.epoch_loop
+        batch = trainer.precision_plugin.convert_input(self.loader.batch(shard, index))
+        batch = strategy.batch_to_device(module._on_before_batch_transfer(batch, dataloader_idx=0))
+        arguments = loop._build_kwargs(OrderedDict(), batch, index)
+        name, module._current_fx_name = module._current_fx_name, "training_step"
+        results, loop._results = loop._results, type(loop._results)(training=True)
+        self.aside = True
+        try:
+            with self.around():
+                with self.random(shard, index), strategy.precision_plugin.train_step_context(), torch.enable_grad():
+                    output: Any = module.training_step(*arguments.values())
+                loss = output["loss"] if isinstance(output, dict) else output
+                if loss is not None:
+                    strategy.precision_plugin.backward(loss / trainer.accumulate_grad_batches, module, None)
+        finally:
+            self.aside = False
+            loop._results = results
+            module._current_fx_name = name
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _note_changes(self) -> None:
+        assert self._versions is not None
+        for name, buffer in self.module.named_buffers():
+            if buffer._version != self._versions.get(name):
+                self.changing.add(name)
+
+    def _restore_buffers(self) -> None:
+        _copy_into(self.module, {name: value for name, value in self._buffers.items() if name in self.changing})
+
+
+@torch.no_grad()
+def _copy_into(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
