@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_eff.functional.arguments import check
 from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
 from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
+from lightning_eff.training.gradient_scaler import applied_scale, gradient_scaler, unscales_itself
 from lightning_eff.training.trainable import TrainableChange
 
 NonFinite = Literal["zero", "skip", "raise", "ignore"]
@@ -147,7 +148,7 @@ class ZClip(Callback):
                 f"ZClip does not support {type(trainer.strategy).__name__}, whose flattened or partitioned gradients "
                 "give each rank another norm: use ModelParallelStrategy (FSDP2) in its place"
             )
-        if self.nonfinite != "zero" and _scaler(trainer) is not None:
+        if self.nonfinite != "zero" and gradient_scaler(trainer) is not None:
             warnings.warn(
                 f"ZClip(nonfinite={self.nonfinite!r}) has no effect with a GradScaler, which skips a step with "
                 "non-finite gradients itself",
@@ -172,7 +173,7 @@ class ZClip(Callback):
                     stacklevel=2,
                 )
             self._states = [ZClipState(self.config) for _ in optimizers]
-        if self.nonfinite == "skip" and _scaler(trainer) is None:
+        if self.nonfinite == "skip" and gradient_scaler(trainer) is None:
             for index, optimizer in enumerate(optimizers):
                 if _can_fold(optimizer):
                     self._folded[index] = optimizer.register_step_post_hook(_end_folding)
@@ -185,9 +186,9 @@ class ZClip(Callback):
         if norm is None:  # training_step returned None
             return
         self._stepped = True
-        scaler = _scaler(trainer)
-        if scaler is not None and _unscales_itself(optimizer):
-            norm = norm / scaler._get_scale_async().to(norm)  # get_scale() would wait for the device
+        scaler, scale = gradient_scaler(trainer), applied_scale(trainer, optimizer)
+        if scale is not None:
+            norm = norm / scale.to(norm)
         state = self._states[index]
         # Under a GradScaler non-finite gradients must stay: the scaler looks for them, skips and lowers its scale.
         zero = self.nonfinite == "zero" and scaler is None
@@ -296,19 +297,10 @@ class ZClip(Callback):
         return charts
 
 
-def _scaler(trainer: Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's fused kernel takes ``grad_scale`` and ``found_inf``, and Lightning leaves it to that."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
 def _can_fold(optimizer: Optimizer) -> bool:
     """Whether clip and skip can be left to the optimizer's kernel; with DTensors it takes no plain tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return _unscales_itself(optimizer) and not any(is_dtensor(parameter) for parameter in parameters)
+    return unscales_itself(optimizer) and not any(is_dtensor(parameter) for parameter in parameters)
 
 
 def _end_folding(optimizer: Optimizer, *_: Any) -> None:

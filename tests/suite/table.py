@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_eff.callbacks import EMA, CheckpointAveraging, TensorBoardLayout, TrainingGuard, ZClip
+from lightning_eff.callbacks import EMA, CheckpointAveraging, GradES, TensorBoardLayout, TrainingGuard, ZClip
 from tests.suite.probe import Probe
 
 
@@ -115,6 +115,10 @@ def _zclip_tags(prefix: str) -> tuple[str, ...]:
 _ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": 1e3}
 
 _GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks", "undone_steps", "lr_factor"))
+_GRADES_WAITS = (
+    "AdamW on the CPU reads its count of steps for each parameter, and for a frozen one no longer: that hides "
+    "the callback's own reads, which tests/callbacks/test_grades.py counts"
+)
 
 ROWS = (
     Row(
@@ -249,5 +253,71 @@ ROWS = (
         changes_training=False,
         tags=_GUARD_TAGS,
         tags_two_optimizers=_GUARD_TAGS,
+    ),
+    Row(
+        GradES,
+        {
+            "tau": 5.0,
+            "alpha": 0.2,
+            "check_every_n_steps": 1,
+            "patience": 1,
+            "max_frozen_ratio": 0.5,
+            "stop_when_frozen": False,
+            "release_state": True,
+            "max_events": 4,
+        },
+        crash_steps=(3, 7, 9),
+        tags=tuple(
+            f"grades/{name}"
+            for name in ("frozen_ratio", "frozen_params", "backward_flops_saved", "frozen_attention", "frozen_ffn")
+        ),
+        tags_two_optimizers=tuple(
+            f"grades/{name}" for name in ("frozen_ratio", "frozen_params", "backward_flops_saved", "frozen_other")
+        ),
+        bad_arguments=(
+            {"tau": 0.0},
+            {"tau": float("nan")},
+            {"alpha": 1.0},
+            {"alpha": -0.1},
+            {"metric": "hessian"},
+            {"tau_mode": "median"},
+            {"check_every_n_steps": 0},
+            {"patience": 0},
+            {"include": "*"},
+            {"exclude": []},
+            {"prefix": "*embed*"},
+            {"max_frozen_ratio": 0.0},
+            {"max_frozen_ratio": 1.5},
+            {"max_events": 0},
+            {"unfreeze": "always"},
+            {"unfreeze_factor": 1.0},
+        ),
+        conflicts=(({"max_steps": -1, "max_epochs": -1}, "give the Trainer max_steps"),),
+        exceptions={"waits_for_nothing": _GRADES_WAITS},
+    ),
+    Row(
+        GradES,
+        {
+            "tau": 1e4,
+            "alpha": 0.1,
+            "metric": "weight_change",
+            "tau_mode": "absolute",
+            "check_every_n_steps": 2,
+            "include": ["*weight"],
+            "patience": 1,
+            "max_frozen_ratio": 0.5,
+            "stop_when_frozen": False,
+            "max_events": None,
+            "unfreeze": "neighbours",
+            "unfreeze_factor": 1.2,
+            "log_metric": True,
+            "heat_map": False,
+        },
+        name="GradES-absolute",
+        crash_steps=(3, 7),
+        exceptions={
+            "waits_for_nothing": _GRADES_WAITS,
+            "survives_overflow": "a run that is shorter by the dropped steps has its grace period and checks elsewhere",
+        },
     ),
 )

@@ -1,0 +1,310 @@
+"""GradES: which matrices have converged, by how much their gradients still change (arXiv 2509.01842).
+
+In a plain torch loop::
+
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
+    metric = MatrixMetric([{name: p} for name, p in matrices.items()], "grad_change")  # once
+    state = GradESState(len(matrices), GradESConfig(tau=0.5))
+    ...
+    loss.backward()
+    grades_update(metric.measure(), state, armed=step > total_steps // 2)        # every few steps, before the update
+    for parameter, settled in zip(matrices.values(), settled_units(state).isfinite().tolist()):
+        ...
+
+A unit is a matrix or a LoRA pair. All is taken and decided on the device: nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.functional.gradients import is_dtensor, local_grads, statistics_dtype
+from lightning_eff.kernels.tensor_stats import tensor_stats
+
+Metric = Literal["grad_change", "grad", "weight_change"]
+TauMode = Literal["relative", "absolute"]
+
+MEMORY = 5
+"""Observations that a running mean (a matrix's level, a signal to re-open) remembers; a level has at least as many."""
+
+FIELDS = (
+    "metric",  # the last observation, 0 before the first
+    "level",  # running mean of the metric in the grace period; fixed after it
+    "count",  # observations
+    "streak",  # observations below the threshold in a row, after the grace period
+    "frozen",
+    "signal",  # running mean of what speaks for re-opening
+    "baseline",  # the signal when the unit was frozen
+    "rise",  # observations of the signal above `unfreeze_factor * baseline` in a row
+    "reopened",  # times
+)
+INDEX = {name: index for index, name in enumerate(FIELDS)}
+
+
+@dataclass(frozen=True)
+class GradESConfig:
+    """When a unit has converged.
+
+    Args:
+        tau: the threshold, > 0.
+        tau_mode: ``"relative"``: a fraction of the unit's own level, the mean of its last observations in the grace
+            period; ``"absolute"``: in units of the metric, as in the paper.
+        patience: observations below the threshold in a row, >= 1. Twice as many after each re-opening.
+        unfreeze_factor: a frozen unit is to be re-opened when its signal has been above this many times what it was
+            at the freezing for ``patience`` observations, > 1; None: never.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    tau: float
+    tau_mode: TauMode = "relative"
+    patience: int = 3
+    unfreeze_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        check("tau", self.tau, 0 < self.tau < math.inf, "positive and finite")
+        check("tau_mode", self.tau_mode, self.tau_mode in get_args(TauMode), f"one of {get_args(TauMode)}")
+        check("patience", self.patience, is_count(self.patience), "an integer of at least 1")
+        if self.unfreeze_factor is not None:
+            check("unfreeze_factor", self.unfreeze_factor, 1 < self.unfreeze_factor < math.inf, "above 1 and finite")
+
+
+@dataclass
+class GradESState:
+    """What is known of each unit, on the device of the metric.
+
+    Attributes:
+        units: how many there are.
+        config: when they have converged.
+        values: float64 (float32 on MPS) tensor of shape (len(FIELDS), units), in the order of ``FIELDS``.
+    """
+
+    units: int
+    config: GradESConfig
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if not self.values.numel():
+            self.values = torch.zeros(len(FIELDS), self.units, dtype=torch.float64)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The row of that name in ``FIELDS``, of shape (units,); shares memory with ``values``."""
+        return self.values[INDEX[name]]
+
+    def to(self, device: torch.device) -> GradESState:
+        """Move to ``device`` in place."""
+        if self.values.device != device:
+            self.values = self.values.to(statistics_dtype(device)).to(device)
+        return self
+
+    def mark(self, frozen: Sequence[int], opened: Sequence[int] = ()) -> None:
+        """Note that units have been frozen, or opened again; their counters start anew."""
+        for units, value in ((frozen, 1.0), (opened, 0.0)):
+            if units:
+                index = torch.tensor(units).to(self.values.device, non_blocking=True)
+                for name in ("streak", "rise"):
+                    self[name].index_fill_(0, index, 0.0)
+                self["frozen"].index_fill_(0, index, value)
+                if value:
+                    self["baseline"].index_copy_(0, index, self["signal"].index_select(0, index))
+                else:
+                    self["reopened"].index_add_(0, index, torch.ones_like(index, dtype=self.values.dtype))
+
+
+def grades_update(metric: Tensor, state: GradESState, *, armed: bool) -> Tensor:
+    """Take one observation of each unit.
+
+    NaN, infinity and exactly 0 (no gradient, a skipped step, an expert that was not asked) are no observations: they
+    change nothing. Nothing is below a threshold on its first observation.
+
+    Args:
+        metric: of shape (units,), as from ``MatrixMetric.measure``.
+        state: changed in place.
+        armed: whether the grace period is over.
+
+    Returns:
+        The metric over its threshold, of shape (units,): below 1 is converged; NaN without an observation or threshold.
+    """
+    state.to(metric.device)
+    metric = metric.to(state.values.dtype)
+    level, count = state["level"], state["count"]
+    seen = metric.isfinite() & (metric > 0) & (state["frozen"] == 0)
+    relative = state.config.tau_mode == "relative"
+    learned = count >= (MEMORY if relative else 1)
+    threshold = state.config.tau * level if relative else torch.full_like(level, state.config.tau)
+    ratio = torch.where(seen & learned, metric / threshold, torch.nan)
+    if armed:
+        streak = torch.where(ratio < 1, state["streak"] + 1, 0.0)
+        state["streak"].copy_(torch.where(seen, streak, state["streak"]))
+    if armed and relative:
+        learning = seen & ~learned
+    else:
+        learning = seen
+    keep = (count / (count + 1)).clamp(max=1 - 1 / MEMORY)
+    state["level"].copy_(torch.where(learning, keep * level + (1 - keep) * torch.where(seen, metric, 0.0), level))
+    state["metric"].copy_(torch.where(seen, metric, state["metric"]))
+    state["count"].add_(seen)
+    return ratio
+
+
+def settled_units(state: GradESState) -> Tensor:
+    """For each unit that is to be frozen now its last metric over its level, NaN for all others; of shape (units,)."""
+    needed = state.config.patience * torch.exp2(state["reopened"])
+    settled = (state["streak"] >= needed) & (state["frozen"] == 0)
+    return torch.where(settled, state["metric"] / state["level"].clamp(min=torch.finfo(torch.float32).tiny), torch.nan)
+
+
+def grades_signal(signal: Tensor, state: GradESState) -> None:
+    """Take what speaks for re-opening frozen units: anything that grows when they were frozen too soon.
+
+    Args:
+        signal: of shape (units,) or 0-d; what is not finite or not above 0 is no observation.
+        state: changed in place.
+    """
+    factor = state.config.unfreeze_factor
+    assert factor is not None, "unfreeze_factor"
+    state.to(signal.device)
+    signal = signal.to(state.values.dtype).expand(state.units)
+    seen = signal.isfinite() & (signal > 0)
+    old = state["signal"]
+    keep = torch.where(old > 0, 1 - 1 / MEMORY, 0.0)
+    state["signal"].copy_(torch.where(seen, keep * old + (1 - keep) * torch.where(seen, signal, 0.0), old))
+    frozen, baseline = state["frozen"] != 0, state["baseline"]
+    baseline.copy_(torch.where(frozen & (baseline == 0), state["signal"], baseline))
+    rising = frozen & (baseline > 0) & (state["signal"] > factor * baseline)
+    state["rise"].copy_(torch.where(seen, torch.where(rising, state["rise"] + 1, 0.0), state["rise"]))
+
+
+def units_to_reopen(state: GradESState) -> Tensor:
+    """Whether each unit is to be opened again now; bool of shape (units,)."""
+    return (state["rise"] >= state.config.patience) & (state["frozen"] != 0)
+
+
+def neighbour_signal(state: GradESState, ratio: Tensor, groups: Tensor) -> Tensor:
+    """For each unit the mean metric over level of the units beside it that have been observed now.
+
+    Args:
+        state: the levels.
+        ratio: what ``grades_update`` has just returned; NaN where nothing was observed.
+        groups: int64 of shape (units,): units of one number are neighbours. A group without any observation takes the
+            mean of all.
+
+    Returns:
+        Of shape (units,); NaN where nothing at all was observed.
+    """
+    seen = ratio.isfinite()
+    value = torch.where(seen, state["metric"] / state["level"], 0.0)
+    sums, counts = (torch.zeros_like(value).index_add_(0, groups, each.to(value.dtype)) for each in (value, seen))
+    total = value.sum() / seen.sum()
+    return torch.where(counts > 0, sums / counts, total)[groups]
+
+
+class MatrixMetric:
+    """Measures the units in one pass over their gradients (or weights).
+
+    ``"grad_change"``: sum of |g - g'|, g' being the gradient at the measurement before (the paper's formula where every
+    step is measured); ``"grad"``: sum of |g|; ``"weight_change"``: sum of |w - w'| since the measurement before, as in
+    the authors' code. The first and the last keep one copy of what they measure, on the device and in its dtype; the
+    first measurement has nothing to compare with and gives NaN, as does the one after a non-finite gradient.
+
+    With DTensors each rank measures and keeps its own part, and one all-reduce of (units,) numbers adds them up.
+
+    Args:
+        units: name and parameter, plain or DTensor, of each member of each unit.
+        metric: what is measured.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+
+    def __init__(self, units: Sequence[Mapping[str, Tensor]], metric: Metric) -> None:
+        check("metric", metric, metric in get_args(Metric), f"one of {get_args(Metric)}")
+        self.units = [dict(unit) for unit in units]
+        self.metric: Metric = metric
+        self.copies: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def measure(self, members: Collection[int] | None = None) -> Tensor:
+        """Of shape (units,), on the first parameter's device: the metric, NaN for units without a gradient.
+
+        Args:
+            members: the units to be measured, all by default; others are NaN. Equal on all ranks.
+        """
+        chosen = list(range(len(self.units)) if members is None else members)
+        parts: dict[Any, list[tuple[int, str]]] = {}  # device and meshes -> (unit, name of the parameter)
+        missing = []
+        for unit in chosen:
+            for name, parameter in self.units[unit].items():
+                parts.setdefault(_where(parameter), []).append((unit, name))
+                if parameter.grad is None:
+                    missing.append(unit)
+        device, _ = _where(next(iter(self.units[0].values())))
+        dtype = statistics_dtype(device)
+        total = torch.full((len(self.units),), torch.nan, dtype=dtype)
+        total[chosen] = 0.0
+        total[missing] = torch.nan
+        total = total.to(device, non_blocking=True)
+        for (place, meshes), keys in parts.items():
+            there = [(unit, name) for unit, name in keys if self.units[unit][name].grad is not None]
+            sums = torch.zeros(len(self.units), dtype=dtype, device=place)
+            if there:
+                owners = torch.tensor([unit for unit, _ in there]).to(place, non_blocking=True)
+                sums.index_add_(0, owners, self._sums({name: self.units[unit][name] for unit, name in there}).to(dtype))
+            for mesh, dim in meshes:
+                torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
+            total += sums.to(device, non_blocking=True)
+        return total
+
+    def _sums(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        if self.metric == "weight_change":
+            tensors = [_local(parameter.detach()) for parameter in parameters.values()]
+        else:
+            tensors = local_grads(parameters.values())
+        if self.metric == "grad":
+            return tensor_stats(tensors).l1
+        for name, tensor in zip(parameters, tensors, strict=True):
+            copy = self.copies.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                self.copies[name] = torch.full_like(tensor, torch.nan)  # so that the first change is none
+            elif copy.device != tensor.device:
+                self.copies[name] = copy.to(tensor.device)
+        change = tensor_stats(tensors, [self.copies[name] for name in parameters]).change_l1
+        assert change is not None
+        return change
+
+    def forget(self, units: Collection[int]) -> None:
+        """Free the copies of units that are measured no longer."""
+        for unit in units:
+            for name in self.units[unit]:
+                self.copies.pop(name, None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of the copies, on the host, by the names of the parameters."""
+        return {name: copy.to("cpu", copy=True) for name, copy in self.copies.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved copies; they move to the device at the next measurement."""
+        names = {name for unit in self.units for name in unit}
+        self.copies = {name: copy.clone() for name, copy in state.items() if name in names}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def _where(parameter: Tensor) -> tuple[torch.device, tuple[tuple[Any, int], ...]]:
+    """The device, and the dimensions of device meshes that a parameter is cut along."""
+    if not is_dtensor(parameter):
+        return parameter.device, ()
+    placements = parameter.placements  # type: ignore[attr-defined]
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    meshes = tuple((mesh, dim) for dim, placement in enumerate(placements) if placement.is_shard())
+    return _local(parameter.detach()).device, meshes

@@ -1,0 +1,26 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Trainer
+
+
+def fraction_done(trainer: Trainer, steps: int) -> float | None:
+    """Which fraction of the run is behind it, by the limit that ends it first; None where there is no limit.
+
+    Limits are ``max_steps``, and ``max_epochs`` of an epoch with a known number of batches; not ``max_time``, which is
+    another fraction on every rank.
+
+    Args:
+        trainer: one whose ``fit`` is running, with its data loaded (``on_train_start`` and later).
+        steps: what to take for ``trainer.global_step``: plus 1 where the current step has not been made yet.
+    """
+    fractions = []
+    if trainer.max_steps > 0:
+        fractions.append(steps / trainer.max_steps)
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is not None and epochs > 0 and math.isfinite(batches) and batches > 0:
+        fractions.append((trainer.fit_loop.epoch_loop.total_batch_idx + 1) / (epochs * batches))
+    return max(fractions) if fractions else None
