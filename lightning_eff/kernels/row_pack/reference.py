@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -10,8 +11,15 @@ from torch import Tensor
 
 def _pieces(matrices: Sequence[Tensor], selected: Tensor, counts: Sequence[int]) -> list[Tensor]:
     """Each matrix's selected rows, numbered within it."""
-    firsts = torch.tensor([0, *(matrix.shape[0] for matrix in matrices)]).cumsum(0).tolist()
+    firsts = accumulate((matrix.shape[0] for matrix in matrices), initial=0)
     return [rows - first for rows, first in zip(torch.split(selected, list(counts)), firsts, strict=False)]
+
+
+def _parts(buffer: Tensor, matrices: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Each matrix's part of the buffer, as rows."""
+    columns = [matrix.shape[1] for matrix in matrices]
+    parts = torch.split(buffer, [count * m for count, m in zip(counts, columns, strict=True)])
+    return [part.view(count, m) for part, count, m in zip(parts, counts, columns, strict=True)]
 
 
 @torch.no_grad()
@@ -24,13 +32,18 @@ def pack_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """The rows of G + E, divided, as one flat buffer."""
-    parts = []
+    size = sum(count * matrix.shape[1] for count, matrix in zip(counts, matrices, strict=True))
+    buffer = torch.empty(size, dtype=torch.float32, device=selected.device)
+    parts = _parts(buffer, matrices, counts)
     for index, rows in enumerate(_pieces(matrices, selected, counts)):
-        values = matrices[index][rows].to(torch.float32)
+        matrix = matrices[index]
+        if matrix.dtype == torch.float32:
+            torch.index_select(matrix, 0, rows, out=parts[index])
+        else:
+            parts[index].copy_(matrix.index_select(0, rows))
         if errors is not None:
-            values = values + errors[index][rows].to(torch.float32)
-        parts.append((values / divisor).to(dtype).flatten())
-    return torch.cat(parts)
+            parts[index].add_(errors[index].index_select(0, rows))
+    return buffer.div_(divisor).to(dtype)
 
 
 @torch.no_grad()
@@ -43,13 +56,15 @@ def scatter_rows_(
     update: Tensor | None,
 ) -> None:
     """Spread the buffer over the gradients; what was not sent goes into the errors."""
-    sizes = [count * matrix.shape[1] for count, matrix in zip(counts, matrices, strict=True)]
-    parts = torch.split(buffer, sizes)
+    # On the CPU the answer is at hand, and a pass over the errors is saved.
+    if update is not None and update.device.type == "cpu":
+        errors, update = (errors if update else None), None
+    parts = _parts(buffer.contiguous(), matrices, counts)
     for index, rows in enumerate(_pieces(matrices, selected, counts)):
         matrix = matrices[index]
-        if errors is not None:
-            kept = errors[index] + matrix.to(torch.float32)
-            kept[rows] = 0
-            errors[index].copy_(kept if update is None else torch.where(update != 0, kept, errors[index]))
-        matrix.zero_()
-        matrix[rows] = parts[index].view(len(rows), matrix.shape[1]).to(matrix.dtype)
+        if errors is not None and update is None:
+            errors[index].add_(matrix).index_fill_(0, rows, 0)
+        elif errors is not None and update is not None:
+            kept = (errors[index] + matrix).index_fill_(0, rows, 0)
+            errors[index].copy_(torch.where(update != 0, kept, errors[index]))
+        matrix.zero_().index_copy_(0, rows, parts[index].to(matrix.dtype))
