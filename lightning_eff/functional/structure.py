@@ -82,6 +82,17 @@ def clean_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(found.values())
 
 
+def clean_named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by clean name, parents first, shared ones once, without the wrappers around them.
+
+    Example:
+        >>> import torch
+        >>> list(clean_named_modules(nn.Sequential(torch.compile(nn.Linear(2, 2)))))
+        ['', '0']
+    """
+    return dict(_walk("", _unwrap(model)))
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
     """The repeated blocks of a model, outermost first, in the order of definition.
 

@@ -13,7 +13,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_eff.callbacks import EMA, CheckpointAveraging, GradES, TensorBoardLayout, TrainingGuard, ZClip
+from lightning_eff.callbacks import (
+    EMA,
+    CheckpointAveraging,
+    GradES,
+    SpectralAlignmentMonitor,
+    TensorBoardLayout,
+    TrainingGuard,
+    ZClip,
+)
 from tests.suite.probe import Probe
 
 
@@ -118,6 +126,10 @@ _GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks",
 _GRADES_WAITS = (
     "AdamW on the CPU reads its count of steps for each parameter, and for a frozen one no longer: that hides "
     "the callback's own reads, which tests/callbacks/test_grades.py counts"
+)
+
+_SPECTRAL_TAGS = tuple(
+    f"spectral_alignment/{name}" for name in ("worst_majority", "worst_layer", "collapsed_layers", "armed_layers")
 )
 
 ROWS = (
@@ -319,5 +331,29 @@ ROWS = (
             "waits_for_nothing": _GRADES_WAITS,
             "survives_overflow": "a run that is shorter by the dropped steps has its grace period and checks elsewhere",
         },
+    ),
+    Row(
+        SpectralAlignmentMonitor,
+        # All inputs, so that micro-batches and ranks add up to the whole batch. The patterns fit both models.
+        {"every_n_steps": 2, "window": 1, "patience": 1, "margin": 0.0, "include": ["*.0", "*.2"], "max_tokens": None},
+        crash_steps=(3, 6),  # between two observations, and before one
+        changes_training=False,
+        tags=_SPECTRAL_TAGS,
+        tags_two_optimizers=_SPECTRAL_TAGS,
+        bad_arguments=(
+            {"every_n_steps": 0},
+            {"include": []},
+            {"exclude": "blocks"},
+            {"max_tokens": 0},
+            {"power_iterations": 0},
+            {"threshold": 0.5},
+            {"threshold": 1.1},
+            {"margin": 0.6},
+            {"patience": 0},
+            {"window": 0},
+            {"severity": 0.0},
+            {"max_residual": 0.0},
+            {"action": "explode"},
+        ),
     ),
 )

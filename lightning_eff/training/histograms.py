@@ -1,0 +1,38 @@
+"""Histograms that were counted already, to TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+
+def write_histograms(trainer: Trainer, tags: Sequence[str], counts: Tensor, low: float, high: float) -> None:
+    """Write counts of equal bins between ``low`` and ``high`` as histograms, at the loggers' step.
+
+    Waits for the device, where there is anybody to write for.
+
+    Args:
+        trainer: rank zero alone writes, to each TensorBoardLogger.
+        tags: one for each histogram.
+        counts: (tags, bins). A row without a count is left out.
+        low: lower end of the first bin.
+        high: upper end of the last one.
+    """
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    if not loggers or not trainer.is_global_zero:
+        return
+    edges = torch.linspace(low, high, counts.shape[1] + 1, dtype=torch.float64)
+    middles = (edges[1:] + edges[:-1]) / 2
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for tag, row in zip(tags, counts.to("cpu", torch.float64), strict=True):
+        if (number := float(row.sum())) == 0:
+            continue
+        for logger in loggers:
+            logger.experiment.add_histogram_raw(
+                tag, min=low, max=high, num=number, sum=float(row @ middles), sum_squares=float(row @ middles.square()),
+                bucket_limits=edges[1:].tolist(), bucket_counts=row.tolist(), global_step=step,
+            )  # fmt: skip
