@@ -38,11 +38,20 @@ class Entry(NamedTuple):
     """Prefix of the string -> how the processes are started."""
 
 
-_COMPRESSED = "lightning_eff.strategies:compressed_ddp"
+_COMPRESSED = "lightning_eff.strategies.compressed_ddp:build"
+
+_COMPRESSORS = {
+    "arc_topk": ("ArcTopK", "which reduces the rows of each gradient that matter (ARC-Top-K)"),
+    "topk": ("TopK", "which reduces the largest elements of each gradient"),
+    "randk": ("RandK", "which reduces random elements of each gradient"),
+    "powersgd": ("PowerSGD", "which reduces a low-rank approximation of each gradient"),
+    "fp16": ("FP16", "which reduces gradients as float16"),
+    "bf16": ("BF16", "which reduces gradients as bfloat16"),
+    "int8": ("Int8", "which reduces gradients as 8-bit integers"),
+}
 
 ENTRIES = (
-    Entry("arc_topk", _COMPRESSED, {"compressor": "ArcTopK"}, "a fifth of the rows of each gradient (ARC-Top-K)"),
-    Entry("fp16", _COMPRESSED, {"compressor": "FP16"}, "gradients as float16"),
+    *(Entry(name, _COMPRESSED, {"compressor": compressor}, what) for name, (compressor, what) in _COMPRESSORS.items()),
     Entry(
         "ft",
         "lightning_eff.strategies.fault_tolerant:FaultTolerantDDPStrategy",
@@ -50,7 +59,6 @@ ENTRIES = (
         "which outlives its replicas",
         {"ddp": "popen"},  # a replica is started by `lightning-eff launch`
     ),
-    Entry("bf16", _COMPRESSED, {"compressor": "BF16"}, "gradients as bfloat16"),
 )
 
 

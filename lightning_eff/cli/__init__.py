@@ -21,6 +21,8 @@ class Command(NamedTuple):
 # is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
+    "launch": Command("lightning_eff.cli.launch", "start a fault-tolerant run: replicas that may die and come back"),
+    "lighthouse": Command("lightning_eff.cli.lighthouse", "the meeting point of a fault-tolerant run's replicas"),
     "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
 }
 

@@ -1,7 +1,7 @@
 """Lightning strategies: by string once ``lightning_eff`` is imported, or by class where the defaults do not fit."""
 
-from lightning_eff.functional.compression import BF16, FP16, ArcTopK, Compressor
-from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy, compressed_ddp
+from lightning_eff.functional.compression import BF16, FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
+from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_eff.strategies.fault_tolerant import FaultTolerantDDPStrategy
 
 __all__ = [
@@ -11,5 +11,8 @@ __all__ = [
     "CompressedDDPStrategy",
     "Compressor",
     "FaultTolerantDDPStrategy",
-    "compressed_ddp",
+    "Int8",
+    "PowerSGD",
+    "RandK",
+    "TopK",
 ]

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_eff.functional import compression
-from lightning_eff.functional.compression import ArcTopK, Compressor
+from lightning_eff.functional.compression import ArcTopK, Compressor, predict
+from lightning_eff.functional.compression.exchange import Memory
 from lightning_eff.functional.compression.reduction import CompressedReduction, Traffic, hook
 from lightning_eff.functional.structure import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
+from lightning_eff.training.trainable import TrainableChange
 
 _REFUSED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
 
@@ -48,10 +53,11 @@ class CompressedDDPStrategy(DDPStrategy):
         compressor = ArcTopK() if compressor is None else compressor
         if not isinstance(compressor, Compressor):
             raise ValueError(f"compressor={compressor!r} is not allowed: it must be a Compressor, such as ArcTopK()")
-        if kwargs.get("find_unused_parameters") and compressor.keeps_memory:
+        if kwargs.get("find_unused_parameters") and compressor.error_feedback != "none":
             raise ValueError(
-                f"find_unused_parameters=True is not allowed with {compressor}: DDP drops what is fed back to a "
-                "parameter that no rank has used. Use every parameter in every step, or error_feedback='none'"
+                f"find_unused_parameters=True is not allowed with error_feedback={compressor.error_feedback!r}: DDP "
+                "drops what is fed back to a parameter that no rank has used. Use every parameter in every step, or "
+                f"{type(compressor).__name__}(error_feedback='none')"
             )
         if bucket_cap_mb is not None and not bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb={bucket_cap_mb!r} is not allowed: it must be above 0, or None")
@@ -59,13 +65,35 @@ class CompressedDDPStrategy(DDPStrategy):
         self.compressor = compressor
         self.bucket_cap_mb = bucket_cap_mb
         self._reduction: CompressedReduction | None = None
-        self._restored: dict[str, Any] | None = None
-        self._rank_state = RankState("error_feedback", save=self._save, load=self._load)
+        self._trained: nn.Module | None = None
+        self._restored: Memory | None = None
+        self._rank_state = RankState("compression", save=self._save, load=self._load)
 
     @property
     def traffic(self) -> Traffic:
-        """What was sent in this run."""
+        """What was sent since the first `fit` of this strategy."""
         return Traffic() if self._reduction is None else self._reduction.traffic
+
+    @property
+    def memory(self) -> Memory:
+        """What the compressor and its error feedback keep from step to step on this rank, by parameter name."""
+        return {} if self._reduction is None else self._reduction.memory
+
+    def measure(self) -> None:
+        """Let the next step also measure what it leaves out; see :meth:`relative_error`."""
+        if self._reduction is not None:
+            self._reduction.measure_next = True
+
+    def relative_error(self) -> Tensor | None:
+        """Of the last step that was measured, the norm of what was not sent divided by that of what was to be sent.
+
+        Over all ranks: collective. None if no step was measured.
+        """
+        if self._reduction is None or self._reduction.left_out is None:
+            return None
+        had, unsent = self.reduce(self._reduction.left_out.clone(), reduce_op="sum")
+        error: Tensor = (unsent / had.clamp(min=torch.finfo(had.dtype).tiny)).sqrt()
+        return error
 
     @override
     def setup_environment(self) -> None:
@@ -75,6 +103,12 @@ class CompressedDDPStrategy(DDPStrategy):
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+        if sparse:
+            raise MisconfigurationException(
+                f"{sparse[0]} has sparse gradients, which {type(self).__name__} does not support: build it with "
+                "sparse=False"
+            )
         kwargs = self._ddp_kwargs
         self._ddp_kwargs = {**kwargs, "bucket_cap_mb": self.bucket_cap_mb or _bucket_cap(model)}
         try:
@@ -88,35 +122,80 @@ class CompressedDDPStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None
         parameters = clean_named_parameters(module)
-        reduction = CompressedReduction(self.compressor, parameters, self._steps_done, self._loss_scale)
-        self._reduction = reduction
-        self.model.register_comm_hook(reduction, hook)
+        before = self._reduction if self._trained is module else None
+        self._reduction = CompressedReduction(self.compressor, parameters, self._steps_done, self._loss_scale)
+        if before is not None:  # another `fit` of the same model, or its buckets are made anew
+            self._reduction.memory, self._reduction.traffic = before.memory, before.traffic
+        elif self.world_size > 1:
+            self._warn_if_useless({name: p for name, p in parameters.items() if p.requires_grad})
+        if self._restored is not None:
+            self._reduction.memory, self._restored = self._restored, None
+        _move(self._reduction.memory, self.root_device)
+        self._trained = module
+        self.model.register_comm_hook(self._reduction, hook)
+
+    def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
+        """Forget the parameters that are no longer trained; the buckets have been made anew without them."""
+        for name in change.closed:
+            self.memory.pop(name, None)
+
+    @override
+    def teardown(self) -> None:
+        _move(self.memory, torch.device("cpu"))
+        super().teardown()
+
+    def _warn_if_useless(self, parameters: dict[str, nn.Parameter]) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        dtype = next(iter(parameters.values())).dtype
+        if not predict(self.compressor, shapes, self.world_size, dtype).compressed:
+            rank_zero_warn(
+                f"{self.compressor} compresses no parameter of this model at {self.world_size} ranks: each is too "
+                "small, or would take as many bytes. Everything is reduced dense; `lightning-eff advise` compares"
+            )
 
     def _steps_done(self) -> int:
-        module = self.lightning_module
-        assert module is not None
-        return module.trainer.global_step
+        assert self.lightning_module is not None
+        return int(self.lightning_module.trainer.global_step)
 
     def _loss_scale(self) -> Tensor | None:
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is None or not scaler.is_enabled():
             return None
-        scale: Tensor = scaler.scale(torch.ones((), device=self.root_device))
+        scale: Tensor = scaler.scale(torch.ones((), device=self.root_device))  # its scale, without waiting for it
         return scale
 
     def _save(self) -> dict[str, Any]:
-        return {}
+        return {"compressor": self._identity(), "memory": self.memory}
 
     def _load(self, state: dict[str, Any] | None) -> None:
-        self._restored = state
+        self._restored = {}
+        if state is None:  # RankState has warned
+            return
+        if state["compressor"] != self._identity():
+            rank_zero_warn(
+                f"the checkpoint's error memory is of {state['compressor']}, the strategy has {self._identity()}: the "
+                "memory starts anew"
+            )
+            return
+        self._restored = state["memory"]
+
+    def _identity(self) -> str:
+        """What a memory can be used with."""
+        return f"{type(self.compressor).__name__}(error_feedback={self.compressor.error_feedback!r})"
 
 
-def compressed_ddp(compressor: str, start_method: Literal["popen", "spawn", "fork", "forkserver"]) -> DDPStrategy:
-    """What a strategy string builds: the compressor with its defaults."""
+def build(compressor: str, start_method: Literal["popen", "spawn", "fork", "forkserver"]) -> CompressedDDPStrategy:
+    """What a strategy string stands for: a compressor with its defaults."""
     return CompressedDDPStrategy(getattr(compression, compressor)(), start_method=start_method)
 
 
+def _move(memory: Memory, device: torch.device) -> None:
+    for entry in memory.values():
+        for key, tensor in entry.items():
+            entry[key] = tensor.to(device)
+
+
 def _bucket_cap(model: nn.Module) -> float:
-    """MiB of a bucket: small enough for a dozen of them, large enough to keep the collectives few."""
-    numbers = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return min(25.0, max(0.5, numbers / 2**20 / 12))
+    """MiB of a bucket: about a dozen buckets, for overlap, of half a MiB at least, for few collectives."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
+    return min(25.0, max(0.5, size / 12))

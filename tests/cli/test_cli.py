@@ -160,9 +160,9 @@ def test_without_the_cli_extra_training_names_it(tmp_path, module):
 
 
 def test_the_package_and_its_callbacks_import_without_any_extra(tmp_path):
-    extras = ["triton", "torchft", "tensorboard", "jsonargparse", "docstring_parser", "rich", "sklearn"]
+    extras = ["triton", "torchft", "tensorboard", "matplotlib", "jsonargparse", "docstring_parser", "rich", "sklearn"]
     code = """
-import lightning_eff, lightning_eff.callbacks, lightning_eff.kernels
+import lightning_eff, lightning_eff.callbacks, lightning_eff.kernels, lightning_eff.strategies
 from lightning_eff.cli import main
 sys.exit(main(["--help"]))
 """

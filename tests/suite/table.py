@@ -22,6 +22,7 @@ from lightning_eff.callbacks import (
     TrainingGuard,
     ZClip,
 )
+from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 from tests.suite.probe import Probe
 
 
@@ -35,6 +36,9 @@ class Strategy:
     """The Trainer's `strategy` for a model with that many optimizers."""
 
     sharded: bool = False
+
+    lossy: bool = False
+    """Gradients are compressed: the ranks still agree, but on something else than one device would do."""
 
 
 def _single(optimizers: int) -> str:
@@ -50,10 +54,19 @@ def _fsdp2(optimizers: int) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
+def _arc_topk(optimizers: int) -> CompressedDDPStrategy:
+    # Such that it compresses models as small as these. An unused parameter and error feedback do not go together.
+    settings = {"ratio": 0.5, "rank": 1, "min_numel": 64}
+    if optimizers == 1:
+        return CompressedDDPStrategy(ArcTopK(error_feedback="ef14", **settings))
+    return CompressedDDPStrategy(ArcTopK(**settings), find_unused_parameters=True)
+
+
 SINGLE = Strategy("single", 1, _single)
 DDP = Strategy("ddp", 2, _ddp)
 FSDP2 = Strategy("fsdp2", 2, _fsdp2, sharded=True)
-STRATEGIES = (SINGLE, DDP, FSDP2)
+ARC_TOPK = Strategy("arc_topk", 2, _arc_topk, lossy=True)
+STRATEGIES = (SINGLE, DDP, FSDP2, ARC_TOPK)
 
 
 @dataclass(frozen=True)

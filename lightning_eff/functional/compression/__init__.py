@@ -2,6 +2,7 @@
 
 from lightning_eff.functional.compression.arc_topk import ArcTopK
 from lightning_eff.functional.compression.half import BF16, FP16
+from lightning_eff.functional.compression.int8 import Int8
 from lightning_eff.functional.compression.interface import (
     AllGather,
     AllReduce,
@@ -13,6 +14,9 @@ from lightning_eff.functional.compression.interface import (
     Exchange,
 )
 from lightning_eff.functional.compression.plan import Prediction, predict
+from lightning_eff.functional.compression.powersgd import PowerSGD
+from lightning_eff.functional.compression.randk import RandK
+from lightning_eff.functional.compression.topk import TopK
 
 __all__ = [
     "BF16",
@@ -26,6 +30,24 @@ __all__ = [
     "Compressor",
     "ErrorFeedback",
     "Exchange",
+    "Int8",
+    "PowerSGD",
     "Prediction",
+    "RandK",
+    "TopK",
+    "all_compressors",
     "predict",
 ]
+
+
+def all_compressors() -> dict[str, Compressor]:
+    """Each compressor with its defaults, by its name in a strategy string ("arc_topk" in "ddp_arc_topk")."""
+    return {
+        "arc_topk": ArcTopK(),
+        "topk": TopK(),
+        "randk": RandK(),
+        "powersgd": PowerSGD(),
+        "fp16": FP16(),
+        "bf16": BF16(),
+        "int8": Int8(),
+    }

@@ -102,7 +102,7 @@ def _exchange(requests: list[Collective]) -> list[Tensor]:
     tensors = [request.tensor for request in requests]
     if isinstance(requests[0], AllReduce):
         total = torch.stack(tensors).sum(0)
-        return [total.clone() for _ in requests]
+        return [tensor.copy_(total) for tensor in tensors]
     if isinstance(requests[0], AllGather):
         return [torch.stack([tensor.flatten() for tensor in tensors]) for _ in requests]
     return [torch.stack([tensor[rank] for tensor in tensors]) for rank in range(len(requests))]

@@ -187,7 +187,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
-        """Bytes that one rank sends for a matrix when it is compressed; it goes dense if that is not less.
+        """Bytes that one rank sends for a matrix when it is compressed; it goes dense if that is hardly less.
 
         Args:
             rows: n.

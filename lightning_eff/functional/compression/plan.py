@@ -10,6 +10,9 @@ import torch
 
 from lightning_eff.functional.compression.interface import Compressor, all_reduce_bytes
 
+WORTH = 0.9
+"""A tensor is compressed if that takes less than this fraction of the bytes: the rest of it is lost for something."""
+
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a tensor: its first dimension by all others; of a vector one row.
@@ -24,12 +27,12 @@ def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def pays(compressor: Compressor, shape: Sequence[int], itemsize: int, world_size: int) -> bool:
-    """Whether a tensor is compressed: a large enough matrix for which fewer bytes are sent than by an all-reduce."""
+    """Whether a tensor is compressed: a large enough matrix, for which clearly fewer bytes are sent than dense."""
     rows, columns = as_matrix(shape)
     if rows * columns < max(1, compressor.min_numel) or (len(shape) < 2 and not compressor.whole_buckets):
         return False
     dense = all_reduce_bytes(rows * columns * itemsize, world_size)
-    return compressor.bytes_sent(rows, columns, itemsize, world_size) < dense
+    return compressor.bytes_sent(rows, columns, itemsize, world_size) < WORTH * dense
 
 
 @dataclass(frozen=True)

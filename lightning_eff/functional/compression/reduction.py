@@ -134,11 +134,6 @@ class CompressedReduction:
             self._finish(group)
         return future
 
-    def forget(self, names: Mapping[str, object]) -> None:
-        """Drop the memory of parameters that are no longer trained."""
-        for name in names:
-            self.memory.pop(name, None)
-
     def _begin(self, group: dist.ProcessGroup | None) -> None:
         self._running = []  # of a backward pass that was broken off
         self.traffic.last_bytes = self.traffic.last_dense_bytes = 0.0

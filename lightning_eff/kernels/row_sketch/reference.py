@@ -83,7 +83,7 @@ def row_sketch(
     columns = tuple(matrix.shape[1] for matrix in matrices)
     transposed = transposed_signs(columns, rank, seed, tuple(streams), matrices[0].device)
     sketches = []
-    for index, V in enumerate(torch.split(transposed, columns, dim=1)):
+    for index, V in enumerate(torch.split(transposed, list(columns), dim=1)):
         values = matrices[index].to(torch.float32)
         if errors is not None:
             values = values + errors[index].to(torch.float32)

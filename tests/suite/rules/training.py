@@ -14,7 +14,7 @@ from tests.memory import PoisonedEmpty
 from tests.suite.models import STEPS, EndlessIndices, Indices, Net
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, build_trainer, differences, fit
-from tests.suite.table import DDP, FSDP2, Row, Strategy
+from tests.suite.table import ARC_TOPK, DDP, FSDP2, Row, Strategy
 
 # Sums of eight numbers in another order, through ten steps with momentum.
 _CLOSE = {"rtol": 1e-3, "atol": 1e-5}
@@ -33,12 +33,14 @@ def accumulates(row: Row, place: Place) -> None:
     assert not wrong, wrong
 
 
-@rule(DDP, FSDP2)
+@rule(DDP, FSDP2, ARC_TOPK)
 def ranks_agree(row: Row, place: Place) -> None:
     """Two ranks with half of a batch each end with equal bits, and close to one device with the whole batch."""
     one, other = place.run(_outcome, row, place.strategy, place.folder)
     wrong = differences(one, other)
     assert not wrong, f"rank 0 against rank 1: {wrong}"
+    if place.strategy.lossy:
+        return
     wrong = differences(_outcome(row, None, place.folder), one, **_CLOSE)
     assert not wrong, f"one device against two ranks: {wrong}"
 
