@@ -297,7 +297,8 @@ ROWS = (
             for name in ("frozen_ratio", "frozen_params", "backward_flops_saved", "frozen_attention", "frozen_ffn")
         ),
         tags_two_optimizers=tuple(
-            f"grades/{name}" for name in ("frozen_ratio", "frozen_params", "backward_flops_saved", "frozen_other")
+            f"grades/{name}"
+            for name in ("frozen_ratio", "frozen_params", "backward_flops_saved", "frozen_ffn", "frozen_other")
         ),
         bad_arguments=(
             {"tau": 0.0},
