@@ -80,7 +80,7 @@ class TrainingGuard(Callback):
 
     Raises:
         ValueError: an argument out of its range.
-        MisconfigurationException: in ``setup``, for a second guard, a rule that misses something, and, with
+        MisconfigurationException: in ``setup``, for a rule that misses something, and, with
             ``"rollback"``, a strategy, an optimizer or a callback whose state cannot be put back.
         TrainingDivergedError: on all ranks, after ``max_rollbacks`` or where no snapshot is from before the alarm. The
             newest good state is restored and saved first; the error says where.
@@ -162,10 +162,6 @@ class TrainingGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if sum(isinstance(callback, TrainingGuard) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise MisconfigurationException(
-                "Two TrainingGuard callbacks would both act on an alarm: keep one, with the rules of both"
-            )
         if self.action == "rollback":
             check_rollback_support(trainer, pl_module)
         for rule in self._listener.rules:

@@ -122,7 +122,7 @@ class ExplodingLoss(AlarmRule):
 
     name = "exploding_loss"
 
-    def __init__(self, factor: float = 1.5, deviations: float = 6.0, window: int = 20, patience: int = 3) -> None:
+    def __init__(self, factor: float = 1.5, deviations: float = 6.0, window: int = 50, patience: int = 5) -> None:
         check("factor", factor, 1 < factor < inf, "above 1 and finite")
         check("deviations", deviations, 0 <= deviations < inf, "at least 0 and finite")
         check("window", window, is_count(window) and window > 1, "an integer, at least 2")

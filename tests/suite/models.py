@@ -163,8 +163,8 @@ class Gan(_Fed):
 
     optimizer_count = 2
 
-    def __init__(self, **_: Any) -> None:
-        super().__init__(1, 0)
+    def __init__(self, skip_steps: int = 0, **_: Any) -> None:
+        super().__init__(1, skip_steps)
         torch.manual_seed(2)
         self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, 1))

@@ -67,3 +67,30 @@ def test_free_memory_is_a_sensible_number(place, tmp_path):
     window.folder = str(tmp_path / "not" / "there")
     free = window.free_bytes(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**60
+
+
+def test_a_held_window_is_not_written_again():
+    window = SnapshotWindow(2)
+    weight = _filled(window, 3)
+    held = window.hold()
+    for step in (4, 5, 6):
+        window.take(step, {"weight": weight.fill_(step), "empty": torch.empty(0)})
+    window.go_back(held)
+    assert window.steps == [2, 3]
+    assert [snapshot["weight"].tolist() for snapshot in window.read()] == [[2.0] * 3, [3.0] * 3]
+    del held
+    memory = window.read()[0]["weight"].data_ptr()
+    window.take(7, {"weight": weight, "empty": torch.empty(0)})
+    assert window.read()[1]["weight"].data_ptr() == memory  # nobody holds it any more
+    assert pickle.loads(pickle.dumps(window)).steps == [3, 7]
+
+
+def test_the_memory_of_dropped_snapshots_is_used_again():
+    window = SnapshotWindow(3)
+    weight = _filled(window, 3)
+    memory = window.read()[2]["weight"].data_ptr()
+    window.drop_after(1)
+    assert window.steps == [1]
+    window.take(2, {"weight": weight, "empty": torch.empty(0)})
+    window.take(3, {"weight": weight, "empty": torch.empty(0)})
+    assert memory in [snapshot["weight"].data_ptr() for snapshot in window.read()[1:]]
