@@ -235,8 +235,8 @@ class Workload:
     build: Callable[[int], tuple[L.LightningModule, Any]]
     steps: int = 500
     diverges: bool = False
+    fault_at: int = 0
     faults: Callable[[], list[L.Callback]] = field(default=list)
-    about: str = ""
 
 
 def record(workload: Workload, seed: int, folder: Path = RECORDS) -> Path:
@@ -268,13 +268,14 @@ def record(workload: Workload, seed: int, folder: Path = RECORDS) -> Path:
 
 
 def _workloads() -> Iterator[Workload]:
-    def ramp(growth: float, *words: str) -> Callable[[], list[L.Callback]]:
-        return lambda: [RateRamp(200, growth, words or ("",))]
+    def ramped(name: str, build: Callable[[int], Any], growth: float, *words: str) -> Workload:
+        ramp = lambda: [RateRamp(200, growth, words or ("",))]  # noqa: E731
+        return Workload(name, build, diverges=True, fault_at=200, faults=ramp)
 
-    yield Workload("rate ramp", gpt, diverges=True, faults=ramp(1.02))
-    yield Workload("rate ramp, no LayerNorm", partial(gpt, norm=False), diverges=True, faults=ramp(1.015))
+    yield ramped("rate ramp", gpt, 1.02)
+    yield ramped("rate ramp, no LayerNorm", partial(gpt, norm=False), 1.015)
     yield Workload("low-precision attention", partial(gpt, lr=6e-3, bits=2), diverges=True)
-    yield Workload("query-key growth", gpt, diverges=True, faults=ramp(1.02, "query", "key"))
+    yield ramped("query-key growth", gpt, 1.02, "query", "key")
     yield Workload("healthy: GPT", gpt)
     yield Workload("healthy: GPT, rate 3e-3", partial(gpt, lr=3e-3))
     yield Workload("healthy: GPT without LayerNorm", partial(gpt, norm=False))

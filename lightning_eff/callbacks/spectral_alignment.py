@@ -30,11 +30,8 @@ from lightning_eff.training.histograms import write_histograms
 
 Action = Literal["log", "warn", "stop", "rollback"]
 
-BINS = 32
-"""Of the histograms."""
-
-LOOK_BACK = 50
-"""Observations after which it is said that no layer has ever been armed."""
+BINS = 32  # of the histograms
+LOOK_BACK = 50  # observations after which it is said that no layer has ever been armed
 
 
 class SpectralAlignmentMonitor(Callback):
@@ -60,11 +57,11 @@ class SpectralAlignmentMonitor(Callback):
         exclude: globs of what to leave out again.
         max_tokens: of each rank's batch, spread evenly over it; None for all.
         power_iterations: two products with the weight each, >= 1. The singular vector is kept between observations.
-        threshold: a layer counts as collapsed from this share of tokens on one side on, in (0.5, 1]. This and the
-            three that follow are ours, not the paper's.
+        threshold: a layer counts as collapsed from this share of tokens on one side on, in (0.5, 1]. This and all that
+            follow down to ``max_residual`` are ours, not the paper's.
         margin: a layer is armed once the median over ``window`` observations has been at most ``threshold - margin``.
         patience: observations in a row, >= 1.
-        window: observations that the median is taken over, >= 1.
+        window: observations that the median is taken over, >= 1. No alarm is possible before so many.
         severity: an alarm sounds when at least this share of the armed layers has collapsed, in (0, 1].
         max_residual: observations whose singular vector has a larger relative residual |W^T u - s v| / s do not
             count, > 0.
@@ -103,11 +100,11 @@ class SpectralAlignmentMonitor(Callback):
         max_tokens: int | None = 4096,
         power_iterations: int = 1,
         threshold: float = 0.99,
-        margin: float = 0.15,
-        patience: int = 3,
-        window: int = 5,
-        severity: float = 0.3,
-        max_residual: float = 0.5,
+        margin: float = 0.25,
+        patience: int = 2,
+        window: int = 14,
+        severity: float = 0.05,
+        max_residual: float = 0.3,
         action: Action = "log",
         log_layers: bool = False,
         log_histograms: bool = False,
@@ -177,9 +174,8 @@ class SpectralAlignmentMonitor(Callback):
             )
         if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
             raise MisconfigurationException(
-                f"SpectralAlignmentMonitor does not support tensor parallelism (tensor_parallel_size="
-                f"{strategy._tensor_parallel_size}): a weight stays sharded in its forward pass, and each product "
-                "with it would need a collective there. FSDP2 alone (tensor_parallel_size=1) is supported"
+                f"SpectralAlignmentMonitor does not support tensor_parallel_size={strategy._tensor_parallel_size}: a "
+                "weight stays sharded in its forward pass, where each product would need a collective. Use FSDP2 alone"
             )
         if self.action == "rollback":
             _check_guard(trainer)
@@ -264,14 +260,13 @@ class SpectralAlignmentMonitor(Callback):
         if not self._called:
             why = "none of their forward passes was called (a weight that is used directly, or a scripted module?)"
         elif not bool(self._state.observations.any()):
-            why = (
-                f"no singular vector had converged to max_residual={self.max_residual}: raise power_iterations or "
-                "lower every_n_steps"
-            )
+            limit = f"max_residual={self.max_residual}"
+            why = f"no singular vector had converged to {limit}: raise power_iterations or lower every_n_steps"
         else:
             why = why_unarmed(self._state)
-        rank_zero_warn(f"SpectralAlignmentMonitor: none of {len(self.layers)} layers was ever armed, so there could be "
-                       f"no alarm: {why}")  # fmt: skip
+        rank_zero_warn(
+            f"SpectralAlignmentMonitor: of {len(self.layers)} layers none was ever armed, so no alarm: {why}"
+        )
 
     def _detach(self) -> None:
         if self._probe is not None:
@@ -282,7 +277,7 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observations < LOOK_BACK:
+        if self._observations < LOOK_BACK and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._tell_if_unarmed()
         if self._map is not None:
             self._map.publish(

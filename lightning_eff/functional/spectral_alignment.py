@@ -118,7 +118,8 @@ def alignment(x: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
     """
     check("eps", eps, eps > 0, "positive")
     x = x.float()
-    return (x @ v.float()) / (torch.linalg.vector_norm(x, dim=-1) + eps)
+    cosine: Tensor = (x @ v.float()) / (torch.linalg.vector_norm(x, dim=-1) + eps)
+    return cosine
 
 
 def majority_fraction(positive: Tensor, negative: Tensor) -> Tensor:
@@ -164,9 +165,9 @@ class CollapseConfig:
     """
 
     threshold: float = 0.99
-    margin: float = 0.15
-    patience: int = 3
-    window: int = 5
+    margin: float = 0.25
+    patience: int = 2
+    window: int = 14
 
     def __post_init__(self) -> None:
         check("threshold", self.threshold, 0.5 < self.threshold <= 1, "in (0.5, 1]")

@@ -166,8 +166,8 @@ def watched_layers(
                 why = f"{hits[0]!r}: {one}" if len(hits) == 1 else f"no {one}"
                 raise ValueError(f"include={pattern!r} matches {why}. Candidates: {_some(candidates)}")
             for name in matched:
-                if (why := obstacle(candidates[name])) is not None:
-                    raise ValueError(f"include={pattern!r} matches {name!r}, which cannot be watched: {why}")
+                if (reason := obstacle(candidates[name])) is not None:
+                    raise ValueError(f"include={pattern!r} matches {name!r}, which cannot be watched: {reason}")
             chosen.update(matched)
         found = {name: layer for name, layer in candidates.items() if name in chosen}
     for pattern in exclude or ():

@@ -66,7 +66,9 @@ def fit(
 
 
 @pytest.mark.usefixtures("command_line")
-@pytest.mark.parametrize(("name", "millions"), [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1)])
+@pytest.mark.parametrize(
+    ("name", "millions"), [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1), ("watched", 1)]
+)
 def test_config_instantiates_with_the_size_of_its_name(name, millions):
     with torch.device("meta"):  # shapes without memory
         cli = GPTCLI(
@@ -81,7 +83,7 @@ def test_config_instantiates_with_the_size_of_its_name(name, millions):
 
 
 def test_every_config_is_tested():
-    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == ["10m", "124m", "1m", "50m", "wsm"]
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == ["10m", "124m", "1m", "50m", "watched", "wsm"]
 
 
 def test_a_byte_does_not_change_earlier_logits():

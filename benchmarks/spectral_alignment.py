@@ -1,0 +1,294 @@
+"""How early spectral alignment warns, how often it is wrong, and what it costs.
+
+    python -m benchmarks.spectral_alignment record   # trains every run and records the signals of all detectors
+    python -m benchmarks.spectral_alignment tune     # candidate rules on the development seeds 10 and 11
+    python -m benchmarks.spectral_alignment lead     # the defaults, and tuned scalar detectors, on the seeds 0, 1 and 2
+    python -m benchmarks.spectral_alignment plot     # docs/images/spectral_alignment.png
+    python -m benchmarks.spectral_alignment live     # the callback itself, against what `lead` says of the records
+    python -m benchmarks.spectral_alignment cost     # step time with the monitor over without, side by side
+
+Records go to logs/spectral_alignment/, rows to benchmarks/results/spectral_alignment_<part>.csv. The default
+configuration was fixed on the development seeds, before the records of the others were looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import lightning as L
+import torch
+
+from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
+from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.spectral_detectors import (
+    BURN_IN,
+    Rule,
+    collapses,
+    judge,
+    leads,
+    onsets,
+    records,
+    scalar_detectors,
+    score,
+)
+from benchmarks.spectral_runs import RECORDS, WORKLOADS, record
+from benchmarks.zclip import StepTimes
+from examples.gpt.data import TextDataModule
+from examples.gpt.model import GPTConfig
+from examples.gpt.module import GPTModule
+from lightning_eff.callbacks import SpectralAlignmentMonitor
+from lightning_eff.functional.spectral_alignment import CollapseConfig
+
+DEVELOPMENT, HELD_OUT = (10, 11), (0, 1, 2)
+MECHANISMS = [name for name, workload in WORKLOADS.items() if workload.diverges]
+
+
+def tune() -> None:
+    """Rules without a false alarm on the development seeds, the best first, and how the defaults do among them."""
+    runs = records(DEVELOPMENT)
+    rows = []
+    grid = itertools.product(
+        (10, 20), (0.98, 0.99), (0.15, 0.25), (2, 3), (5, 10, 12, 14, 16), (0.3, 0.5), (0.05, 0.1, 0.15)
+    )
+    for every, threshold, margin, patience, window, residual, severity in grid:
+        rule = Rule(every, CollapseConfig(threshold, margin, patience, window), residual, severity)
+        alarms = [onsets(collapses(run, rule)[0], severity, every) for run in runs]
+        false, found = leads(runs, alarms)
+        rows.append(
+            dict(every=every, threshold=threshold, margin=margin, patience=patience, window=window, residual=residual,
+                 severity=severity, false_alarms=false, warned=score(found)[0], lead=score(found)[1],
+                 default=rule == Rule.default())
+        )  # fmt: skip
+    rows.sort(key=lambda row: (row["false_alarms"], -row["warned"], -row["lead"]))
+    show("Rules on the development seeds", rows[:30] + [row for row in rows[30:] if row["default"]])
+    CONSOLE.print(write_rows("spectral_alignment_tune", rows))
+
+
+def tuned_detectors() -> dict[str, tuple[str, float, Callable[[dict[str, Any]], list[float]]]]:
+    """Of each scalar detector the variant and threshold that do best on the development seeds without a false alarm."""
+    runs = records(DEVELOPMENT)
+    best: dict[str, tuple[tuple[int, int], tuple[str, float, Callable[[dict[str, Any]], list[float]]]]] = {}
+    for name, variant, signal in scalar_detectors():
+        signals = [signal(run) for run in runs]
+        healthy = [
+            max((v for v in values[BURN_IN : None if not w.diverges else max(w.fault_at, BURN_IN)]), default=-math.inf)
+            for values, w in zip(signals, (WORKLOADS[run["workload"]] for run in runs), strict=True)
+        ]
+        threshold = math.nextafter(max(healthy), math.inf)
+        false, found = leads(runs, [onsets(values, threshold) for values in signals])
+        assert false == 0, (name, variant, false)
+        if name not in best or score(found) > best[name][0]:
+            best[name] = score(found), (variant, threshold, signal)
+    return {name: choice for name, (_, choice) in best.items()}
+
+
+def lead() -> None:
+    """Everything on the held-out seeds."""
+    runs, rule = records(HELD_OUT), Rule.default()
+    detectors: dict[str, tuple[str, list[list[int]]]] = {
+        "spectral alignment": (
+            "defaults", [onsets(collapses(run, rule)[0], rule.severity, rule.every_n_steps) for run in runs]
+        )
+    }  # fmt: skip
+    for name, (variant, threshold, signal) in tuned_detectors().items():
+        detectors[name] = f"{variant}, {threshold:.3g}", [onsets(signal(run), threshold) for run in runs]
+    rows, false_rows = [], []
+    for name, (setting, alarms) in detectors.items():
+        for run, steps in zip(runs, alarms, strict=True):
+            healthy, false, first, end = judge(run, steps)
+            about = dict(detector=name, setting=setting, run=run["workload"], seed=run["seed"])
+            if WORKLOADS[run["workload"]].diverges:
+                fault = WORKLOADS[run["workload"]].fault_at
+                warning = end - first if first is not None and end is not None else 0
+                rows.append(about | dict(fault_at=fault, diverged_at=end, first_alarm=first, steps_of_warning=warning))
+            if healthy:
+                rate = round(1000 * false / healthy, 3)
+                false_rows.append(about | dict(healthy_steps=healthy, false_alarms=false, per_1000_steps=rate))
+    for mechanism in MECHANISMS:
+        table = []
+        for name in detectors:
+            mine = [row for row in rows if row["run"] == mechanism and row["detector"] == name]
+            table.append(dict(detector=name, steps_of_warning=[row["steps_of_warning"] for row in mine],
+                              diverged_at=[row["diverged_at"] for row in mine]))  # fmt: skip
+        show(f"Steps of warning, {mechanism}", table)
+    table = []
+    for name in detectors:
+        mine = [row for row in false_rows if row["detector"] == name]
+        total, false = sum(row["healthy_steps"] for row in mine), sum(row["false_alarms"] for row in mine)
+        table.append(
+            dict(detector=name, healthy_steps=total, false_alarms=false, per_1000=round(1000 * false / total, 2))
+        )
+    show("False alarms on held-out seeds", table)
+    CONSOLE.print(write_rows("spectral_alignment_lead", rows))
+    CONSOLE.print(write_rows("spectral_alignment_false_alarms", false_rows))
+    CONSOLE.print(write_rows("spectral_alignment_layers", leading_layers(runs, rule)))
+
+
+def leading_layers(runs: Sequence[dict[str, Any]], rule: Rule) -> list[dict[str, Any]]:
+    """Which layers had collapsed at the first alarm of each run that diverges."""
+    rows = []
+    for run in runs:
+        if not WORKLOADS[run["workload"]].diverges:
+            continue
+        shares, names = collapses(run, rule)
+        _, _, first, _ = judge(run, onsets(shares, rule.severity, rule.every_n_steps))
+        layers = [] if first is None else names[first // rule.every_n_steps]
+        short = [name.removeprefix("model.blocks.") for name in layers]
+        rows.append(dict(run=run["workload"], seed=run["seed"], first_alarm=first, layers=" ".join(short)))
+    return rows
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def plot(seed: int = 0) -> None:
+    """Loss, share of collapsed layers and first alarms of one held-out seed, a panel for each mechanism."""
+    import matplotlib.pyplot as plt
+
+    rule, detectors = Rule.default(), tuned_detectors()
+    runs = [run for run in records([seed]) if run["workload"] in (*MECHANISMS, "healthy: GPT, rate 3e-3")]
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.8), layout="constrained", sharey=True)
+    for axis, run in zip(axes, runs, strict=True):
+        losses = run["scalars"]["loss"]
+        smooth = losses.unfold(0, 10, 1).mean(-1)
+        axis.plot(range(9, len(losses)), smooth, color="black", linewidth=1.2, label="loss, mean of 10 steps")
+        shares, _ = collapses(run, rule)
+        steps = [i * rule.every_n_steps for i in range(len(shares))]
+        right = axis.twinx()
+        right.fill_between(steps, shares, step="post", alpha=0.25, color="tab:red")
+        right.set_ylim(0, 1)
+        right.set_yticks([0, 0.5, 1])
+        right.set_ylabel("armed layers collapsed" if run is runs[-1] else "", color="tab:red")
+        alarms = {"spectral alignment": onsets(shares, rule.severity, rule.every_n_steps)}
+        alarms |= {name: onsets(signal(run), limit) for name, (_, limit, signal) in detectors.items()}
+        for number, (name, found) in enumerate(alarms.items()):
+            colour = f"C{(3, 0, 1, 2, 4)[number]}"
+            axis.axvline(found[0] if found else math.nan, color=colour, linewidth=1.5, linestyle="--", label=name)
+        axis.set(title=f"{run['workload']}, seed {run['seed']}", xlabel="step")
+    axes[0].set_ylabel("training loss, nats a byte")
+    axes[0].legend(fontsize=7, loc="upper center")
+    path = RESULTS.parent.parent / "docs" / "images" / "spectral_alignment.png"
+    figure.savefig(path, dpi=110)
+    CONSOLE.print(path)
+
+
+# --- the callback itself ---------------------------------------------------------------------------------------------
+
+
+class Alarms(L.Callback):
+    """The steps at which alarms sound, counted as the records are: from 0."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_alarm(self, trainer: L.Trainer, pl_module: L.LightningModule, alarm: Any) -> None:
+        self.steps.append(alarm.step - 1)
+
+
+def live(name: str = "rate ramp", seed: int = 0) -> None:
+    """Train with the callback at its defaults: it must sound where the record says."""
+    torch.set_num_threads(1)
+    rule, (run,) = Rule.default(), [run for run in records([seed]) if run["workload"] == name]
+    recorded = onsets(collapses(run, rule)[0], rule.severity, rule.every_n_steps)
+    L.seed_everything(seed, verbose=False)
+    alarms, workload = Alarms(), WORKLOADS[name]
+    module, data = workload.build(seed)
+    callbacks = [*workload.faults(), SpectralAlignmentMonitor(), alarms]
+    steps = len(run["scalars"]["loss"])
+    L.Trainer(accelerator="cpu", devices=1, max_steps=steps, limit_val_batches=0, callbacks=callbacks, **QUIET).fit(
+        module, data
+    )
+    CONSOLE.print(f"{name}, seed {seed}: alarms of the callback {alarms.steps}, on the record {recorded}")
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+class ObservingTimes(StepTimes):
+    """Seconds of the steps that observe, and of the others."""
+
+    def split(self, every: int) -> tuple[float, float]:
+        times = [b - a for a, b in itertools.pairwise(self.marks)]
+        observing = [seconds for step, seconds in enumerate(times) if step >= self.warmup and step % every == 0]
+        others = [seconds for step, seconds in enumerate(times) if step >= self.warmup and step % every]
+        return statistics.median(observing), statistics.median(others)
+
+
+def cost(intervals: int, rounds: int) -> None:
+    """Step times of the 10 M GPT, in turn with and without the monitor; a round has whole intervals of the default."""
+    every = SpectralAlignmentMonitor().every_n_steps
+    config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
+    data = TextDataModule(block_size=config.block_size, batch_size=4)
+    model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
+    observing: list[float] = []
+
+    def run(monitored: bool) -> float:
+        times = ObservingTimes(warmup=1)
+        callbacks = [times, *([SpectralAlignmentMonitor()] if monitored else [])]
+        steps = intervals * every + 1  # the first step, which also observes, is left out
+        L.Trainer(devices=1, max_steps=steps, limit_val_batches=0, callbacks=callbacks, **QUIET).fit(model, data)
+        if monitored:
+            one, other = times.split(every)
+            observing.append(one / other)
+        marks = times.marks[1:]
+        return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+    figures = in_turn({"without": lambda: run(False), "with": lambda: run(True)}, rounds)
+    middle, low, high = ratio(figures, "with", "without")
+    rows = [
+        {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "tokens_per_step": 4 * config.block_size,
+            "every_n_steps": every,
+            "layers": 36,
+            "rounds": rounds,
+            "steps_per_round": intervals * every,
+            "step_ms": round(statistics.median(figures["with"]) * 1e3, 2),
+            "over_without": round(middle, 4),
+            "over_without_q1": round(low, 4),
+            "over_without_q3": round(high, 4),
+            "observing_step_over_others": round(statistics.median(observing), 4),
+        }
+    ]
+    show("Cost of the monitor: step time, side by side", rows)
+    CONSOLE.print(write_rows("spectral_alignment_cost", rows))
+
+
+def record_all(workers: int, seeds: Sequence[int]) -> None:
+    """Train what is not recorded yet."""
+    todo = [(WORKLOADS[n], s) for s in seeds for n in WORKLOADS if not (RECORDS / f"{n}-{s}.pt").exists()]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for path in pool.map(_record, todo):
+            CONSOLE.print(path)
+
+
+def _record(what: tuple[Any, int]) -> Any:
+    return record(*what)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("record", "tune", "lead", "plot", "live", "cost"))
+    parser.add_argument("--workers", type=int, default=2, help="record: runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*DEVELOPMENT, *HELD_OUT], help="record: which seeds")
+    parser.add_argument("--intervals", type=int, default=1, help="cost: intervals of the monitor in a round")
+    parser.add_argument("--rounds", type=int, default=5, help="cost: how often each variant is measured")
+    arguments = parser.parse_args()
+    quiet_lightning()
+    if arguments.part == "record":
+        record_all(arguments.workers, arguments.seeds)
+    elif arguments.part == "cost":
+        cost(arguments.intervals, arguments.rounds)
+    else:
+        {"tune": tune, "lead": lead, "plot": plot, "live": live}[arguments.part]()
+
+
+if __name__ == "__main__":
+    main()
