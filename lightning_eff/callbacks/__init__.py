@@ -3,6 +3,7 @@
 from lightning_eff.callbacks.checkpoint_averaging import CheckpointAveraging
 from lightning_eff.callbacks.ema import EMA
 from lightning_eff.callbacks.grades import GradES
+from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_eff.callbacks.training_guard import TrainingGuard
@@ -10,6 +11,7 @@ from lightning_eff.callbacks.zclip import ZClip
 
 __all__ = [
     "EMA",
+    "MISA",
     "CheckpointAveraging",
     "GradES",
     "SpectralAlignmentMonitor",

@@ -66,46 +66,60 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     return sum((square.to(first.device) for square in others), first)
 
 
-def global_grad_norm(parameters: Sequence[Tensor]) -> Tensor | None:
-    """L2 norm of all gradients of ``parameters`` over all ranks that share them, as a 0-d tensor.
+def squared_grad_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor | None:
+    """Squared L2 norm of the gradients of each group of parameters over all ranks that share them.
 
     Plain gradients are taken as they are: under DDP they are equal on all ranks after the reduction. For DTensors the
-    squares of the local shards are summed with one scalar all-reduce for each sharded dimension of each device mesh;
-    dimensions that replicate are left out, so that HSDP is not counted once for each replica. Which collectives are
-    issued depends on the parameters alone, so a rank without a gradient takes part as well.
+    squares of the local shards are summed with one all-reduce of a number for each group, for each sharded dimension of
+    each device mesh; dimensions that replicate are left out, so that HSDP is not counted once for each replica. Which
+    collectives are issued depends on the parameters alone, so a rank without a gradient takes part as well.
 
     Args:
-        parameters: leaf tensors of any shapes and floating dtypes.
+        groups: leaf tensors of any shapes and floating dtypes.
 
     Returns:
-        A 0-d float64 tensor (float32 on MPS), equal on all ranks, or None where there is nothing to measure: no
-        parameter has a gradient and none is a DTensor.
+        A float64 tensor (float32 on MPS) of shape (len(groups),), equal on all ranks, 0 for a group without gradients,
+        or None where there is nothing to measure: no parameter has a gradient and none is a DTensor.
     """
-    plain: list[Tensor] = []
-    sharded: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
-    for parameter in parameters:
-        if is_dtensor(parameter):
-            placements = parameter.placements  # type: ignore[attr-defined]
-            mesh_dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
-            sharded.setdefault((parameter.device_mesh, mesh_dims), []).append(parameter)  # type: ignore[attr-defined]
-        else:
-            plain.append(parameter)
-    squares: list[Tensor] = []
-    if grads := local_grads(plain):
-        squares.append(sum_of_squares(grads))
+    plain: list[list[Tensor]] = []
+    sharded: dict[tuple[Any, tuple[int, ...]], list[list[Tensor]]] = {}
+    for number, group in enumerate(groups):
+        plain.append([])
+        for parameter in group:
+            if is_dtensor(parameter):
+                placements = parameter.placements  # type: ignore[attr-defined]
+                mesh_dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
+                key = (parameter.device_mesh, mesh_dims)  # type: ignore[attr-defined]
+                sharded.setdefault(key, [[] for _ in groups])[number].append(parameter)
+            else:
+                plain[number].append(parameter)
+    parts: list[Tensor] = []
+    grads = [local_grads(members) for members in plain]
+    if any(grads):
+        parts.append(_squares(grads, next(group[0] for group in grads if group).device))
     for (mesh, mesh_dims), members in sharded.items():
-        grads = local_grads(members)
-        device = members[0].to_local().device  # type: ignore[attr-defined]
-        square = sum_of_squares(grads) if grads else torch.zeros((), dtype=statistics_dtype(device), device=device)
+        device = next(group[0] for group in members if group).to_local().device  # type: ignore[attr-defined]
+        squares = _squares([local_grads(group) for group in members], device)
         for dim in mesh_dims:
-            torch.distributed.all_reduce(square, group=mesh.get_group(dim))
-        squares.append(square)
-    if not squares:
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+        parts.append(squares)
+    if not parts:
         return None
-    total = squares[0]
-    for square in squares[1:]:
-        total = total + square.to(total.device)
-    return total.sqrt()
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _squares(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    nothing = torch.zeros((), dtype=statistics_dtype(device), device=device)
+    return torch.stack([sum_of_squares(group).to(device) if group else nothing for group in groups])
+
+
+def global_grad_norm(parameters: Sequence[Tensor]) -> Tensor | None:
+    """L2 norm of all gradients of ``parameters`` over all ranks, as a 0-d tensor; see ``squared_grad_norms``."""
+    squares = squared_grad_norms([parameters])
+    return None if squares is None else squares[0].sqrt()
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:

@@ -67,7 +67,8 @@ def fit(
 
 @pytest.mark.usefixtures("command_line")
 @pytest.mark.parametrize(
-    ("name", "millions"), [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1), ("watched", 1)]
+    ("name", "millions"),
+    [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1), ("watched", 1), ("misa", 10)],
 )
 def test_config_instantiates_with_the_size_of_its_name(name, millions):
     with torch.device("meta"):  # shapes without memory
@@ -83,7 +84,15 @@ def test_config_instantiates_with_the_size_of_its_name(name, millions):
 
 
 def test_every_config_is_tested():
-    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == ["10m", "124m", "1m", "50m", "watched", "wsm"]
+    assert sorted(path.stem for path in CONFIGS.glob("*.yaml")) == [
+        "10m",
+        "124m",
+        "1m",
+        "50m",
+        "misa",
+        "watched",
+        "wsm",
+    ]
 
 
 def test_a_byte_does_not_change_earlier_logits():
@@ -215,6 +224,23 @@ def test_command_line(text, tmp_path):
     assert cli.trainer.global_step == 4
     assert {"train_loss", "val_loss", "val_bpb", "zclip/grad_norm"} <= set(metrics)
     assert metrics["val_bpb"].item() == pytest.approx(metrics["val_loss"].item() / 0.693147, rel=1e-5)
+
+
+@pytest.mark.usefixtures("command_line")
+def test_a_sample_of_matrices_at_a_time(text, tmp_path):
+    overrides = f"""
+        --trainer.accelerator cpu --trainer.max_steps 5 --trainer.val_check_interval 5 --trainer.log_every_n_steps 1
+        --trainer.enable_progress_bar false --trainer.enable_model_summary false
+        --trainer.logger.save_dir {tmp_path}
+        --model.config.block_size 32 --model.config.n_layer 2 --model.config.n_head 2 --model.config.n_embd 16
+        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
+    """
+    config = tmp_path / "misa.yaml"
+    config.write_text((CONFIGS / "misa.yaml").read_text().replace("interval: 50\n", "interval: 2\n"))
+    cli = train(["fit", "--config", str(config), *overrides.split()])
+    metrics = cli.trainer.callback_metrics
+    assert 0 < metrics["misa/used"] <= 1
+    assert metrics["misa/trainable"] < 0.95  # the ends of so small a model are most of it
 
 
 @pytest.mark.usefixtures("command_line")

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_eff.callbacks import (
     EMA,
+    MISA,
     CheckpointAveraging,
     GradES,
     SpectralAlignmentMonitor,
@@ -133,12 +134,21 @@ def _zclip_tags(prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}/{name}" for name in names)
 
 
+def _misa_tags() -> tuple[str, ...]:
+    return tuple(f"misa/{name}" for name in ("active", "trainable", "used", "effective", "optimizer_bytes"))
+
+
 _ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": 1e3}
 
 _GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks", "undone_steps", "lr_factor"))
 _GRADES_WAITS = (
     "AdamW on the CPU reads its count of steps for each parameter, and for a frozen one no longer: that hides "
     "the callback's own reads, which tests/callbacks/test_grades.py counts"
+)
+
+_MISA_WAITS = (
+    "AdamW on the CPU reads its count of steps for each parameter, and of a closed one none: that hides the callback's "
+    "own reads, which tests/callbacks/test_misa.py counts"
 )
 
 _SPECTRAL_TAGS = tuple(
@@ -369,5 +379,40 @@ ROWS = (
             {"max_residual": 0.0},
             {"action": "explode"},
         ),
+    ),
+    Row(
+        MISA,
+        # Intervals end after 2 and 11 steps: all matrices have had a turn by then.
+        {"budget": 0.7, "first_interval": 2, "interval": 9, "always": ["*bias", "*norm*", "head*"], "eta": 1000.0},
+        crash_steps=(1, 2, 7),  # in the first interval, at its end before the new state is there, and in the second
+        tags=_misa_tags(),
+        refused_models={"gan": "belong to 2 optimizers"},
+        exceptions={"waits_for_nothing": _MISA_WAITS},
+        bad_arguments=(
+            {"budget": 0.0},
+            {"budget": 1.5},
+            {"interval": 0},
+            {"eta": -1.0},
+            {"beta": 1.0},
+            {"granularity": "head"},
+            {"sampling": "greedy"},
+            {"mode": "code"},
+            {"units": 0},
+            {"include": []},
+            {"exclude": "*bias"},
+            {"always": []},
+            {"sample_last": -1},
+            {"first_interval": 0},
+            {"seed": -1},
+        ),
+    ),
+    Row(
+        MISA,
+        {"mode": "official", "granularity": "layer", "units": 1, "interval": 3, "always": ["head*"], "eta": 99.0},
+        name="MISA-official-layers",
+        crash_steps=(1, 5),
+        tags=_misa_tags(),
+        refused_models={"gan": "belong to 2 optimizers"},
+        exceptions={"waits_for_nothing": _MISA_WAITS},
     ),
 )
