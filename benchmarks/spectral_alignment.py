@@ -38,7 +38,7 @@ from benchmarks.spectral_detectors import (
     scalar_detectors,
     score,
 )
-from benchmarks.spectral_runs import RECORDS, WORKLOADS, record
+from benchmarks.spectral_runs import EVERY, RECORDS, WORKLOADS, exploded, record
 from benchmarks.zclip import StepTimes
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
@@ -132,16 +132,32 @@ def lead() -> None:
 
 
 def leading_layers(runs: Sequence[dict[str, Any]], rule: Rule) -> list[dict[str, Any]]:
-    """Which layers had collapsed at the first alarm of each run that diverges."""
+    """Mean majority of each kind of layer, and which layers had collapsed at the first alarm.
+
+    Of a run that diverges in the 50 steps before the fault, from 100 to 50 and from 50 to 0 steps before the
+    divergence; of a healthy one in its last 50 steps.
+    """
     rows = []
     for run in runs:
-        if not WORKLOADS[run["workload"]].diverges:
-            continue
+        workload, losses = WORKLOADS[run["workload"]], run["scalars"]["loss"]
         shares, names = collapses(run, rule)
-        _, _, first, _ = judge(run, onsets(shares, rule.severity, rule.every_n_steps))
-        layers = [] if first is None else names[first // rule.every_n_steps]
-        short = [name.removeprefix("model.blocks.") for name in layers]
-        rows.append(dict(run=run["workload"], seed=run["seed"], first_alarm=first, layers=" ".join(short)))
+        first = judge(run, onsets(shares, rule.severity, rule.every_n_steps))[2]
+        at_alarm = "" if first is None else " ".join(names[first // rule.every_n_steps])
+        end = exploded(losses.tolist()) if workload.diverges else None
+        spans = {"before_fault": workload.fault_at} if workload.fault_at else {}
+        spans |= {"last_50": len(losses)} if end is None else {"100_to_50_before": end - 50, "last_50": end}
+        kinds = [name.rpartition(".")[2] for name in run["layers"]]
+        if run["workload"].startswith("healthy: digits"):
+            kinds = ["linear"] * len(kinds)
+        for kind in dict.fromkeys(kinds):
+            mine = run["majority"]["5"][:, [i for i, other in enumerate(kinds) if other == kind]]
+            means = {
+                name: round(mine[(to - 50) // EVERY : to // EVERY].nanmean().item(), 3) if to >= 50 else None
+                for name, to in spans.items()
+            }
+            about = dict(run=run["workload"], seed=run["seed"], diverged_at=end, kind=kind)
+            columns = dict.fromkeys(("before_fault", "100_to_50_before", "last_50"))
+            rows.append(about | columns | means | dict(collapsed_at_alarm=at_alarm))
     return rows
 
 
@@ -154,7 +170,7 @@ def plot(seed: int = 0) -> None:
 
     rule, detectors = Rule.default(), tuned_detectors()
     runs = [run for run in records([seed]) if run["workload"] in (*MECHANISMS, "healthy: GPT, rate 3e-3")]
-    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.8), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(runs), figsize=(3.4 * len(runs), 3.6), layout="constrained", sharey=True)
     for axis, run in zip(axes, runs, strict=True):
         losses = run["scalars"]["loss"]
         smooth = losses.unfold(0, 10, 1).mean(-1)
@@ -170,8 +186,10 @@ def plot(seed: int = 0) -> None:
         alarms |= {name: onsets(signal(run), limit) for name, (_, limit, signal) in detectors.items()}
         for number, (name, found) in enumerate(alarms.items()):
             colour = f"C{(3, 0, 1, 2, 4)[number]}"
-            axis.axvline(found[0] if found else math.nan, color=colour, linewidth=1.5, linestyle="--", label=name)
-        axis.set(title=f"{run['workload']}, seed {run['seed']}", xlabel="step")
+            dashes = (4 * number, (4, 16))  # so that lines at one step are all seen
+            axis.axvline(found[0] if found else math.nan, color=colour, linewidth=2, linestyle=dashes, label=name)
+        axis.set_title(f"{run['workload']}, seed {run['seed']}", fontsize=10)
+        axis.set_xlabel("step")
     axes[0].set_ylabel("training loss, nats a byte")
     axes[0].legend(fontsize=7, loc="upper center")
     path = RESULTS.parent.parent / "docs" / "images" / "spectral_alignment.png"
@@ -211,50 +229,53 @@ def live(name: str = "rate ramp", seed: int = 0) -> None:
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-class ObservingTimes(StepTimes):
-    """Seconds of the steps that observe, and of the others."""
+class EveryStep(StepTimes):
+    """Seconds of each step but the first ones."""
 
-    def split(self, every: int) -> tuple[float, float]:
-        times = [b - a for a, b in itertools.pairwise(self.marks)]
-        observing = [seconds for step, seconds in enumerate(times) if step >= self.warmup and step % every == 0]
-        others = [seconds for step, seconds in enumerate(times) if step >= self.warmup and step % every]
-        return statistics.median(observing), statistics.median(others)
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in itertools.pairwise(self.marks)][self.warmup :]
 
 
-def cost(intervals: int, rounds: int) -> None:
-    """Step times of the 10 M GPT, in turn with and without the monitor; a round has whole intervals of the default."""
+def cost(rounds: int, batch_size: int) -> None:
+    """Step times of the 10 M GPT: in turn with and without the monitor, over a whole interval of the default; and of a
+    step that observes over the one after it, in a run where every other step does.
+    """
     every = SpectralAlignmentMonitor().every_n_steps
     config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
-    data = TextDataModule(block_size=config.block_size, batch_size=4)
+    data = TextDataModule(block_size=config.block_size, batch_size=batch_size)
     model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
-    observing: list[float] = []
 
-    def run(monitored: bool) -> float:
-        times = ObservingTimes(warmup=1)
-        callbacks = [times, *([SpectralAlignmentMonitor()] if monitored else [])]
-        steps = intervals * every + 1  # the first step, which also observes, is left out
-        L.Trainer(devices=1, max_steps=steps, limit_val_batches=0, callbacks=callbacks, **QUIET).fit(model, data)
-        if monitored:
-            one, other = times.split(every)
-            observing.append(one / other)
-        marks = times.marks[1:]
-        return (marks[-1] - marks[0]) / (len(marks) - 1)
+    def run(steps: int, *callbacks: L.Callback) -> list[float]:
+        times = EveryStep(warmup=2)
+        L.Trainer(devices=1, max_steps=steps + 2, limit_val_batches=0, callbacks=[times, *callbacks], **QUIET).fit(
+            model, data
+        )
+        return times.seconds
 
-    figures = in_turn({"without": lambda: run(False), "with": lambda: run(True)}, rounds)
+    variants = {
+        "without": lambda: statistics.fmean(run(every)),
+        "with": lambda: statistics.fmean(run(every, SpectralAlignmentMonitor())),
+    }
+    figures = in_turn(variants, rounds)
     middle, low, high = ratio(figures, "with", "without")
+    alternating = run(2 * every, SpectralAlignmentMonitor(every_n_steps=2))
+    ratios = [a / b for a, b in zip(alternating[::2], alternating[1::2], strict=True)]
+    observing = statistics.median(ratios)
     rows = [
         {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "tokens_per_step": 4 * config.block_size,
-            "every_n_steps": every,
+            "tokens_per_step": batch_size * config.block_size,
             "layers": 36,
+            "every_n_steps": every,
             "rounds": rounds,
-            "steps_per_round": intervals * every,
+            "steps_per_round": every,
             "step_ms": round(statistics.median(figures["with"]) * 1e3, 2),
             "over_without": round(middle, 4),
             "over_without_q1": round(low, 4),
             "over_without_q3": round(high, 4),
-            "observing_step_over_others": round(statistics.median(observing), 4),
+            "observing_step_over_next": round(observing, 4),
+            "over_without_from_that": round(1 + (observing - 1) / every, 4),
         }
     ]
     show("Cost of the monitor: step time, side by side", rows)
@@ -278,14 +299,14 @@ def main() -> None:
     parser.add_argument("part", choices=("record", "tune", "lead", "plot", "live", "cost"))
     parser.add_argument("--workers", type=int, default=2, help="record: runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[*DEVELOPMENT, *HELD_OUT], help="record: which seeds")
-    parser.add_argument("--intervals", type=int, default=1, help="cost: intervals of the monitor in a round")
+    parser.add_argument("--batch-size", type=int, default=2, help="cost: sequences of 256 bytes a step")
     parser.add_argument("--rounds", type=int, default=5, help="cost: how often each variant is measured")
     arguments = parser.parse_args()
     quiet_lightning()
     if arguments.part == "record":
         record_all(arguments.workers, arguments.seeds)
     elif arguments.part == "cost":
-        cost(arguments.intervals, arguments.rounds)
+        cost(arguments.rounds, arguments.batch_size)
     else:
         {"tune": tune, "lead": lead, "plot": plot, "live": live}[arguments.part]()
 

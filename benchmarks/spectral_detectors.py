@@ -100,11 +100,14 @@ def _logits(run: dict[str, Any], lag: int) -> list[float]:
 
 
 def records(seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What is recorded of these seeds; what is missing is said."""
     paths = [RECORDS / f"{name}-{seed}.pt" for name in WORKLOADS for seed in seeds]
-    missing = [path for path in paths if not path.exists()]
+    missing = [path.stem for path in paths if not path.exists()]
+    if len(missing) == len(paths):
+        raise SystemExit(f"nothing is recorded in {RECORDS}: run the part 'record' first")
     if missing:
-        raise SystemExit(f"not recorded yet: {missing[0]} and {len(missing) - 1} more; run the part 'record' first")
-    return [torch.load(path) for path in paths]
+        print(f"not recorded, and left out: {', '.join(missing)}")
+    return [torch.load(path) for path in paths if path.exists()]
 
 
 def judge(run: dict[str, Any], alarms: list[int]) -> tuple[int, int, int | None, int | None]:
