@@ -234,6 +234,7 @@ def test_ctrl_c_ends_everything(launch):
     assert not Path(actors[0]["environ"]["LIGHTNING_EFF_FINISHED"]).parent.exists()
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(launch):
     run = launch("--replicas", "1", "--grace", "600", script=("deaf",))
     run.actor("0.0")
@@ -268,6 +269,7 @@ def test_a_replica_out_of_restarts_fails_and_the_others_go_on(launch):
     assert run.wait() == 0
 
 
+@pytest.mark.slow
 def test_the_run_fails_when_too_few_are_left(launch):
     run = launch("--replicas", "2", "--max-restarts", "0", "--min-replicas", "2")
     run.actor("0.0")
