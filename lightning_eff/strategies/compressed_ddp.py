@@ -179,6 +179,15 @@ class CompressedDDPStrategy(DDPStrategy):
             return
         self._restored = state["memory"]
 
+    def rollback_state(self) -> dict[str, Any]:
+        """What goes back with a run, see ``training/run_state.py``: this rank's error memory."""
+        return {"memory": self.memory}
+
+    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Go back to it."""
+        if self._reduction is not None:
+            self._reduction.memory = state["memory"]
+
     def _identity(self) -> str:
         """What a memory can be used with."""
         return f"{type(self.compressor).__name__}(error_feedback={self.compressor.error_feedback!r})"

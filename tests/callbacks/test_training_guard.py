@@ -24,7 +24,7 @@ from lightning_eff.training.trainable import set_trainable
 from tests.distributed.faults import InjectedError
 from tests.suite.models import MODELS, Net
 from tests.suite.runs import SaveAt, _full, differences, fit
-from tests.suite.table import DDP, FSDP2, SINGLE, Strategy
+from tests.suite.table import ARC_TOPK, DDP, FSDP2, ROWS, SINGLE, Strategy
 
 GUARD: dict[str, Any] = {
     "rules": [],
@@ -164,6 +164,10 @@ class TestExact:
         for rolled_back, resumed in pool.run(_rolled_back_and_resumed, DDP, tmp_path, rank):
             assert not differences(resumed, rolled_back)
 
+    def test_with_the_error_memory_of_a_compressor(self, pool, tmp_path):
+        for rolled_back, resumed in pool.run(_rolled_back_and_resumed, ARC_TOPK, tmp_path, 0):
+            assert not differences(resumed, rolled_back)
+
     def test_with_sharded_weights(self, pool, tmp_path):
         for rolled_back, resumed in pool.run(_rolled_back_and_resumed, FSDP2, tmp_path, 1):
             assert not differences(resumed, rolled_back)
@@ -221,8 +225,37 @@ def _closed_and_rolled_back(strategy: Strategy, folder: Path) -> tuple[Any, Any]
     return one, (run.outcome()["parameters"], [p.requires_grad for p in run.model.parameters()])
 
 
+def _grades_rolled_back(strategy: Strategy, folder: Path) -> tuple[Any, Any, dict[int, int]]:
+    row = next(row for row in ROWS if row.id == "GradES")
+    path, closed = folder / "restored.ckpt", {}
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            count = sum(not parameter.requires_grad for parameter in pl_module.parameters())
+            closed.setdefault(trainer.global_step, count)
+
+    def run(*around: L.Callback, **more: Any) -> Any:
+        grades, guard = row.build(), TrainingGuard(**GUARD)
+        run = fit(None, folder, strategy=strategy, callback=guard, around=[grades, *around], steps=11, **more)
+        trainable = [parameter.requires_grad for parameter in run.model.parameters()]
+        return {**run.outcome(), "callback": _full(grades.state_dict()), "trainable": trainable}
+
+    rolled_back = run(Watch(), Sounder(7), SaveOnce(6, path))
+    return rolled_back, run(resume=path, model_arguments={"skip_steps": 2}), closed
+
+
 class TestChangingParameters:
     """Methods that open and close parameters, GradES and MISA, between a snapshot and an alarm."""
+
+    def test_grades_freezes_again(self, tmp_path):
+        """Matrices that were frozen between the snapshot and the alarm are trained until they are frozen again."""
+        rolled_back, resumed, closed = _grades_rolled_back(SINGLE, tmp_path)
+        assert not differences(resumed, rolled_back)
+        assert closed[6] < closed[11]
+
+    def test_grades_on_two_ranks(self, pool, tmp_path):
+        for rolled_back, resumed, _ in pool.run(_grades_rolled_back, DDP, tmp_path):
+            assert not differences(resumed, rolled_back)
 
     @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
     def test_what_was_closed_is_open_again(self, tmp_path):

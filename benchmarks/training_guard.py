@@ -1,0 +1,308 @@
+"""What TrainingGuard saves, and what it costs.
+
+    python -m benchmarks.training_guard rescue  # runs of the example GPT that fail, without the guard and with it
+    python -m benchmarks.training_guard plot    # their curves, as docs/images/training_guard.png
+    python -m benchmarks.training_guard cost    # step time with the guard over without; what a snapshot takes
+
+Rows go to benchmarks/results/training_guard_<part>.csv, those of `rescue` after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
+from benchmarks.runs import QUIET, quiet_lightning
+from examples.gpt.data import TextDataModule
+from examples.gpt.model import GPTConfig
+from examples.gpt.module import GPTModule
+from lightning_eff.callbacks import SpectralAlignmentMonitor, TrainingGuard
+from lightning_eff.callbacks.training_guard import TrainingDivergedError
+from lightning_eff.training.alarms import Alarm
+from lightning_eff.training.run_snapshots import RunSnapshots, tensor_bytes
+from lightning_eff.training.run_state import capture, restore
+
+# --- rescue ----------------------------------------------------------------------------------------------------------
+
+FAULT = 150  # the batch at which a run begins to fail
+CONFIG = GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128)
+
+
+class FlipBit(L.Callback):
+    """The highest bit of the exponent of one weight is set, once, as a fault of the memory would do it."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == FAULT:
+            weight = pl_module.model.blocks[2].mlp.down.weight.data.view(-1)[:1]
+            weight.copy_((weight.view(torch.int32) | (1 << 30)).view(torch.float32))
+
+
+class BadData(L.Callback):
+    """Twenty batches in a row are random bytes."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Tensor, batch_idx: int) -> None:
+        if FAULT <= batch_idx < FAULT + 20:
+            generator = torch.Generator().manual_seed(batch_idx)
+            batch.copy_(torch.randint(0, 256, batch.shape, generator=generator))
+
+
+class Ramp(GPTModule):
+    """The rate grows by 5 % a step from step FAULT on: a schedule with a mistake."""
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        super().lr_scheduler_step(scheduler, metric)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] *= 1.05 ** max(0, scheduler.last_epoch - FAULT)
+
+
+class Losses(L.Callback):
+    """The training loss of every batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.losses.append(outputs["loss"].detach())
+
+
+FAILURES: dict[str, tuple[type[GPTModule], float, list[type[L.Callback]]]] = {
+    "none": (GPTModule, 3e-3, []),
+    "bit flip": (GPTModule, 3e-3, [FlipBit]),
+    "bad data": (GPTModule, 3e-3, [BadData]),
+    "rate ramp": (Ramp, 3e-3, []),
+}
+
+# Intervals for runs of some hundred steps; the rules, their thresholds and `spectral`'s are the defaults.
+SHORT: dict[str, Any] = dict(every_n_steps=20, margin=20, check_every_n_steps=5)
+
+
+def _guard(**arguments: Any) -> list[L.Callback]:
+    return [SpectralAlignmentMonitor(every_n_steps=5, action="rollback"), TrainingGuard(**SHORT, **arguments)]
+
+
+GUARDS: dict[str, Callable[[], list[L.Callback]]] = {
+    "watched only": lambda: [SpectralAlignmentMonitor(every_n_steps=5), TrainingGuard("warn", **SHORT)],
+    "rollback": _guard,
+    "rollback, loss rules alone": lambda: [TrainingGuard(**SHORT)],
+    "rollback, a tenth of the rate to the end": lambda: _guard(lr_factor=0.1, lr_steps=None),
+}
+
+RUNS = [
+    ("none", "watched only"),
+    ("rate ramp", "watched only"),
+    ("rate ramp", "rollback, a tenth of the rate to the end"),
+    ("bit flip", "rollback, loss rules alone"),
+    ("bad data", "watched only"),
+    ("bad data", "rollback, loss rules alone"),
+    ("bit flip", "watched only"),
+]
+
+
+class Heard(L.Callback):
+    """Counts the alarms that the spectral monitor sounds, and keeps the step of the first."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_alarm(self, trainer: L.Trainer, pl_module: L.LightningModule, alarm: Alarm) -> None:
+        self.steps.append(alarm.step)
+
+
+def train(failure: str, guard: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
+    """One run of the 1 M GPT on one thread: its row and the loss of every batch."""
+    torch.set_num_threads(1)
+    quiet_lightning()
+    logging.getLogger("lightning_eff").setLevel(logging.ERROR)
+    L.seed_everything(seed, verbose=False)
+    kind, lr, faults = FAILURES[failure]
+    model = kind(CONFIG, lr=lr, warmup_steps=50, fused=True)
+    data = TextDataModule(block_size=128, batch_size=4, val_windows=256, seed=seed)
+    record, heard, guards = Losses(), Heard(), GUARDS[guard]()
+    callbacks = [record, heard, *(fault() for fault in faults), *guards]
+    trainer = L.Trainer(devices=1, max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET)
+    end = "finished"
+    try:
+        trainer.fit(model, data)
+    except TrainingDivergedError:
+        end = "given up"
+    val_loss = L.Trainer(devices=1, **QUIET).validate(model, data, verbose=False)[0]["val_loss"]
+    losses = [loss.item() for loss in record.losses]
+    last = [c for c in guards if isinstance(c, TrainingGuard)]
+    row = {
+        "failure": failure,
+        "guard": guard,
+        "seed": seed,
+        "steps": steps,
+        "tokens_per_step": 4 * CONFIG.block_size,
+        "end": end,
+        "val_loss": round(val_loss, 4),
+        "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
+        "train_loss_highest_after_fault": round(max(losses[FAULT:]), 4),
+        "batches": len(losses),
+        "alarms": sum(g.alarms for g in last),
+        "alarms_of_the_spectral_monitor": len(heard.steps),
+        "first_of_these": heard.steps[0] if heard.steps else "",
+        "rollbacks": sum(g.rollbacks for g in last),
+        "undone_steps": sum(g.undone_steps for g in last),
+    }
+    return row, losses
+
+
+def rescue(steps: int, seeds: list[int], failures: list[str]) -> None:
+    """Train every pair of a failure and a guard. Rows are written after each run, and those of other runs stay."""
+    for seed in seeds:
+        for failure, guard in (run for run in RUNS if run[0] in failures):
+            row, losses = train(failure, guard, seed, steps)
+            about = {name: row[name] for name in ("failure", "guard", "seed")}
+            points = [{**about, "batch": i, "train_loss": round(losses[i], 4)} for i in range(0, len(losses), 3)]
+            for name, new in (("training_guard_rescue", [row]), ("training_guard_rescue_curves", points)):
+                write_rows(name, [*_others(name, about), *new])
+            CONSOLE.print(row)
+
+
+def _others(name: str, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file that are of other runs."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return [row for row in csv.DictReader(file) if any(row[key] != str(value) for key, value in about.items())]
+
+
+def plot() -> None:
+    """The training loss of the first seed over the batches, a panel for each failure."""
+    import matplotlib.pyplot as plt
+
+    with (RESULTS / "training_guard_rescue_curves.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]
+    failures = [failure for failure in FAILURES if failure != "none"]
+    figure, axes = plt.subplots(1, len(failures), figsize=(4.5 * len(failures), 4), layout="constrained", sharey=True)
+    for axis, failure in zip(axes, failures, strict=True):
+        for wanted, guard in [RUNS[0], *(run for run in RUNS if run[0] == failure)]:
+            points = [
+                (int(row["batch"]), float(row["train_loss"]))
+                for row in rows
+                if (row["failure"], row["guard"]) == (wanted, guard)
+            ]
+            label = "healthy" if wanted == "none" else "without rollback" if guard == "watched only" else guard
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+        axis.set(title=failure, xlabel="batch", ylim=(1.7, 7))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("training loss, nats a byte")
+    path = RESULTS.parent.parent / "docs" / "images" / "training_guard.png"
+    figure.savefig(path, dpi=110)
+    CONSOLE.print(path)
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+class StepTimes(L.Callback):
+    """Seconds of every step, from one batch's start to the next one's."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    on_train_end = on_train_batch_start
+
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in itertools.pairwise(self.marks)]
+
+
+class TimesATake(L.Callback):
+    """Takes snapshots at the end of a run: how long one takes, and how large it is."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        snapshots, self.seconds = RunSnapshots(2), []
+        for step in range(7):
+            start = time.perf_counter()
+            state = capture(trainer)
+            snapshots.take(step, state)
+            self.seconds.append(time.perf_counter() - start)
+        self.bytes = tensor_bytes(state)
+        start = time.perf_counter()
+        restore(trainer, snapshots.read(6))
+        self.restore_seconds = time.perf_counter() - start
+
+
+def cost(rounds: int, steps: int) -> None:
+    """Mean step time of the 10.8 M GPT without the guard, with the guard between snapshots, and with snapshots."""
+    config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
+    data = TextDataModule(block_size=256, batch_size=4)
+    model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
+    variants = {
+        "none": lambda: [],
+        "guard, no snapshot": lambda: [TrainingGuard("stop", check_every_n_steps=5)],
+        "guard, a snapshot in 10 steps": lambda: [
+            TrainingGuard(every_n_steps=10, margin=1, check_every_n_steps=5, keep=2)
+        ],
+    }
+
+    def run(name: str) -> float:
+        times = StepTimes()
+        callbacks = [times, *variants[name]()]
+        trainer = L.Trainer(devices=1, max_steps=steps + 1, callbacks=callbacks, limit_val_batches=0, **QUIET)
+        trainer.fit(model, data)
+        return statistics.fmean(times.seconds()[1:])
+
+    figures = in_turn({name: lambda name=name: run(name) for name in variants}, rounds)
+    take = TimesATake()
+    L.Trainer(devices=1, max_steps=1, callbacks=[take], limit_val_batches=0, **QUIET).fit(model, data)
+    rows = []
+    for name in variants:
+        middle, low, high = ratio(figures, name, "none")
+        rows.append(
+            {
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "tokens_per_step": 4 * 256,
+                "guard": name,
+                "rounds": rounds,
+                "steps_per_round": steps,
+                "step_ms": round(statistics.median(figures[name]) * 1e3, 2),
+                "over_none": round(middle, 4),
+                "over_none_q1": round(low, 4),
+                "over_none_q3": round(high, 4),
+                "snapshot_MB": round(take.bytes / 1e6, 2),
+                "first_snapshot_ms": round(take.seconds[0] * 1e3, 2),
+                "snapshot_ms": round(statistics.median(take.seconds[2:]) * 1e3, 2),
+                "restore_ms": round(take.restore_seconds * 1e3, 2),
+            }
+        )
+    show("Cost of the guard", rows)
+    CONSOLE.print(write_rows("training_guard_cost", rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("rescue", "plot", "cost"))
+    parser.add_argument("--steps", type=int, help="steps of a run (rescue: 300, cost: 20)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="rescue: seeds")
+    parser.add_argument("--failures", nargs="+", default=list(FAILURES), choices=FAILURES, help="rescue: only these")
+    parser.add_argument("--rounds", type=int, default=9, help="cost: how often each variant is measured")
+    arguments = parser.parse_args()
+    quiet_lightning()
+    if arguments.part == "rescue":
+        rescue(arguments.steps or 300, arguments.seeds, arguments.failures)
+    elif arguments.part == "plot":
+        plot()
+    else:
+        cost(arguments.rounds, arguments.steps or 20)
+
+
+if __name__ == "__main__":
+    main()
