@@ -1,6 +1,7 @@
 """The methods as Lightning callbacks."""
 
 from lightning_eff.callbacks.checkpoint_averaging import CheckpointAveraging
+from lightning_eff.callbacks.compression_monitor import CompressionMonitor
 from lightning_eff.callbacks.ema import EMA
 from lightning_eff.callbacks.grades import GradES
 from lightning_eff.callbacks.misa import MISA
@@ -13,6 +14,7 @@ __all__ = [
     "EMA",
     "MISA",
     "CheckpointAveraging",
+    "CompressionMonitor",
     "GradES",
     "SpectralAlignmentMonitor",
     "TensorBoardLayout",

@@ -205,6 +205,6 @@ def _move(memory: Memory, device: torch.device) -> None:
 
 
 def _bucket_cap(model: nn.Module) -> float:
-    """MiB of a bucket: about a dozen buckets, for overlap, of half a MiB at least, for few collectives."""
+    """MiB of a bucket: about a dozen buckets, for overlap, of one MiB at least, as `torch.compile` asks for."""
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
-    return min(25.0, max(0.5, size / 12))
+    return min(25.0, max(1.0, size / 12))

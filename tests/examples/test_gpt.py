@@ -68,7 +68,7 @@ def fit(
 @pytest.mark.usefixtures("command_line")
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1), ("watched", 1), ("misa", 10)],
+    [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1), ("watched", 1), ("misa", 10), ("arc_topk", 10)],
 )
 def test_config_instantiates_with_the_size_of_its_name(name, millions):
     with torch.device("meta"):  # shapes without memory
@@ -89,6 +89,7 @@ def test_every_config_is_tested():
         "124m",
         "1m",
         "50m",
+        "arc_topk",
         "misa",
         "watched",
         "wsm",

@@ -17,6 +17,7 @@ from lightning_eff.callbacks import (
     EMA,
     MISA,
     CheckpointAveraging,
+    CompressionMonitor,
     GradES,
     SpectralAlignmentMonitor,
     TensorBoardLayout,
@@ -199,6 +200,7 @@ ROWS = (
         },
     ),
     Row(TensorBoardLayout, changes_training=False),
+    Row(CompressionMonitor, crash_steps=(3,), changes_training=False),
     Row(
         CheckpointAveraging,
         {"scheme": "wsm", "window": 3, "every_n_steps": 2, "start_step": 3, "preview": [2]},

@@ -12,6 +12,9 @@ from lightning_eff.functional.compression.interface import (
     Compressor,
     ErrorFeedback,
     Exchange,
+    all_gather_bytes,
+    all_reduce_bytes,
+    all_to_all_bytes,
 )
 from lightning_eff.functional.compression.plan import Prediction, predict
 from lightning_eff.functional.compression.powersgd import PowerSGD
@@ -36,6 +39,9 @@ __all__ = [
     "RandK",
     "TopK",
     "all_compressors",
+    "all_gather_bytes",
+    "all_reduce_bytes",
+    "all_to_all_bytes",
     "predict",
 ]
 

@@ -46,6 +46,7 @@ class ArcTopK(Compressor):
     """
 
     collectives: ClassVar[int] = 2
+    shows_nonfinite: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -135,11 +135,12 @@ def exchange_bucket(
             ):
                 estimate = part.to(torch.float32).view(slot.rows, slot.columns).clone()
                 memory[slot.name]["estimate"] = choose(step.accepted, estimate, torch.zeros_like(estimate))
-    if unscale:
-        assert step.scale is not None
-        # A step that is not finite must stay so for the GradScaler, also where a compressor has not sent the infinity.
-        nan = torch.full_like(step.scale, torch.nan)
-        buffer.mul_(step.scale if step.accepted is None else torch.where(step.accepted, step.scale, nan))
+    # A step that is not finite stays so for a GradScaler and for callbacks, also where a compressor has not sent it.
+    if unscale or (step.accepted is not None and not compressor.shows_nonfinite):
+        scale = torch.ones((), device=buffer.device) if step.scale is None else step.scale
+        nan = torch.full_like(scale, torch.nan)
+        factor = scale if step.accepted is None else torch.where(step.accepted, scale, nan)
+        buffer.mul_(factor)
 
 
 def finish(exchange: Generator[Any, Any, Any], results: Any, error: str) -> None:
@@ -178,6 +179,11 @@ def _exchange_matrices(
         world_size=step.world_size,
     )
     before = _square(bucket.inputs()) if step.measure else None
+    check = compressor.keeps_memory and not compressor.shows_nonfinite
+    if check:
+        sums = torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients])
+        zero = sums.sum().mul_(0).to(buffer.dtype).view(1)  # or NaN
+        packed = zero if packed is None else torch.cat([packed, zero])
     exchange = compressor.exchange(bucket)
     request = next(exchange)
     mean = None
@@ -202,7 +208,9 @@ def _exchange_matrices(
         step.squares.append((before, _square(bucket.errors)))
     if momenta is not None:
         _follow(compressor, bucket, momenta)
-    return mean
+    if check and mean is not None:
+        mean = mean[:-1]
+    return mean if mean is not None and len(mean) else None
 
 
 def _errors(

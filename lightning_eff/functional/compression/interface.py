@@ -157,6 +157,10 @@ class Compressor(ABC):
     schemes: ClassVar[tuple[ErrorFeedback, ...]] = get_args(ErrorFeedback)
     """The values of ``error_feedback`` that make sense for this compressor."""
 
+    shows_nonfinite: ClassVar[bool] = False
+    """Whether a NaN or infinity anywhere in the inputs shows in what is exchanged. If not, where something is kept from
+    step to step, one number that tells is sent along with each bucket, for one more pass over it."""
+
     whole_buckets: ClassVar[bool] = False
     """Take a bucket as one matrix of one row, vectors included. Such a compressor has no error feedback."""
 

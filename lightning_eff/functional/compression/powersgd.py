@@ -42,6 +42,7 @@ class PowerSGD(Compressor):
     """
 
     collectives: ClassVar[int] = 2
+    shows_nonfinite: ClassVar[bool] = True
     schemes: ClassVar[tuple[ErrorFeedback, ...]] = ("none", "ef14")
 
     def __init__(

@@ -72,10 +72,6 @@ class RandK(Compressor):
         ]
         values = torch.cat([tensor[place] for tensor, place in zip(inputs, places, strict=True)])
         values.div_(bucket.world_size)
-        if self.keeps_memory:
-            # A gradient that is not finite must be seen although its place may not have been drawn: 0 times a finite
-            # sum is 0, and NaN is what the rest of the sum becomes with any other.
-            values.add_(torch.stack([tensor.sum() for tensor in inputs]).sum() * 0)
         mean = yield AllReduce(values.to(dtype))
         sizes = [len(place) for place in places]
         for index, (gradient, place, part) in enumerate(

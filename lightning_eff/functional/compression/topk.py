@@ -40,6 +40,7 @@ class TopK(Compressor):
     """
 
     collectives: ClassVar[int] = 1
+    shows_nonfinite: ClassVar[bool] = True
 
     def __init__(
         self,
