@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eff.callbacks.grades_watch import Unfreeze, UnitWatch
+from lightning_eff.callbacks.grades_watch import Unfreeze, UnitWatch, mean_loss
 from lightning_eff.functional.arguments import check, is_count
 from lightning_eff.functional.backward_flops import backward_flops
 from lightning_eff.functional.grades import GradESConfig, Metric, TauMode
@@ -21,7 +21,7 @@ from lightning_eff.training.gradient_scaler import applied_scale
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.matrix_freezing import FreezableUnits
 from lightning_eff.training.optimizer_state import allow_absent_states, check_release_support, release_state
-from lightning_eff.training.progress import fraction_done
+from lightning_eff.training.progress import fraction_done, passed_slots
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
 
@@ -37,8 +37,7 @@ class GradES(Callback):
     Runs in: ``on_before_optimizer_step`` every ``check_every_n_steps``; events in ``on_train_batch_end``, a step later.
     Reads: the gradients of the matrices that are not frozen (``metric="weight_change"``: their weights), once a check.
     Changes: ``requires_grad``; with ``release_state`` the optimizer's state; ``trainer.should_stop``.
-    Collectives: none but those of ``set_trainable`` at an event; FSDP2 one all-reduce of a number for each matrix a
-        check; ``unfreeze="loss"`` one of a number.
+    Collectives: those of ``set_trainable`` at an event; a check one small one on FSDP2, and with ``unfreeze="loss"``.
     Host syncs: after the grace period one read a check, of values that were queued a step before.
     Strategies: one device, DDP and its kin without ``static_graph``, FSDP2 and tensor parallelism.
 
@@ -180,10 +179,12 @@ class GradES(Callback):
                     f"GradES and {type(other).__name__} would both open and close parameters: keep one of them"
                 )
         allow_absent_states(trainer.strategy)
-        if isinstance(trainer.strategy, ModelParallelStrategy) and self.metric != "grad":
-            if self._rank_state is None:
-                self._rank_state = RankState("grades", save=self._copies, load=self._load_copies)
-            self._rank_state.attach(trainer.strategy)
+        if not isinstance(trainer.strategy, ModelParallelStrategy) or self.metric == "grad":
+            self._rank_state = None
+            return
+        if self._rank_state is None:
+            self._rank_state = RankState("grades", save=self._copies, load=self._load_copies)
+        self._rank_state.attach(trainer.strategy)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,14 +232,11 @@ class GradES(Callback):
             self._watch.map.publish(trainer, "grades/heat_map", title, scale="log", missing="frozen")
 
     @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
-    def _leave(self) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open what was closed, and keep the state alone: freezing belongs to the run and not to the model."""
         if self._watch is not None:
             self._saved, self._saved_copies = self.state_dict(), self._watch.copies()
@@ -272,7 +270,7 @@ class GradES(Callback):
         self._checked = False
         self._step = trainer.global_step
         if checked and self.unfreeze == "loss":
-            self._watch.hear_loss(_mean_loss(trainer, outputs))
+            self._watch.hear_loss(mean_loss(trainer, outputs))
         decision, self._decision = self._decision, None
         if decision is not None:
             self._act(trainer, *self._watch.chosen(decision, self._limit))
@@ -300,8 +298,9 @@ class GradES(Callback):
         if not frozen and not opened:
             return
         ends = self.stop_when_frozen and len(self._watch.frozen) + len(frozen) - len(opened) >= self._limit
-        slots = self._passed_slots(trainer)
-        if not ends and slots is not None:
+        if not ends and self.max_events is not None:
+            done = fraction_done(trainer, trainer.global_step) or 0.0
+            slots = passed_slots(done, self.alpha, self.max_events)
             if slots <= self._slots:
                 return
             self._slots = slots
@@ -311,14 +310,6 @@ class GradES(Callback):
             self._stop(trainer, "are frozen")
         else:
             self._close(trainer)
-
-    def _passed_slots(self, trainer: Trainer) -> int | None:
-        """How many of the evenly spaced times for an event have passed; None if any time is one."""
-        if self.max_events is None:
-            return None
-        done = fraction_done(trainer, trainer.global_step)
-        assert done is not None
-        return min(self.max_events, int((done - self.alpha) / (1 - self.alpha) * (self.max_events + 1) + 1e-9))
 
     def _close(self, trainer: Trainer) -> None:
         """Let autograd, the strategy and the optimizer know which parameters are trained from now on."""
@@ -341,20 +332,16 @@ class GradES(Callback):
 
     def _tell(self, trainer: Trainer, frozen: list[int], opened: list[int]) -> None:
         assert self._watch is not None
-        names = self._watch.units.names
-        events = [(verb, [names[u] for u in units]) for verb, units in (("froze", frozen), ("re-opened", opened))]
-        counts = ", ".join(f"{verb} {len(of)}" for verb, of in events if of)
-        text = f"GradES, step {trainer.global_step}: {counts}; {self._watch.count()} are frozen"
+        text, names = self._watch.describe(trainer.global_step, frozen, opened)
         rank_zero_info(text)
-        lists = "".join(f"\n\n{verb}: {', '.join(of)}" for verb, of in events if of)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_text("grades/events", text + lists, trainer.global_step)
+                logger.experiment.add_text("grades/events", text + names, trainer.global_step)
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
         charts: dict[str, list[Any]] = {
-            "frozen matrices, and what they save of the backward pass": [
+            "frozen, and saved of the backward pass": [
                 "Multiline",
                 ["grades/frozen_ratio", "grades/backward_flops_saved"],
             ],
@@ -411,15 +398,3 @@ class GradES(Callback):
         self.load_state_dict(state["state"])
         self._restore()
         self._close(trainer)
-
-
-def _mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    if not isinstance(loss, Tensor):
-        raise MisconfigurationException(
-            "GradES(unfreeze='loss') needs training_step to return the loss, and it returned "
-            f"{type(outputs).__name__}: return it, or take unfreeze='neighbours'"
-        )
-    mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-    assert isinstance(mean, Tensor)
-    return mean

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_eff.functional.grades import (
@@ -118,6 +120,14 @@ class UnitWatch:
         """In words."""
         return f"{len(self.frozen)} of {len(self.units.names)} matrices"
 
+    def describe(self, step: int, frozen: list[int], opened: list[int]) -> tuple[str, str]:
+        """An event in one line, and the names in it."""
+        units = (("froze", frozen), ("re-opened", opened))
+        events = [(verb, [self.units.names[unit] for unit in of]) for verb, of in units if of]
+        counts = ", ".join(f"{verb} {len(names)}" for verb, names in events)
+        lists = "".join(f"\n\n{verb}: {', '.join(names)}" for verb, names in events)
+        return f"GradES, step {step}: {counts}; {self.count()} are frozen", lists
+
     def scalars(self, each: bool) -> dict[str, float | Tensor]:
         """What is logged; with ``each`` also the metric of every matrix."""
         roles = Counter(matrix.role for matrix in self.units.matrices)
@@ -163,3 +173,20 @@ class UnitWatch:
         self._metric.load_state_dict(copies)
         if self.map is not None and state["map"] is not None:
             self.map.load_state_dict(state["map"])
+
+
+def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
+    """The loss that a training step has returned, its mean over the ranks; collective.
+
+    Raises:
+        MisconfigurationException: it has returned none.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            "GradES(unfreeze='loss') needs training_step to return the loss, and it returned "
+            f"{type(outputs).__name__}: return it, or take unfreeze='neighbours'"
+        )
+    mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return mean

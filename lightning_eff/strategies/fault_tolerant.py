@@ -40,6 +40,8 @@ _NO_BARRIER = ("_dataloader()",)
 class FaultTolerantDDPStrategy(DDPStrategy):
     """Data parallel training that goes on when replicas die, and takes them back."""
 
+    supports_trainable_change = False  # a replica that comes back would not know what is closed
+
     rollback_refused = "its replicas would not go back together, and heal each other"  # see training/run_state.py
 
     def __init__(

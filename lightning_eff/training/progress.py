@@ -24,3 +24,13 @@ def fraction_done(trainer: Trainer, steps: int) -> float | None:
     if epochs is not None and epochs > 0 and math.isfinite(batches) and batches > 0:
         fractions.append((trainer.fit_loop.epoch_loop.total_batch_idx + 1) / (epochs * batches))
     return max(fractions) if fractions else None
+
+
+def passed_slots(done: float, start: float, count: int) -> int:
+    """How many of ``count`` evenly spaced times between ``start`` and the end of a run have passed.
+
+    Example:
+        >>> [passed_slots(done, 0.5, 4) for done in (0.2, 0.55, 0.6, 0.95, 1.0)]
+        [0, 0, 1, 4, 4]
+    """
+    return max(0, min(count, int((done - start) / (1 - start) * (count + 1) + 1e-9)))

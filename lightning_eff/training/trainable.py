@@ -57,6 +57,10 @@ def check_trainable_support(trainer: Trainer) -> None:
             f"{type(strategy).__name__} does not support opening and closing parameters during a run, because it "
             "flattens or partitions them: use a single device, DDP or ModelParallelStrategy (FSDP2)"
         )
+    if not getattr(strategy, "supports_trainable_change", True):
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} does not support opening and closing parameters during a run: use DDP"
+        )
     if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         raise MisconfigurationException(
             "DDPStrategy(static_graph=True) promises that the set of trained parameters never changes, and opening "

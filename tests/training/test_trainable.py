@@ -10,6 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils.data import DataLoader
 
 from lightning_eff.functional.structure import clean_named_parameters
+from lightning_eff.strategies.fault_tolerant import FaultTolerantDDPStrategy
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
 from tests.operators import OperatorCounter
 
@@ -186,6 +187,7 @@ def test_a_parameter_of_integers_cannot_be_opened():
         (DDPStrategy(static_graph=True), "remove static_graph"),
         (FSDPStrategy.__new__(FSDPStrategy), "FSDPStrategy does not support.*ModelParallelStrategy"),
         (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "DeepSpeedStrategy does not support"),
+        (FaultTolerantDDPStrategy.__new__(FaultTolerantDDPStrategy), "FaultTolerantDDPStrategy does not support"),
     ],
 )
 def test_an_unsupported_strategy_is_refused_with_the_mend(strategy, message):

@@ -1,0 +1,253 @@
+"""What GradES is worth in fine-tuning: time to the end, and validation loss, beside plain training and EarlyStopping.
+
+    python -m benchmarks.grades_worth train --mode full|lora --seed 0  # steps and validation loss of each arm
+    python -m benchmarks.grades_worth times                            # step times of what was frozen, and the seconds
+    python -m benchmarks.grades_worth plot                             # docs/images/grades_worth.png
+
+Rows go to benchmarks/results/grades_worth.csv. Losses may be taken on a busy machine, times not: so the runs note what
+was frozen when, and `times` measures each of these states and a validation side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from benchmarks.fine_tuning import PartOfLibrary, tuned_module, validation_loss
+from benchmarks.grades import step_time
+from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
+from benchmarks.runs import QUIET, quiet_lightning
+from lightning_eff.callbacks import GradES
+
+LOGS = Path("logs") / "benchmarks"
+VALIDATE_EVERY = 20
+STEPS = 200
+PATIENCE = 3  # of EarlyStopping, in validations
+
+
+class Watched(GradES):
+    """Also notes the lowest metric over its level after the grace period: what tau would have frozen anything."""
+
+    lowest = float("inf")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert self._watch is not None
+        assert self._watch.map is not None
+        late = [step > self.alpha * trainer.max_steps for step in self._watch.map.steps]
+        values = self._watch.map.values()[:, torch.tensor(late)]
+        self.lowest = float(values[values.isfinite()].min())
+
+
+ARMS: dict[str, Callable[[], list[Callback]]] = {
+    "plain": list,
+    "GradES, tau 0.95": lambda: [Watched(tau=0.95)],
+    "GradES, weight_change": lambda: [Watched(metric="weight_change")],
+}
+RATES = {"full": 1e-3, "lora": 5e-3}
+
+
+class Curve(Callback):
+    """Validation loss along a run, and the step of each."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.points.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+
+
+def tune(mode: str, arm: str, seed: int, steps: int) -> Iterator[dict[str, Any]]:
+    """One fine-tuning: its row; the plain one also gives the row of EarlyStopping, which is a part of the same run."""
+    L.seed_everything(seed, verbose=False)
+    module = tuned_module(mode == "lora", RATES[mode], seed)
+    data = PartOfLibrary(graphical=True, seed=seed)
+    curve, callbacks = Curve(), ARMS[arm]()
+    watched = arm == "plain"
+    trainer = L.Trainer(
+        devices=1, max_steps=steps, gradient_clip_val=1.0, callbacks=[curve, *callbacks], num_sanity_val_steps=0,
+        **({"val_check_interval": VALIDATE_EVERY} if watched else {"limit_val_batches": 0}), **QUIET,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    about = {"mode": mode, "seed": seed, "lr": RATES[mode], "planned_steps": steps}
+    frozen = [dict(callback.frozen) for callback in callbacks if isinstance(callback, GradES)]
+    lowest = [round(callback.lowest, 3) for callback in callbacks if isinstance(callback, Watched)]
+    made = {"steps": trainer.global_step, "validations": 0}
+    loss = validation_loss(module, data)
+    found = {
+        "val_loss": round(loss, 4),
+        "lowest_metric": lowest[0] if lowest else "",
+        "frozen": frozen[0] if frozen else {},
+    }
+    yield {**about, "arm": arm, **made, **found}
+    if watched:
+        stop, best = early_stop(curve.points)
+        made = {"steps": stop, "validations": stop // VALIDATE_EVERY}
+        yield {**about, "arm": "EarlyStopping", **made, "val_loss": round(best, 4), "lowest_metric": "", "frozen": {}}
+
+
+def early_stop(points: list[tuple[int, float]]) -> tuple[int, float]:
+    """The step at which Lightning's EarlyStopping(patience=PATIENCE) would have ended the run, and its best loss."""
+    best, waited = float("inf"), 0
+    for step, loss in points:
+        waited = 0 if loss < best else waited + 1
+        best = min(best, loss)
+        if waited >= PATIENCE:
+            return step, best
+    return points[-1][0], best
+
+
+def train(mode: str, seed: int, arms: list[str], steps: int) -> None:
+    """Some arms of one mode and seed, each into a file of its own."""
+    torch.set_num_threads(1)
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for arm in arms:
+        rows = list(tune(mode, arm, seed, steps))
+        CONSOLE.print(*rows)
+        path = LOGS / f"grades_worth_{mode}_{seed}_{list(ARMS).index(arm)}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def trained(mode: str) -> list[dict[str, Any]]:
+    """The rows of all seeds."""
+    files = sorted(LOGS.glob(f"grades_worth_{mode}_*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+class FreezeNames(Callback):
+    """Closes units by their names, a LoRA pair by that of its base weight, before the first step."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        pairs = {name.removesuffix("base.weight") for name in self.names if name.endswith("base.weight")}
+        self.closed = [
+            parameter
+            for name, parameter in module.named_parameters()
+            if name in self.names or any(name.startswith(pair) and "lora_" in name for pair in pairs)
+        ]
+        for parameter in self.closed:
+            parameter.requires_grad_(False)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for parameter in self.closed:
+            parameter.requires_grad_(True)
+
+
+def times(steps: int, rounds: int) -> None:
+    """Time every state that `worth` has frozen against the open one, from the same weights on the same batches.
+
+    An arm's seconds are its steps by the time of their state, and its validations by theirs: what freezing saves and
+    what stopping saves, each by itself.
+    """
+    torch.set_num_threads(1)
+    rows = []
+    for mode in RATES:
+        runs = trained(mode)
+        states = {frozenset(): 0} | {state: 0 for run in runs for _, state in _phases(run)}
+        variants = _variants(mode, list(states), steps)
+        figures = in_turn(variants, rounds)
+        open_ms = statistics.median(figures["0"]) * 1e3
+        relative = {state: ratio(figures, str(number), "0")[0] for number, state in enumerate(states)}
+        validation = ratio(figures, "validation", "0")[0]
+        for run in runs:
+            made = sum(count * relative[state] for count, state in _phases(run))
+            planned = int(run["planned_steps"])
+            total = made + int(run["validations"]) * validation
+            rows.append(
+                {
+                    **{name: run[name] for name in ("mode", "arm", "seed", "planned_steps", "steps", "validations")},
+                    "val_loss": run["val_loss"],
+                    "lowest_metric": run["lowest_metric"],
+                    "frozen_matrices": len(run["frozen"]),
+                    "step_ms": round(open_ms, 1),
+                    "validation_over_step": round(validation, 2),
+                    "seconds": round(total * open_ms / 1e3, 1),
+                    "speedup": round(planned / total, 3),
+                    "by_freezing": round(int(run["steps"]) / made, 3),
+                    "by_stopping": round(planned / int(run["steps"]), 3),
+                    "frozen": json.dumps(run["frozen"]),
+                }
+            )
+    show("Fine-tuning: seconds by arm", rows)
+    CONSOLE.print(write_rows("grades_worth", rows))
+
+
+def _variants(mode: str, states: list[frozenset[str]], steps: int) -> dict[str, Callable[[], float]]:
+    module, data = tuned_module(mode == "lora", RATES[mode]), PartOfLibrary(graphical=True)
+
+    def validate() -> float:
+        begin = time.perf_counter()
+        validation_loss(module, data)
+        return time.perf_counter() - begin
+
+    def step(state: frozenset[str]) -> float:
+        return step_time(module, data, steps, FreezeNames(set(state)))
+
+    by_number = {str(number): lambda state=state: step(state) for number, state in enumerate(states)}
+    return {**by_number, "validation": validate}
+
+
+def _phases(run: dict[str, Any]) -> list[tuple[int, frozenset[str]]]:
+    """How many steps were made with which units frozen."""
+    since: dict[str, int] = run["frozen"]
+    events = sorted({0, *since.values(), int(run["steps"])})
+    return [
+        (end - begin, frozenset(name for name, step in since.items() if step <= begin))
+        for begin, end in itertools.pairwise(events)
+    ]
+
+
+def plot() -> None:
+    """Validation loss against time for every arm, a point for each seed."""
+    from matplotlib.figure import Figure
+
+    with (RESULTS / "grades_worth.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, mode in zip(figure.subplots(1, 2), RATES, strict=True):
+        for arm in dict.fromkeys(row["arm"] for row in rows):
+            mine = [row for row in rows if (row["mode"], row["arm"]) == (mode, arm)]
+            axis.scatter(
+                [float(row["seconds"]) for row in mine], [float(row["val_loss"]) for row in mine], label=arm, s=30
+            )
+        axis.set(title="all parameters" if mode == "full" else "LoRA", xlabel="seconds of training", xlim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.axes[0].set_ylabel("validation loss, nats a byte")
+    path = RESULTS.parent.parent / "docs" / "images" / "grades_worth.png"
+    figure.savefig(path, dpi=110)
+    CONSOLE.print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("train", "times", "plot"))
+    parser.add_argument("--mode", choices=tuple(RATES), default="full")
+    parser.add_argument("--steps", type=int, help="of a training, or of a timing")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    arguments = parser.parse_args()
+    quiet_lightning()
+    if arguments.part == "train":
+        train(arguments.mode, arguments.seed, arguments.arms, arguments.steps or STEPS)
+    elif arguments.part == "times":
+        times(arguments.steps or 5, arguments.rounds)
+    else:
+        plot()
+
+
+if __name__ == "__main__":
+    main()
