@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -141,8 +142,8 @@ class HeatMap:
         Returns:
             The PNG file on rank zero, None where none was written.
         """
-        if not trainer.loggers or not self.steps:
-            return None
+        if not self.steps or all(isinstance(logger, DummyLogger) for logger in trainer.loggers):
+            return None  # a run without a logger, or a tuner's
         folder = trainer.log_dir  # a broadcast
         if not trainer.is_global_zero:
             return None

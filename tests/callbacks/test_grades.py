@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -523,10 +523,11 @@ def test_the_learning_rate_finder_within_a_fit_leaves_nothing_frozen(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
     open_ = []
-    told = Told([(2, Q[0])])
+    told = Told([(2, Q[0])], heat_map=True)
     look = Each(lambda t, m: open_.append(sum(p.requires_grad for p in m.parameters())))
     finder = LearningRateFinder(num_training_steps=5, update_attr=True, early_stop_threshold=None)
     fit(finder, told, look, model=Tuned(), enable_checkpointing=True, max_steps=6,
-        default_root_dir=tmp_path)  # fmt: skip
+        default_root_dir=tmp_path, logger=CSVLogger(tmp_path))  # fmt: skip
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["grades_heat_map.png"]
     every = len(list(Model().parameters()))
     assert open_[-6:] == [every] * 3 + [every - 2] * 3
