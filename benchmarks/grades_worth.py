@@ -58,16 +58,33 @@ RATES = {"full": 1e-3, "lora": 5e-3}
 
 
 class Curve(Callback):
-    """Validation loss along a run, and the step of each."""
+    """Validation loss along a run, and the clock."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
+        self.clock: list[tuple[float, float]] = []  # begin and end of each validation
+        self.begin = self.end = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.begin = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.validation = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.points.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
+        self.clock.append((self.validation, time.perf_counter()))
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.end = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without validations."""
+        return self.end - self.begin - sum(end - begin for begin, end in self.clock)
 
 
-def tune(mode: str, arm: str, seed: int, steps: int) -> Iterator[dict[str, Any]]:
+def tune(mode: str, arm: str, seed: int, steps: int, timed: bool) -> Iterator[dict[str, Any]]:
     """One fine-tuning: its row; the plain one also gives the row of EarlyStopping, which is a part of the same run."""
     L.seed_everything(seed, verbose=False)
     module = tuned_module(mode == "lora", RATES[mode], seed)
@@ -89,11 +106,14 @@ def tune(mode: str, arm: str, seed: int, steps: int) -> Iterator[dict[str, Any]]
         "lowest_metric": lowest[0] if lowest else "",
         "frozen": frozen[0] if frozen else {},
     }
-    yield {**about, "arm": arm, **made, **found}
+    clock = {"wall_s": round(curve.seconds, 1) if timed else ""}
+    yield {**about, "arm": arm, **made, **found, **clock}
     if watched:
         stop, best = early_stop(curve.points)
         made = {"steps": stop, "validations": stop // VALIDATE_EVERY}
-        yield {**about, "arm": "EarlyStopping", **made, "val_loss": round(best, 4), "lowest_metric": "", "frozen": {}}
+        found = {"val_loss": round(best, 4), "lowest_metric": "", "frozen": {}}
+        clock = {"wall_s": round(curve.clock[stop // VALIDATE_EVERY - 1][1] - curve.begin, 1) if timed else ""}
+        yield {**about, "arm": "EarlyStopping", **made, **found, **clock}
 
 
 def early_stop(points: list[tuple[int, float]]) -> tuple[int, float]:
@@ -107,12 +127,12 @@ def early_stop(points: list[tuple[int, float]]) -> tuple[int, float]:
     return points[-1][0], best
 
 
-def train(mode: str, seed: int, arms: list[str], steps: int) -> None:
-    """Some arms of one mode and seed, each into a file of its own."""
+def train(mode: str, seed: int, arms: list[str], steps: int, timed: bool) -> None:
+    """Some arms of one mode and seed, each into a file of its own; with their seconds, if nothing else runs."""
     torch.set_num_threads(1)
     LOGS.mkdir(parents=True, exist_ok=True)
     for arm in arms:
-        rows = list(tune(mode, arm, seed, steps))
+        rows = list(tune(mode, arm, seed, steps, timed))
         CONSOLE.print(*rows)
         path = LOGS / f"grades_worth_{mode}_{seed}_{list(ARMS).index(arm)}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -169,6 +189,7 @@ def times(steps: int, rounds: int) -> None:
                 {
                     **{name: run[name] for name in ("mode", "arm", "seed", "planned_steps", "steps", "validations")},
                     "val_loss": run["val_loss"],
+                    "wall_s": run["wall_s"],
                     "lowest_metric": run["lowest_metric"],
                     "frozen_matrices": len(run["frozen"]),
                     "step_ms": round(open_ms, 1),
@@ -238,11 +259,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a training, or of a timing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timed", action="store_true", help="nothing else runs on this core: note the seconds")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS))
     arguments = parser.parse_args()
     quiet_lightning()
     if arguments.part == "train":
-        train(arguments.mode, arguments.seed, arguments.arms, arguments.steps or STEPS)
+        train(arguments.mode, arguments.seed, arguments.arms, arguments.steps or STEPS, arguments.timed)
     elif arguments.part == "times":
         times(arguments.steps or 5, arguments.rounds)
     else:
