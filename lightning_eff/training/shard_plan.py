@@ -113,7 +113,9 @@ class ShardPlan:
 
     def length(self, epoch: int) -> int:
         """Batches of each shard in an epoch."""
-        return min(len(batches) for batches in self._all(epoch)) if self._uneven else len(self._batches(epoch, 0))
+        # A batch sampler of the user's that works on a shard's own samples may make unequal numbers; nothing else does.
+        ranks = range(self._ranks if self._per_shard else 1)
+        return min(len(self._batches(epoch, rank)) for rank in ranks)
 
     def batch(self, epoch: int, shard: int, index: int) -> Any:
         """The samples of one batch, as the DataLoader's sampler names them: a list, or one where it has no batches."""
@@ -165,7 +167,6 @@ class ShardPlan:
             self._sampler = DistributedSampler(dataset, 1, 0, shuffle=random_order, seed=self.seed)
         # Batches are made for each shard by itself, or for all and dealt.
         self._per_shard = batch_sampler is not None and self._injected
-        self._uneven = batch_sampler is not None
 
     def _check(self) -> None:
         drawn = self._batch_sampler if self._batch_sampler is not None else self._sampler
@@ -187,8 +188,8 @@ class ShardPlan:
                     " from an attribute `generator`, which are seeded here for each epoch, or use `set_epoch`"
                 )
         if isinstance(self._sampler, DistributedSampler) and type(self._sampler) is not DistributedSampler:
-            lengths = {len(self._samples(0, rank)) for rank in range(self._ranks)}
-            if len(lengths) > 1:
+            lengths = [len(self._samples(0, rank)) for rank in (0, self._ranks - 1)]  # all would take long on a cluster
+            if lengths[0] != lengths[1]:
                 raise MisconfigurationException(
                     f"{type(self._sampler).__name__} gives {self._ranks} ranks unequal numbers of samples"
                     f" ({min(lengths)} to {max(lengths)}): it must pad or drop as DistributedSampler does"
@@ -201,9 +202,6 @@ class ShardPlan:
         self._forget()
 
     # --- cutting -----------------------------------------------------------------------------------------------------
-
-    def _all(self, epoch: int) -> list[Sequence[Any]]:
-        return [self._batches(epoch, rank) for rank in range(self._ranks)]
 
     def _batches(self, epoch: int, rank: int) -> Sequence[Any]:
         if epoch != self._epoch:
