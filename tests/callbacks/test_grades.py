@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lightning_eff.callbacks import GradES
+from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 from lightning_eff.training.optimizer_state import state_bytes
 from tests.callbacks.grades_models import NAMINGS, STEPS, TOKENS, WIDTH, Model, Told, fit, weights
 from tests.operators import OperatorCounter
@@ -396,6 +398,31 @@ def test_frozen_matrices_are_no_longer_reduced(pool, find_unused):
     attention, mlp = 4 * 2 * WIDTH * WIDTH, 4 * 2 * 2 * 2 * WIDTH * WIDTH
     assert one[1] == [every] * 5 + [every - attention] * 3 + [every - attention - mlp] * (STEPS - 8)
     assert set(one[2].values()) == {5, 8}
+
+
+def _compressed():
+    compressor = ArcTopK(ratio=0.25, rank=1, min_numel=16, error_feedback="ef14")
+    strategy = CompressedDDPStrategy(compressor=compressor, process_group_backend="gloo")
+    seen = []
+
+    def look(trainer, module):
+        seen.append((strategy.traffic.steps, set(strategy.memory), strategy.traffic.bytes_sent))
+
+    _, module = fit(Told([(4, "mlp.c_fc"), (7, "attn")]), Each(look), strategy=strategy, devices=2)
+    return weights(module), seen
+
+
+def test_the_suites_compression_forgets_what_is_frozen_and_sends_less(pool):
+    one, two = pool.run(_compressed)
+    _assert_equal(one[0], two[0])
+    memories = [memory for _, memory, _ in one[1]]
+    frozen = {f"transformer.h.{block}.mlp.c_fc.weight" for block in range(2)}
+    assert frozen <= memories[3]
+    assert memories[4] == memories[3] - frozen
+    assert memories[7] == {name for name in memories[4] if "attn" not in name}
+    assert {f"transformer.h.{block}.mlp.c_proj.weight" for block in range(2)} <= memories[-1]
+    sent = [after - before for (_, _, before), (_, _, after) in itertools.pairwise(one[1])]
+    assert sent[2] > sent[5] > sent[-1]
 
 
 # --- what it costs -------------------------------------------------------------------------------------------------
