@@ -28,6 +28,8 @@ from torch.utils.data import (
 from lightning_eff.training.shard_plan import ShardPlan, seed_of, seeded
 from lightning_eff.training.shards import ShardedLoader, combined_batch
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on a machine of one core
+
 
 class Augmented(Dataset):
     """Sample ``n`` with noise from all three generators; remembers what it was asked for."""
