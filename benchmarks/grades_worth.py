@@ -1,17 +1,17 @@
 """What GradES is worth in fine-tuning: time to the end, and validation loss, beside plain training and EarlyStopping.
 
     python -m benchmarks.grades_worth train --mode full|lora --seed 0  # steps and validation loss of each arm
-    python -m benchmarks.grades_worth times                            # step times of what was frozen, and the seconds
-    python -m benchmarks.grades_worth plot                             # docs/images/grades_worth.png
+    python -m benchmarks.grades_worth losses                           # the rows of all trainings, with their FLOPs
+    python -m benchmarks.grades_worth times --mode full|lora           # step times of what was frozen, side by side
 
-Rows go to benchmarks/results/grades_worth.csv. Losses may be taken on a busy machine, times not: so the runs note what
-was frozen when, and `times` measures each of these states and a validation side by side.
+Rows go to benchmarks/results/grades_worth.csv and grades_worth_times_<mode>.csv. Losses may be taken on a busy machine,
+times not: so the runs note what was frozen when, `losses` counts the FLOPs of that, and `times` measures each of these
+states and a validation side by side. A run with `--timed` had a core for itself, and its row has the seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import statistics
@@ -26,9 +26,10 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.fine_tuning import PartOfLibrary, tuned_module, validation_loss
 from benchmarks.grades import step_time
-from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
+from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
 from benchmarks.runs import QUIET, quiet_lightning
 from lightning_eff.callbacks import GradES
+from lightning_eff.functional.backward_flops import backward_flops
 
 LOGS = Path("logs") / "benchmarks"
 VALIDATE_EVERY = 20
@@ -155,7 +156,7 @@ class FreezeNames(Callback):
         self.closed = [
             parameter
             for name, parameter in module.named_parameters()
-            if name in self.names or any(name.startswith(pair) and "lora_" in name for pair in pairs)
+            if parameter.requires_grad and (name in self.names or any(name.startswith(pair) for pair in pairs))
         ]
         for parameter in self.closed:
             parameter.requires_grad_(False)
@@ -165,7 +166,7 @@ class FreezeNames(Callback):
             parameter.requires_grad_(True)
 
 
-def times(steps: int, rounds: int) -> None:
+def times(mode: str, steps: int, rounds: int) -> None:
     """Time every state that `worth` has frozen against the open one, from the same weights on the same batches.
 
     An arm's seconds are its steps by the time of their state, and its validations by theirs: what freezing saves and
@@ -173,36 +174,68 @@ def times(steps: int, rounds: int) -> None:
     """
     torch.set_num_threads(1)
     rows = []
+    runs = trained(mode)
+    states = {frozenset(): 0} | {state: 0 for run in runs for _, state in _phases(run)}
+    variants = _variants(mode, list(states), steps)
+    figures = in_turn(variants, rounds)
+    open_ms = statistics.median(figures["0"]) * 1e3
+    relative = {state: ratio(figures, str(number), "0")[0] for number, state in enumerate(states)}
+    validation = ratio(figures, "validation", "0")[0]
+    for run in runs:
+        made = sum(count * relative[state] for count, state in _phases(run))
+        planned = int(run["planned_steps"])
+        total = made + int(run["validations"]) * validation
+        rows.append(
+            {
+                **{name: run[name] for name in ("mode", "arm", "seed", "planned_steps", "steps", "validations")},
+                "val_loss": run["val_loss"],
+                "wall_s": run["wall_s"],
+                "lowest_metric": run["lowest_metric"],
+                "frozen_matrices": len(run["frozen"]),
+                "step_ms": round(open_ms, 1),
+                "validation_over_step": round(validation, 2),
+                "seconds": round(total * open_ms / 1e3, 1),
+                "speedup": round(planned / total, 3),
+                "by_freezing": round(int(run["steps"]) / made, 3),
+                "by_stopping": round(planned / int(run["steps"]), 3),
+                "frozen": json.dumps(run["frozen"]),
+            }
+        )
+    show("Fine-tuning: seconds by arm", rows)
+    CONSOLE.print(write_rows(f"grades_worth_times_{mode}", rows))
+
+
+def losses() -> None:
+    """The trainings, and their FLOPs over those of plain training: what freezing saves and what stopping saves."""
+    rows = []
     for mode in RATES:
-        runs = trained(mode)
-        states = {frozenset(): 0} | {state: 0 for run in runs for _, state in _phases(run)}
-        variants = _variants(mode, list(states), steps)
-        figures = in_turn(variants, rounds)
-        open_ms = statistics.median(figures["0"]) * 1e3
-        relative = {state: ratio(figures, str(number), "0")[0] for number, state in enumerate(states)}
-        validation = ratio(figures, "validation", "0")[0]
-        for run in runs:
-            made = sum(count * relative[state] for count, state in _phases(run))
-            planned = int(run["planned_steps"])
-            total = made + int(run["validations"]) * validation
+        module = tuned_module(mode == "lora", RATES[mode])
+        for run in trained(mode):
+            phases = [(count, flops(module, state)) for count, state in _phases(run)]
+            full, made = flops(module, frozenset()), sum(count * cost for count, cost in phases)
+            steps = int(run["steps"])
             rows.append(
                 {
-                    **{name: run[name] for name in ("mode", "arm", "seed", "planned_steps", "steps", "validations")},
-                    "val_loss": run["val_loss"],
-                    "wall_s": run["wall_s"],
-                    "lowest_metric": run["lowest_metric"],
+                    **{name: run[name] for name in ("mode", "arm", "seed", "lr", "planned_steps", "steps")},
+                    **{name: run[name] for name in ("validations", "val_loss", "lowest_metric", "wall_s")},
                     "frozen_matrices": len(run["frozen"]),
-                    "step_ms": round(open_ms, 1),
-                    "validation_over_step": round(validation, 2),
-                    "seconds": round(total * open_ms / 1e3, 1),
-                    "speedup": round(planned / total, 3),
-                    "by_freezing": round(int(run["steps"]) / made, 3),
-                    "by_stopping": round(planned / int(run["steps"]), 3),
+                    "flops_by_freezing": round(made / (steps * full), 4),
+                    "flops_by_stopping": round(steps / int(run["planned_steps"]), 4),
                     "frozen": json.dumps(run["frozen"]),
                 }
             )
-    show("Fine-tuning: seconds by arm", rows)
+    show("Fine-tuning", [{name: value for name, value in row.items() if name != "frozen"} for row in rows])
     CONSOLE.print(write_rows("grades_worth", rows))
+
+
+def flops(module: L.LightningModule, frozen: frozenset[str]) -> int:
+    """Of a step's products with weights, for one byte, with some units frozen."""
+    freeze = FreezeNames(set(frozen))
+    freeze.on_train_start(None, module)  # type: ignore[arg-type]
+    layers = [part for part in module.modules() if isinstance(part, torch.nn.Linear)]
+    made = sum(2 * layer.weight.numel() for layer in layers) + backward_flops(module)
+    freeze.on_train_end(None, module)  # type: ignore[arg-type]
+    return made
 
 
 def _variants(mode: str, states: list[frozenset[str]], steps: int) -> dict[str, Callable[[], float]]:
@@ -230,31 +263,9 @@ def _phases(run: dict[str, Any]) -> list[tuple[int, frozenset[str]]]:
     ]
 
 
-def plot() -> None:
-    """Validation loss against time for every arm, a point for each seed."""
-    from matplotlib.figure import Figure
-
-    with (RESULTS / "grades_worth.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, mode in zip(figure.subplots(1, 2), RATES, strict=True):
-        for arm in dict.fromkeys(row["arm"] for row in rows):
-            mine = [row for row in rows if (row["mode"], row["arm"]) == (mode, arm)]
-            axis.scatter(
-                [float(row["seconds"]) for row in mine], [float(row["val_loss"]) for row in mine], label=arm, s=30
-            )
-        axis.set(title="all parameters" if mode == "full" else "LoRA", xlabel="seconds of training", xlim=(0, None))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.axes[0].set_ylabel("validation loss, nats a byte")
-    path = RESULTS.parent.parent / "docs" / "images" / "grades_worth.png"
-    figure.savefig(path, dpi=110)
-    CONSOLE.print(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("train", "times", "plot"))
+    parser.add_argument("part", choices=("train", "losses", "times"))
     parser.add_argument("--mode", choices=tuple(RATES), default="full")
     parser.add_argument("--steps", type=int, help="of a training, or of a timing")
     parser.add_argument("--rounds", type=int, default=5)
@@ -266,9 +277,9 @@ def main() -> None:
     if arguments.part == "train":
         train(arguments.mode, arguments.seed, arguments.arms, arguments.steps or STEPS, arguments.timed)
     elif arguments.part == "times":
-        times(arguments.steps or 5, arguments.rounds)
+        times(arguments.mode, arguments.steps or 5, arguments.rounds)
     else:
-        plot()
+        losses()
 
 
 if __name__ == "__main__":
