@@ -7,7 +7,8 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,46 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write ``benchmarks/results/<name>.csv``, with the provenance in every row; an older file is replaced."""
-    stamped = [{**row, **provenance()} for row in rows]
+def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] = ()) -> Path:
+    """Write ``benchmarks/results/<name>.csv``, with the provenance in every row.
+
+    An older file is replaced; with a ``key``, only its rows that agree with a new one in these columns are.
+    """
+    stamped: list[Mapping[str, Any]] = [{**row, **provenance()} for row in rows]
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(stamped[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(stamped)
+    with _alone(path):
+        if key:
+            kept = {tuple(row[column] for column in key): row for row in read_rows(name)}
+            kept |= {tuple(str(row[column]) for column in key): row for row in stamped}
+            stamped = list(kept.values())
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(stamped[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(stamped)
     return path
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing the same file, where the system can: two of them may add rows at a time."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_rows(name: str) -> list[dict[str, str]]:
+    """The rows of ``benchmarks/results/<name>.csv``; none if there is no such file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -20,6 +20,7 @@ class Command(NamedTuple):
 # A new command is a line here and a module with a `main`. Modules are imported when they are called, so that `--help`
 # is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
+    "advise": Command("lightning_eff.cli.advise", "measure the link between the ranks: does compression pay?"),
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
     "launch": Command("lightning_eff.cli.launch", "start a fault-tolerant run: replicas that may die and come back"),
     "lighthouse": Command("lightning_eff.cli.lighthouse", "the meeting point of a fault-tolerant run's replicas"),

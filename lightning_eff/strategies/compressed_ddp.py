@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_eff.functional import compression
 from lightning_eff.functional.compression import ArcTopK, Compressor, predict
 from lightning_eff.functional.compression.exchange import Memory
+from lightning_eff.functional.compression.plan import bucket_cap_mb
 from lightning_eff.functional.compression.reduction import CompressedReduction, Traffic, hook
 from lightning_eff.functional.structure import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
@@ -110,7 +111,7 @@ class CompressedDDPStrategy(DDPStrategy):
                 "sparse=False"
             )
         kwargs = self._ddp_kwargs
-        self._ddp_kwargs = {**kwargs, "bucket_cap_mb": self.bucket_cap_mb or _bucket_cap(model)}
+        self._ddp_kwargs = {**kwargs, "bucket_cap_mb": self.bucket_cap_mb or bucket_cap_mb(_gradient_bytes(model))}
         try:
             return super()._setup_model(model)
         finally:
@@ -204,7 +205,5 @@ def _move(memory: Memory, device: torch.device) -> None:
             entry[key] = tensor.to(device)
 
 
-def _bucket_cap(model: nn.Module) -> float:
-    """MiB of a bucket: about a dozen buckets, for overlap, of one MiB at least, as `torch.compile` asks for."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
-    return min(25.0, max(1.0, size / 12))
+def _gradient_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

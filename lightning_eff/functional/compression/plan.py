@@ -91,3 +91,13 @@ def predict(
         tuple(name for name in shapes if name in compressed),
         tuple(name for name in shapes if name not in compressed),
     )
+
+
+def bucket_cap_mb(gradient_bytes: float) -> float:
+    """MiB of a bucket: about a dozen buckets, for overlap, of one MiB at least, as ``torch.compile`` asks for.
+
+    Example:
+        >>> bucket_cap_mb(24 * 2**20)
+        2.0
+    """
+    return min(25.0, max(1.0, gradient_bytes / 2**20 / 12))

@@ -1,0 +1,337 @@
+"""`lightning-eff advise`: measure the link between the ranks, and say which way to reduce gradients pays on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lightning_eff.cli import need_jsonargparse, tables
+from lightning_eff.functional.arguments import readable_size
+from lightning_eff.functional.compression import all_compressors
+from lightning_eff.functional.compression.advice import DENSE, Forecast, advise, forecasts
+from lightning_eff.functional.compression.plan import bucket_cap_mb
+from lightning_eff.functional.compression.rehearsal import Compute
+from lightning_eff.functional.link import Link, Sample, fit_link, measure_link
+
+_DESCRIPTION = """\
+Measure the link between the ranks by all-reduces, rehearse every compressor on gradients of the model's shapes, and
+predict bytes and time of a step. Started by torchrun it measures between torchrun's ranks, which is how to see a link
+between machines; else between processes that it starts on this one. With --link nothing is measured: what if?
+"""
+_TIMEOUT = timedelta(minutes=5)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the advice; return 0, or 1 with the reason where the model or the link cannot be read."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    options = [word for word in rest if word.startswith("-")]
+    if rest and (args.model is None or rest[0] not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if unknown := [word for word in options if not word.startswith("--model.")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if args.checkpoint is not None and (args.model is not None or args.config is not None):
+        parser.error("--checkpoint excludes --model and --config")
+    if args.latency is not None and args.link is None:
+        parser.error("--latency has an effect only with --link")
+    if "RANK" in os.environ and args.ranks is not None and args.link is None:
+        parser.error("--ranks has no effect under torchrun, which has started the ranks")
+    try:
+        return _run(args, rest)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"lightning-eff advise: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("lightning-eff advise", description=_DESCRIPTION, allow_abbrev=False)
+    model = parser.add_argument_group("the model (default: GPT-2 with 124 M parameters)")
+    model.add_argument("--model", metavar="CLASS", help="a LightningModule; its arguments follow as --model.NAME=VALUE")
+    model.add_argument("--config", type=Path, metavar="YAML", help="LightningCLI's, e.g. a run's config.yaml")
+    model.add_argument("--checkpoint", type=Path, metavar="FILE", help="Lightning's, a state dict, or safetensors")
+    model.add_argument(
+        "--compute",
+        type=float,
+        metavar="SECONDS",
+        help="a training step on one rank alone; without it only the communication is predicted",
+    )
+    link = parser.add_argument_group("the link")
+    link.add_argument("--ranks", type=int, metavar="N", help="processes to start here, or to count with; default 2")
+    link.add_argument("--link", type=float, metavar="MBIT", help="do not measure: so many Mbit/s out of each rank")
+    link.add_argument("--latency", type=float, metavar="MS", help="with --link: of a collective; default 0.5")
+    link.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl where each rank has a GPU, else gloo")
+    link.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="of measuring; default 20")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser
+
+
+def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
+    for name in ("compute", "link", "budget"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise ValueError(f"--{name}={value} is not allowed: it must be above 0")
+    if args.ranks is not None and args.ranks < 2:
+        raise ValueError(f"--ranks={args.ranks} is not allowed: a link has at least 2 ranks")
+    # Before anything is measured: a model that cannot be read is the earlier error.
+    name, shapes = model_shapes(args, model_arguments)
+    measured = _measure(args)
+    if measured is None:
+        return 0  # a rank that prints nothing
+    compute = Compute() if args.compute is None else Compute.of_step(args.compute)
+    device = measured.device
+    found = list(forecasts(all_compressors(), shapes, measured.link, compute, bucket_cap_mb, device))
+    advised = advise(found)
+    if args.json:
+        report = {
+            "link": asdict(measured.link),
+            "samples": [asdict(sample) for sample in measured.samples],
+            "parameters": sum(map(prod, shapes.values())),
+            "forecasts": [asdict(each) for each in found],
+            "advice": advised.strategy,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _show(name, shapes, measured, args.compute, found, advised)
+    return 0
+
+
+# --- the link ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The link, and how it is known."""
+
+    link: Link
+    samples: list[Sample]
+    how: str
+    device: str
+
+
+def _measure(args: argparse.Namespace) -> Measured | None:
+    """The link; None on the ranks that have nothing to say."""
+    if args.link is not None:
+        link = Link(args.ranks or 2, args.link * 1e6 / 8, 1e-3 * (0.5 if args.latency is None else args.latency))
+        return Measured(link, [], "as given, not measured", "cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" in os.environ:
+        world_size, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
+        if world_size < 2:
+            raise ValueError("torchrun has started one rank, and a link has at least 2: --nproc-per-node or --nnodes")
+        backend, device = _backend(args.backend, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local)
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        try:
+            samples = measure_link(device=device, budget=args.budget)
+            rank = dist.get_rank()
+        finally:
+            dist.destroy_process_group()
+        how = f"measured between torchrun's ranks, {backend}"
+        return Measured(fit_link(samples, world_size), samples, how, device) if rank == 0 else None
+    ranks = args.ranks or 2
+    backend, device = _backend(args.backend, ranks, 0)
+    with tempfile.TemporaryDirectory(prefix="lightning-eff-advise-") as folder:
+        torch.multiprocessing.spawn(_measure_here, (ranks, args.backend, args.budget, folder), ranks)  # type: ignore
+        samples = [Sample(**sample) for sample in json.loads((Path(folder) / "samples").read_text())]
+    how = f"measured between {ranks} processes of this machine, {backend}"
+    return Measured(fit_link(samples, ranks), samples, how, device)
+
+
+def _measure_here(rank: int, ranks: int, backend: str | None, budget: float, folder: str) -> None:
+    """One of the processes that are started here; the first one writes down what all of them have measured."""
+    torch.set_num_threads(1)
+    chosen, device = _backend(backend, ranks, rank)
+    store = dist.FileStore(f"{folder}/store", ranks)  # type: ignore[attr-defined]
+    dist.init_process_group(chosen, store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT)
+    samples = measure_link(device=device, budget=budget)
+    if rank == 0:
+        (Path(folder) / "samples").write_text(json.dumps([asdict(sample) for sample in samples]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _backend(wish: str | None, ranks: int, local: int) -> tuple[str, str]:
+    """Backend and device of a rank."""
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
+    backend = wish or ("nccl" if enough and dist.is_nccl_available() else "gloo")
+    if backend == "gloo":
+        return backend, "cpu"
+    if not enough:
+        raise ValueError(f"--backend=nccl needs a GPU for each rank: {torch.cuda.device_count()} for {ranks} here")
+    torch.cuda.set_device(local)
+    return backend, f"cuda:{local}"
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def model_shapes(args: argparse.Namespace, model_arguments: Sequence[str]) -> tuple[str, Shapes]:
+    """What the model is called, and the shapes of what is trained, by name."""
+    if args.checkpoint is not None:
+        from lightning_eff.merging import open_source
+
+        source = open_source(args.checkpoint)
+        again = {name for names in source.tied for name in names[1:]}
+        shapes = {name: spec.shape for name, spec in source.specs.items() if spec.averaged and name not in again}
+        # A checkpoint does not say which of its tensors are buffers, or frozen.
+        return f"{args.checkpoint}, all of its floating tensors", _not_empty(shapes)
+    if args.model is None and args.config is None:
+        return "GPT-2, no model was given", _gpt2()
+    module = _instantiate(args.model, model_arguments, args.config)
+    trained = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    return type(module).__name__, _not_empty(trained)
+
+
+def _not_empty(shapes: Shapes) -> Shapes:
+    if not shapes:
+        raise ValueError("the model has no trainable parameters")
+    return shapes
+
+
+def _instantiate(model: str | None, arguments: Sequence[str], config: Path | None) -> torch.nn.Module:
+    """Build a LightningModule without its memory, where it allows that."""
+    need_jsonargparse("advise --model")
+    import lightning as L
+    import yaml  # type: ignore[import-untyped]
+    from jsonargparse import ArgumentParser
+
+    if os.getcwd() not in sys.path:  # as with `python -m`: a model in the current directory can be named
+        sys.path.insert(0, os.getcwd())
+    parser = ArgumentParser("lightning-eff advise", exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model", required=True)
+    settings: dict[str, object] | str | None = None
+    if config is not None:
+        found = yaml.safe_load(config.read_text())
+        settings = found.get("model") if isinstance(found, dict) else None
+        if settings is None:
+            raise ValueError(f"{config} is no config of LightningCLI: it holds no `model:`")
+        if model is not None:
+            given = settings if isinstance(settings, dict) else {}
+            settings = {"class_path": model, "init_args": given.get("init_args", given)}
+        elif isinstance(settings, dict) and "class_path" not in settings:
+            raise ValueError(f"{config} does not say the class of the model: name it with --model")
+    try:
+        chosen = model if settings is None else settings
+        text = chosen if isinstance(chosen, str) else json.dumps(chosen)
+        parsed = parser.parse_args([f"--model={text}", *arguments])
+        try:
+            with torch.device("meta"):
+                module = parser.instantiate_classes(parsed).model
+                module.configure_model()
+        except Exception:  # it reads its weights while it is built, or it cannot be built at all: then it says so below
+            module = parser.instantiate_classes(parsed).model
+            module.configure_model()
+    except (argparse.ArgumentError, ValueError, TypeError) as error:
+        # jsonargparse lists what it has tried, one below the other; the class's own complaint is the innermost.
+        raise ValueError(f"the model cannot be built: {_innermost(error)}") from error
+    assert isinstance(module, torch.nn.Module)
+    return module
+
+
+def _innermost(error: BaseException) -> str:
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return str(error)
+
+
+def _gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
+    shapes: dict[str, tuple[int, ...]] = {"wte": (vocabulary, width), "wpe": (context, width)}
+    for layer in range(layers):
+        for name, rows, columns in (
+            ("attn.c_attn", 3 * width, width),
+            ("attn.c_proj", width, width),
+            ("mlp.c_fc", 4 * width, width),
+            ("mlp.c_proj", width, 4 * width),
+        ):
+            shapes |= {f"h.{layer}.{name}.weight": (rows, columns), f"h.{layer}.{name}.bias": (rows,)}
+        shapes |= {f"h.{layer}.{name}": (width,) for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")}
+    return shapes | {"ln_f.weight": (width,), "ln_f.bias": (width,)}
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def _show(
+    name: str, shapes: Shapes, measured: Measured, compute: float | None, found: list[Forecast], advised: Forecast
+) -> None:
+    link = measured.link
+    speed = f"{link.bandwidth * 8e-6:.4g} Mbit/s out of each rank, {1e3 * link.latency:.3g} ms a collective"
+    print(f"Link: {link.world_size} ranks, {speed} ({measured.how})")
+    matrices = sum(len(shape) >= 2 for shape in shapes.values())
+    parameters = sum(map(prod, shapes.values()))
+    print(f"Model: {parameters / 1e6:.4g} M parameters, {matrices} matrices, {len(shapes) - matrices} vectors ({name})")
+    share = 2 * (link.world_size - 1) / link.world_size
+    tables.table(
+        "All-reduce, as measured",
+        ["payload", "ms", "Mbit/s out of a rank"],
+        [
+            [readable_size(s.payload), f"{1e3 * s.seconds:.3g}", f"{share * s.payload * 8e-6 / s.seconds:.3g}"]
+            for s in measured.samples
+        ],
+    )
+    dense = next(each for each in found if each.strategy == DENSE)
+    what = "step" if compute else "communication"
+    tables.table(
+        f"A step{f' with {compute:g} s of computation' if compute else ''}, predicted",
+        ["strategy", "bytes out of a rank", "link, s", "own work, s", f"{what}, s", f"of {DENSE}'s"],
+        [
+            [
+                each.strategy,
+                readable_size(each.bytes_sent),
+                f"{each.wire:.3g}",
+                f"{each.own:.3g}",
+                f"{each.step:.3g}",
+                f"{each.step / dense.step:.2f}",
+            ]
+            for each in found
+        ],
+    )
+    print()
+    for line in _conclusion(measured, compute, dense, found, advised):
+        print(line)
+
+
+def _conclusion(
+    measured: Measured, compute: float | None, dense: Forecast, found: list[Forecast], advised: Forecast
+) -> list[str]:
+    lines = []
+    if advised is dense:
+        others = [each for each in found if each is not dense]
+        best = min(others, key=lambda each: each.step)
+        gain = 1 - best.step / dense.step
+        why = (
+            f"{best.strategy} would save {gain:.0%}, too little for what it changes"
+            if gain > 0
+            else "nothing is faster"
+        )
+        lines.append(f'Advice: stay with strategy="{DENSE}": {why}.')
+    else:
+        saved = f"{dense.step:.3g} s become {advised.step:.3g} s"
+        lines.append(f'Advice: strategy="{advised.strategy}": {saved}.')
+        if advised.strategy not in ("ddp_bf16", "ddp_fp16"):
+            lines.append(
+                "It changes the gradients: compare the losses of a short run with those of plain DDP first "
+                "(docs/methods/compressed_allreduce.md)."
+            )
+    if compute is None:
+        lines.append(
+            "Without --compute this is about the communication alone, none of it hidden behind the backward pass: of a"
+            " step the gain is a smaller part."
+        )
+    if "of this machine" in measured.how:
+        lines.append("For the link between machines start it there: torchrun --nnodes=... -m lightning_eff advise")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
