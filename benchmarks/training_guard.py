@@ -100,12 +100,12 @@ GUARDS: dict[str, Callable[[], list[L.Callback]]] = {
 
 RUNS = [
     ("none", "watched only"),
+    ("bit flip", "rollback, loss rules alone"),
+    ("bit flip", "watched only"),
     ("rate ramp", "watched only"),
     ("rate ramp", "rollback, a tenth of the rate to the end"),
-    ("bit flip", "rollback, loss rules alone"),
     ("bad data", "watched only"),
     ("bad data", "rollback, loss rules alone"),
-    ("bit flip", "watched only"),
 ]
 
 
@@ -186,10 +186,12 @@ def plot() -> None:
 
     with (RESULTS / "training_guard_rescue_curves.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]
-    failures = [failure for failure in FAILURES if failure != "none"]
+    measured = {(row["failure"], row["guard"]) for row in rows}
+    failures = [failure for failure, guard in RUNS if guard == "watched only" and failure != "none"]
+    failures = [failure for failure in failures if (failure, "watched only") in measured]
     figure, axes = plt.subplots(1, len(failures), figsize=(4.5 * len(failures), 4), layout="constrained", sharey=True)
     for axis, failure in zip(axes, failures, strict=True):
-        for wanted, guard in [RUNS[0], *(run for run in RUNS if run[0] == failure)]:
+        for wanted, guard in [RUNS[0], *(run for run in RUNS if run[0] == failure and run in measured)]:
             points = [
                 (int(row["batch"]), float(row["train_loss"]))
                 for row in rows
