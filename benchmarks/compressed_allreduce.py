@@ -72,6 +72,10 @@ def _done(found: dict[tuple[float | None, str], list[dict[str, Any]]]) -> list[t
     ]
 
 
+def _cores_a_rank(ranks: int) -> float:
+    return round(min(1.0, len(os.sched_getaffinity(0)) / ranks), 2)
+
+
 def _median(reports: list[dict[str, Any]], name: str) -> float:
     return statistics.median(value for report in reports for value in report[name])
 
@@ -95,7 +99,6 @@ def _steps_row(
         for ours, theirs in zip(reports, found.get((link, "dense"), []), strict=False)
     ]
     config = SIZES[arguments.size]
-    cores = os.cpu_count() or 1
     return {
         "ranks": arguments.ranks,
         "link_mbit": "loopback" if arguments.mbit == ["loopback"] else "unshaped" if link is None else f"{link:g}",
@@ -103,7 +106,7 @@ def _steps_row(
         "arm": arm,
         "parameters": reports[0]["parameters"],
         "tokens_a_rank": arguments.batch_size * config.block_size,
-        "cores_a_rank": round(min(1.0, cores / arguments.ranks), 2),
+        "cores_a_rank": _cores_a_rank(arguments.ranks),
         "rounds": len(reports),
         "steps_a_round": arguments.steps,
         "step_s": round(middle, 4),
@@ -147,6 +150,7 @@ def losses(arguments: argparse.Namespace) -> None:
                     "ranks": arguments.ranks,
                     "size": arguments.size,
                     "tokens_a_rank": tokens,
+                    "cores_a_rank": _cores_a_rank(arguments.ranks),
                     "arm": arm,
                     "lr": lr,
                     "seed": seed,
