@@ -3,42 +3,103 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
-from torch import Tensor, nn
-from torch.distributed import ReduceOp
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_eff.functional.arguments import check, is_count
-from lightning_eff.training.live_state import live_state, load_live_state
-from lightning_eff.training.shard_steps import ShardSteps
+from lightning_eff.strategies.living_replicas import Fit, LivingReplicas
+from lightning_eff.training.evaluation_share import EvaluationShare
+from lightning_eff.training.live_state import layout, live_state, load_live_state
+from lightning_eff.training.log_handover import adopt_places, places
+from lightning_eff.training.neighbour_passes import approximate, find_mecefo
+from lightning_eff.training.replica_log import ReplicaLog
+from lightning_eff.training.replica_metrics import Gather, compute_together
+from lightning_eff.training.replica_start import (
+    check_optimizers,
+    check_torchft,
+    check_trainer,
+    environment_count,
+    host_and_port,
+    meet_lighthouse,
+)
+from lightning_eff.training.shard_steps import ShardSteps, shares
 from lightning_eff.training.shards import ShardedLoader
 
 if TYPE_CHECKING:
-    from lightning_eff.training.replicas import Replicas
+    from lightning_eff.functional.mecefo import MeCeFO
     from lightning_eff.training.shard_gradients import ShardGradients
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
-# Lightning's barriers around data loaders, which a replica that comes in later has behind it already.
-_NO_BARRIER = ("_dataloader()",)
 
+class FaultTolerantDDPStrategy(LivingReplicas):
+    """Data parallel training that goes on when replicas die, and takes them back.
 
-class FaultTolerantDDPStrategy(DDPStrategy):
-    """Data parallel training that goes on when replicas die, and takes them back."""
+    Every replica is one process with one device, started by itself: ``lightning-eff launch --replicas 3 train.py`` on
+    one machine, or torchrun or Slurm on each node with the addresses given. torchft's lighthouse says who is alive. A
+    step counts when all living replicas have it; one that fails, because somebody died, is repeated by those who are
+    left. Who comes back gets the whole state of the run from a living peer before its next step. LR schedulers and
+    ``trainer.global_step`` count such steps alone.
+
+    Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
+    ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
+    ``trainer.world_size`` stays 1, and ``trainer.global_rank`` is 0 on the replica that writes.
+
+    Args:
+        min_replicas: fewer than these wait; give it to the lighthouse as well.
+        max_replicas: into how many shards the data are cut, and how many replicas there can be. By default the
+            environment variable ``NUM_REPLICA_GROUPS``, which the launcher sets.
+        lighthouse: its address, ``http://HOST:PORT``; by default the environment variable ``TORCHFT_LIGHTHOUSE``.
+        on_failure: what becomes of a dead replica's shard. ``"takeover"``: a neighbour computes it besides its own, so
+            that batches, samples and loss are those of a run without the failure. ``"mecefo"``: the same, but the
+            neighbour's backward pass is approximated so that it costs less. ``"shrink"``: it is left out.
+        heartbeat_timeout: seconds after which the lighthouse takes a silent replica for dead. The lighthouse has its
+            own setting of this; here it says how patient a replica is that waits.
+        replica: index of this replica, from 0, the same after a restart; by default the environment variable
+            ``REPLICA_GROUP_ID``.
+        host: the address on which this replica listens, and under which the others reach it. By default the
+            environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
+        collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
+            wait for a peer that is stopped, or whose link is cut, without having died.
+        connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
+        quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
+            for ``min_replicas``.
+        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer.
+        quorum_retries: how often a lighthouse that does not answer is asked again.
+        start_grace: seconds for which the first step waits for all ``max_replicas``.
+        max_aborts: how often one step may fail in a row.
+        mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
+            shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
+        mecefo_refresh_every: committed steps for which the vectors behind them are kept.
+        mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
+        mecefo_ffn: the same for the feed-forward modules.
+        **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        ModuleNotFoundError: torchft is absent.
+        MisconfigurationException: at the start of ``fit``: no lighthouse, several devices in a replica, manual
+            optimization, a GradScaler, LBFGS, data that cannot be cut into shards.
+        ConnectionError: the lighthouse cannot be reached.
+
+    Example:
+        >>> from lightning_eff.strategies import FaultTolerantDDPStrategy
+        >>> strategy = FaultTolerantDDPStrategy(max_replicas=3, replica=0, lighthouse="http://127.0.0.1:29510")
+
+    Source: torchft (https://github.com/meta-pytorch/torchft) for membership; the takeover of a neighbour's work after
+    Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
+    """
 
     supports_trainable_change = False  # a replica that comes back would not know what is closed
 
@@ -56,18 +117,23 @@ class FaultTolerantDDPStrategy(DDPStrategy):
         collective_timeout: float = 60.0,
         connect_timeout: float = 10.0,
         quorum_timeout: float = 600.0,
+        heal_timeout: float = 300.0,
         quorum_retries: int = 20,
         start_grace: float = 60.0,
         max_aborts: int = 10,
+        mecefo_rank: int | float = 0.25,
+        mecefo_refresh_every: int = 100,
+        mecefo_attention: list[str] | None = None,
+        mecefo_ffn: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_torchft()
+        check_torchft()
         check("on_failure", on_failure, on_failure in get_args(OnFailure), f"one of {get_args(OnFailure)}")
         check("min_replicas", min_replicas, is_count(min_replicas), "an integer, at least 1")
         if max_replicas is None:
-            max_replicas = _environment_count("NUM_REPLICA_GROUPS", "max_replicas")
+            max_replicas = environment_count("NUM_REPLICA_GROUPS", "max_replicas")
         if replica is None:
-            replica = _environment_count("REPLICA_GROUP_ID", "replica")
+            replica = environment_count("REPLICA_GROUP_ID", "replica")
         check("max_replicas", max_replicas, is_count(max_replicas), "an integer, at least 1")
         check("min_replicas", min_replicas, min_replicas <= max_replicas, f"at most max_replicas, {max_replicas}")
         check("replica", replica, 0 <= replica < max_replicas, f"at least 0 and below max_replicas, {max_replicas}")
@@ -76,6 +142,7 @@ class FaultTolerantDDPStrategy(DDPStrategy):
             ("collective_timeout", collective_timeout),
             ("connect_timeout", connect_timeout),
             ("quorum_timeout", quorum_timeout),
+            ("heal_timeout", heal_timeout),
         ):
             check(argument, value, value > 0, "seconds, above 0")
         check("start_grace", start_grace, start_grace >= 0, "seconds, at least 0")
@@ -84,61 +151,24 @@ class FaultTolerantDDPStrategy(DDPStrategy):
                 refused, kwargs.get(refused), not kwargs.get(refused), "left out: ddp_ft has its own hook and buckets"
             )
         self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
-        super().__init__(process_group_backend="gloo", find_unused_parameters=True, **kwargs)
+        super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
         self.min_replicas = min_replicas
-        self.max_replicas = max_replicas
         self.lighthouse = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
         self.on_failure: OnFailure = on_failure
         self.heartbeat_timeout = heartbeat_timeout
-        self.replica = replica
         self.host = host or os.environ.get("FT_HOST", "127.0.0.1")
         self.collective_timeout = collective_timeout
         self.connect_timeout = connect_timeout
         self.quorum_timeout = quorum_timeout
+        self.heal_timeout = heal_timeout
         self.quorum_retries = quorum_retries
         self.start_grace = start_grace
         self.max_aborts = max_aborts
+        self._mecefo_arguments = (mecefo_rank, mecefo_refresh_every, mecefo_attention, mecefo_ffn)
+        self._mecefo: MeCeFO | None = None
 
-        self.replicas: Replicas | None = None
-        """The others, while it fits."""
         self._gradients: ShardGradients | None = None
         self._trainer: Trainer | None = None
-        self._fitting: _Fit | None = None
-
-    # Where this replica stands.
-
-    @property
-    def _joined(self) -> bool:
-        return self.replicas is not None and self.replicas.joined
-
-    @property
-    def _fit(self) -> _Fit:
-        assert self._fitting is not None
-        return self._fitting
-
-    @property
-    @override
-    def global_rank(self) -> int:
-        """0 on the replica that writes checkpoints and logs, which may change with every step."""
-        if not self._joined:
-            first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-            return self.replica if first_start else max(1, self.replica)
-        assert self.replicas is not None
-        members, writer = self.replicas.members, self.replicas.writer
-        if self.replica == writer:
-            return 0
-        rank = members.index(self.replica)
-        return rank if rank > 0 else members.index(writer) if writer in members else 1
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}
-
-    @override
-    def set_world_ranks(self) -> None:
-        for each in (rank_zero_only, pytorch_rank_zero_only):
-            cast(Any, each).rank = self.global_rank
 
     # Setting up.
 
@@ -159,7 +189,7 @@ class FaultTolerantDDPStrategy(DDPStrategy):
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.model is not None
         if fitting:
-            self._check(trainer)
+            check_trainer(trainer)
             self._connect()
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.precision_plugin.convert_module(self.model)
@@ -168,25 +198,12 @@ class FaultTolerantDDPStrategy(DDPStrategy):
             self.configure_ddp()
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting and any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
-            raise MisconfigurationException(
-                "ddp_ft evaluates the loss once a step, and all decide together whether it counts; LBFGS evaluates it "
-                "several times. Use an optimizer that steps once per gradient"
-            )
-
-    def _check(self, trainer: Trainer) -> None:
-        module = trainer.lightning_module
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                "ddp_ft repeats a step that failed, which it cannot do with steps that training_step makes itself: set "
-                "`automatic_optimization = True`"
-            )
-        if trainer.precision == "16-mixed":
-            raise MisconfigurationException(
-                "ddp_ft does not agree on the scale of a GradScaler: use precision='bf16-mixed' in place of '16-mixed'"
-            )
-        if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
-            raise MisconfigurationException("ddp_ft does not support reload_dataloaders_every_n_epochs: set it to 0")
+        if fitting:
+            assert self.replicas is not None
+            trainer.callbacks.insert(0, ReplicaLog(self.replicas, self.shrinks))  # type: ignore[attr-defined]
+            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._place()[1]))
+        if fitting:
+            check_optimizers(self.optimizers)
 
     def _connect(self) -> None:
         from lightning_eff.training.quorum import QuorumManager
@@ -198,11 +215,13 @@ class FaultTolerantDDPStrategy(DDPStrategy):
                 "ddp_ft needs a lighthouse: start with `lightning-eff launch --replicas N script.py`, or give "
                 "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
             )
+        self._writes = self.is_global_zero
+        host, port = host_and_port(self.lighthouse)
+        meet_lighthouse(host, port, self.connect_timeout)
         manager = QuorumManager(
             name=f"replica_{self.replica:05d}",
             host=self.host,
-            lighthouse=self.lighthouse if "://" in self.lighthouse else f"http://{self.lighthouse}",
-            min_replicas=self.min_replicas,
+            lighthouse=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
             connect_timeout=timedelta(seconds=self.connect_timeout),
             timeout=timedelta(seconds=self.collective_timeout),
             quorum_timeout=timedelta(seconds=self.quorum_timeout),
@@ -210,6 +229,8 @@ class FaultTolerantDDPStrategy(DDPStrategy):
             state=self._state,
             load=self._load,
         )
+        if self.on_failure == "mecefo":
+            self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
         seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self.replicas = Replicas(
             self.replica,
@@ -219,8 +240,13 @@ class FaultTolerantDDPStrategy(DDPStrategy):
             self.start_grace,
             self.max_aborts,
             seed % 2**62,
+            self.quorum_timeout,
+            self.heal_timeout,
+            lambda: layout(self._fit.trainer),
+            max(5.0, self.heartbeat_timeout),
         )
         self._gradients = ShardGradients(manager)
+        self._gradients.all_used = not self._wants_unused and self._mecefo is None
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -245,8 +271,11 @@ class FaultTolerantDDPStrategy(DDPStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         trainer = self._trainer
-        if trainer is None or not trainer.training:
+        if trainer is None or self.replicas is None:
             return dataloader
+        if not trainer.training:
+            limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+            return EvaluationShare(dataloader, self._place, limit if isinstance(limit, float) else 1.0)
         assert self.replicas is not None and self._gradients is not None  # noqa: PT018
         loader = ShardedLoader(
             dataloader, self.max_replicas, seed=self._data_seed, keep=max(1, trainer.accumulate_grad_batches)
@@ -254,12 +283,26 @@ class FaultTolerantDDPStrategy(DDPStrategy):
         loader.before_fetch = self._before_batch
         steps = ShardSteps(trainer, loader, self._gradients, self.replica)
         steps.own([])
-        self._fitting = _Fit(trainer, self.replicas, self._gradients, steps)
+        self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
         return loader
 
     @property
     def _data_seed(self) -> int:
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def on_train_start(self) -> None:
+        """Before the replicas meet: Lightning would set up the validation in the midst of them."""
+        trainer = self._fit.trainer
+        if trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+
+    def on_train_end(self) -> None:
+        """Nobody leaves while another may still need what it knows."""
+        if self._joined:
+            self._fit.replicas.finishing = True
+            self.barrier("end")
 
     # State, for a peer and from a peer.
 
@@ -277,7 +320,10 @@ class FaultTolerantDDPStrategy(DDPStrategy):
         if not fit.steps.window:
             if not fit.replicas.joined:
                 fit.replicas.manager.set_step(fit.trainer.global_step)
-            fit.replicas.begin()
+            if fit.replicas.begin():
+                if os.path.exists(os.environ.get("LIGHTNING_EFF_FINISHED", "")):
+                    raise SystemExit(0)  # the others have finished, and this replica would begin the run anew
+                adopt_places(fit.trainer, self.broadcast(places(fit.trainer)))
             self._share_out()
             fit.steps.begin()
         index = loop.epoch_loop.batch_progress.current.ready
@@ -290,11 +336,19 @@ class FaultTolerantDDPStrategy(DDPStrategy):
         """Which shards this replica computes in the step to come."""
         fit = self._fit
         members = fit.replicas.members
-        shrinks = self.on_failure == "shrink"
-        fit.steps.own([] if shrinks else shares(self.max_replicas, members)[self.replica])
-        fit.gradients.divisor = len(members) if shrinks else self.max_replicas
+        fit.steps.own([] if self.shrinks else shares(self.max_replicas, members)[self.replica])
+        fit.gradients.divisor = len(members) if self.shrinks else self.max_replicas
         fit.steps.seed = fit.replicas.seed
+        if self._mecefo is not None:
+            approximate(self._mecefo, fit.steps, fit.gradients, shares(self.max_replicas, members), fit.replicas.step)
         self.set_world_ranks()
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around the micro-batches of a step before its last."""
+        with super().block_backward_sync(), self._fit.steps.approximately():
+            yield
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -313,9 +367,12 @@ class FaultTolerantDDPStrategy(DDPStrategy):
         fit = self._fit
         while True:
             fit.gradients.begin()
-            loss = closure()
+            fit.replicas.last_part()
+            with fit.steps.approximately():
+                loss = closure()
             if not fit.gradients.launched:
                 raise RuntimeError("training_step returned None: with ddp_ft, as with DDP, every replica needs a loss")
+            fit.gradients.finish()
             if fit.replicas.commit():
                 super().optimizer_step(optimizer, _Once(loss), model, **kwargs)
                 break
@@ -323,89 +380,24 @@ class FaultTolerantDDPStrategy(DDPStrategy):
                 break
             self._share_out()
             fit.steps.repeat()
-        fit.replicas.settle()
+        fit.steps.take_buffers(fit.replicas.settle(fit.steps.share_buffers, None))
         fit.steps.end()
         self.set_world_ranks()
         return loss
 
-    # What all living replicas do together.
-
-    def _together(self, operation: Callable[[Any], Any], alone: Any) -> Any:
-        if not self._joined:
-            return alone
-        assert self.replicas is not None
-        if self.replicas.in_attempt:
-            return self.replicas.within(operation, alone)
-        result = self.replicas.agree(operation)
-        self.set_world_ranks()
-        return result
-
-    @override
-    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: ReduceOp | str | None = "mean") -> Tensor:
-        """Over the living replicas; what ``training_step`` logs, over all shards that they compute."""
-        if not isinstance(tensor, Tensor):
-            return tensor
-        value = tensor.detach().to("cpu", copy=True)
-        name = str(reduce_op).rpartition(".")[2].lower()
-        count = None
-        if self._fitting is not None:
-            value, of_step = self._fit.steps.reduced(value, partial(_combine, name=name))
-            if self._fit.steps.aside:
-                return tensor
-            count = self.max_replicas if of_step and self.on_failure != "shrink" else None
-        result: Tensor = self._together(lambda group: _reduce(group, value.clone(), name, count), value)
-        return result.to(tensor.device)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return bool(self.reduce(torch.tensor(int(decision)), reduce_op="min" if all else "max"))
-
-    @override
-    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        if name is None or not name.endswith(_NO_BARRIER):
-            self.reduce(torch.zeros(1), reduce_op="sum")
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """From the replica that writes."""
-        from lightning_eff.training.replicas import send_object
-
-        def operation(group: Any) -> Any:
-            replicas = self._fit.replicas
-            return send_object(group, obj, replicas.members.index(cast(int, replicas.writer)))
-
-        return self._together(operation, obj)
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """From the living replicas, stacked."""
-        from lightning_eff.training.replicas import gather_tensors
-
-        if not self._joined:
-            return tensor
-        value = tensor.detach().cpu()
-        result: Tensor = self._together(lambda group: torch.stack(gather_tensors(group, value)), value[None])
-        return result.to(tensor.device)
-
     @override
     def teardown(self) -> None:
+        trainer, module = self._trainer, self.lightning_module
         if self._fitting is not None:
             self._fitting.steps.loader.close()
-            self._fitting = None
+        if trainer is not None and module is not None:
+            compute_together(module, None)
+            trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]
+        self._fitting = None
         if self.replicas is not None:
             self.replicas.leave()
             self.replicas = None
         super().teardown()
-
-
-@dataclass
-class _Fit:
-    """What there is while the Trainer fits."""
-
-    trainer: Trainer
-    replicas: Replicas
-    gradients: ShardGradients
-    steps: ShardSteps
 
 
 class _Once:
@@ -420,58 +412,3 @@ class _Once:
             raise RuntimeError("ddp_ft evaluates the loss once a step, but the optimizer has asked for it again")
         self.called = True
         return self.loss
-
-
-def shares(count: int, members: list[int]) -> dict[int, list[int]]:
-    """Which shards of dead replicas each living one takes besides its own, evenly.
-
-    >>> shares(4, [0, 2, 3])
-    {0: [], 2: [1], 3: []}
-    >>> shares(4, [1])
-    {1: [0, 2, 3]}
-    """
-    share: dict[int, list[int]] = {member: [] for member in members}
-    for orphan in range(count):
-        if orphan not in share:
-            neighbour = min(members, key=lambda member: (len(share[member]), (member - orphan) % count))
-            share[neighbour].append(orphan)
-    return share
-
-
-_OPERATIONS = {"max": ReduceOp.MAX, "min": ReduceOp.MIN, "product": ReduceOp.PRODUCT}
-
-
-def _reduce(group: Any, value: Tensor, name: str, count: int | None) -> Tensor:
-    from lightning_eff.training.quorum import summed
-
-    total = summed(group, value, _OPERATIONS.get(name, ReduceOp.SUM))
-    if name in ("mean", "avg", "none"):
-        total = total / (count or group.world)
-    return total.to(value.dtype)
-
-
-def _combine(values: Tensor, name: str) -> Tensor:
-    """Those of one replica, before they are reduced over all: a mean is divided in the end."""
-    if name in ("max", "min"):
-        return values.amax(0) if name == "max" else values.amin(0)
-    return values.prod(0) if name == "product" else values.sum(0)
-
-
-def _check_torchft() -> None:
-    try:
-        import torchft  # noqa: F401
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "ddp_ft needs torchft: `pip install 'lightning-eff[ft]'`. It has wheels for Linux on x86-64 only, for "
-            "Python 3.9 to 3.13"
-        ) from error
-
-
-def _environment_count(variable: str, argument: str) -> int:
-    value = os.environ.get(variable)
-    if value is None or not value.isdigit():
-        raise ValueError(
-            f"{argument} is not given, and the environment variable {variable} is {value!r}: start with "
-            "`lightning-eff launch --replicas N script.py`, or give it"
-        )
-    return int(value)

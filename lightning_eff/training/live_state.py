@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.loop import _Loop
+
+from lightning_eff.functional.structure import clean_named_parameters
+from lightning_eff.training.log_handover import adopt_places, places
+from lightning_eff.training.rank_state import rank_state_owners
+from lightning_eff.training.trainable import set_trainable
 
 _LEFT_OUT = ("hyper_parameters", "hparams_name", "hparams_type", "datamodule_hyper_parameters")
 
@@ -18,7 +23,14 @@ def live_state(trainer: Trainer) -> dict[str, Any]:
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     for key in _LEFT_OUT:
         checkpoint.pop(key, None)
-    return {"checkpoint": checkpoint, "random": _random_state(trainer), "places": _places(trainer)}
+    return {
+        "checkpoint": checkpoint,
+        "random": _random_state(trainer),
+        "places": places(trainer),
+        "ranks": _rank_states(trainer),
+        "accumulate": trainer.accumulate_grad_batches,
+        "trainable": _trainable(trainer),
+    }
 
 
 def load_live_state(trainer: Trainer, state: dict[str, Any], loops: bool) -> None:
@@ -31,14 +43,19 @@ def load_live_state(trainer: Trainer, state: dict[str, Any], loops: bool) -> Non
     """
     connector = trainer._checkpoint_connector
     checkpoint = state["checkpoint"]
-    _load_places(trainer, state["places"])
+    adopt_places(trainer, state["places"])
+    trainer.accumulate_grad_batches = state["accumulate"]  # a schedule may have changed it
     connector._loaded_checkpoint = checkpoint
     try:
         connector.restore_datamodule()
         connector.restore_model()
+        if state["trainable"] != _trainable(trainer):
+            set_trainable(trainer, state["trainable"])  # DDP's buckets must be the same everywhere
         connector.restore_callbacks()
         connector.restore_precision_plugin_state()
         connector.restore_optimizers_and_schedulers()
+        for name, owner in rank_state_owners(trainer.strategy).items():
+            owner.load(state["ranks"].get(name))
         if loops:
             _load_loop(trainer.fit_loop, checkpoint["loops"]["fit_loop"])
     finally:
@@ -67,6 +84,22 @@ def _all_loops(loop: _Loop) -> list[_Loop]:
     return found
 
 
+def layout(trainer: Trainer) -> int:
+    """A number that is equal where DDP makes the same buckets of the model."""
+    parameters = clean_named_parameters(trainer.lightning_module)
+    words = [f"{name} {p.requires_grad} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
+    return int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:7], "big")
+
+
+def _trainable(trainer: Trainer) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in clean_named_parameters(trainer.lightning_module).items()}
+
+
+def _rank_states(trainer: Trainer) -> dict[str, Any]:
+    # Files beside a checkpoint; replicas are equal, so a peer's are this one's.
+    return {name: owner.save() for name, owner in rank_state_owners(trainer.strategy).items()}
+
+
 def _random_state(trainer: Trainer) -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if trainer.strategy.root_device.type == "cuda":
@@ -80,21 +113,3 @@ def _load_random_state(trainer: Trainer, state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and trainer.strategy.root_device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], trainer.strategy.root_device)
-
-
-def _places(trainer: Trainer) -> dict[str, list[Any]]:
-    versions = [getattr(logger, "_version", None) for logger in trainer.loggers]
-    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return {
-        "versions": [version if isinstance(version, int | str) else None for version in versions],
-        "folders": [None if folder is None else str(folder) for folder in folders],
-    }
-
-
-def _load_places(trainer: Trainer, places: dict[str, list[Any]]) -> None:
-    for logger, version in zip(trainer.loggers, places["versions"], strict=False):
-        if version is not None and hasattr(logger, "_version"):
-            logger._version = version
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    for callback, folder in zip(callbacks, places["folders"], strict=False):
-        callback.dirpath = folder

@@ -29,16 +29,18 @@ class PeerState(CheckpointTransport[Any]):
 
     Args:
         host: the address to listen on, and under which the peers reach it.
+        patience: seconds for which a peer that asks too early is kept waiting.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, patience: float = 10.0) -> None:
         self.host = host
+        self.patience = patience
         self.note = ""
         """Some words about this replica, which peers can read without a transfer; see `said`."""
         self._word = secrets.token_hex(16)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._step: int | None = None
-        self._bytes: bytes = b""
+        self._bytes: memoryview | None = None
         self._server = _Server((host, 0), self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True, name="peer-state")
         self._thread.start()
@@ -56,13 +58,14 @@ class PeerState(CheckpointTransport[Any]):
         """Make a state available until `disallow_checkpoint`."""
         buffer = io.BytesIO()
         torch.save(state_dict, buffer)
-        with self._lock:
-            self._step, self._bytes = step, buffer.getvalue()
+        with self._changed:
+            self._step, self._bytes = step, buffer.getbuffer()
+            self._changed.notify_all()
 
     def disallow_checkpoint(self) -> None:
         """Forget the state that is served; a transfer that has begun is finished."""
-        with self._lock:
-            self._step, self._bytes = None, b""
+        with self._changed:
+            self._step, self._bytes = None, None
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> Any:
         """Fetch a peer's state.
@@ -96,11 +99,14 @@ class PeerState(CheckpointTransport[Any]):
         self._server.server_close()
         self._thread.join(timeout=5.0 if wait else 0.0)
 
-    def _for(self, request: str) -> bytes | None:
+    def _for(self, request: str) -> memoryview | None:
         word, _, step = request.strip().partition(" ")
-        with self._lock:
-            known = secrets.compare_digest(word.encode(), self._word.encode())
-            return self._bytes if known and self._step is not None and step == str(self._step) else None
+        if not secrets.compare_digest(word.encode(), self._word.encode()):
+            return None
+        with self._changed:
+            # Both learn of it in the same quorum, and the one that asks may be the quicker one.
+            ready = self._changed.wait_for(lambda: step == str(self._step), self.patience)
+            return self._bytes if ready else None
 
 
 class _Server(socketserver.ThreadingTCPServer):

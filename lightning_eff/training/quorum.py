@@ -6,13 +6,13 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torchft.manager
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import AllreduceOptions, Store, TCPStore
 from torch.distributed import ProcessGroup, ProcessGroupGloo, ReduceOp
-from torch.distributed.distributed_c10d import AllreduceOptions
+from torchft.coordination import ManagerClient
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
 
@@ -36,6 +36,7 @@ class Gloo(ReconfigurableGloo):
         self.rank, self.world = 0, 0
         self.generation: int | None = None
         self._operation_timeout = timeout
+        self._device = ProcessGroupGloo.create_device(hostname=host)  # one for all quorums: it has a thread
 
     def configure(
         self,
@@ -58,7 +59,7 @@ class Gloo(ReconfigurableGloo):
 
     def _create_pg(self, store: Store, rank: int, world_size: int) -> ProcessGroup:
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [ProcessGroupGloo.create_device(hostname=self.host)]
+        options._devices = [self._device]
         options._timeout = self._timeout
         options._threads = 2
         group = ProcessGroup(store, rank, world_size)
@@ -75,8 +76,20 @@ class Gloo(ReconfigurableGloo):
             opts.timeout = self._operation_timeout
         return opts
 
+    @contextmanager
+    def patient(self, seconds: float) -> Iterator[None]:
+        """Operations within may take this long."""
+        usual, self._operation_timeout = self._operation_timeout, timedelta(seconds=seconds)
+        try:
+            yield
+        finally:
+            self._operation_timeout = usual
+
     def abort(self, errored: bool = True) -> None:
-        """Close the connections, so that peers which wait for this replica notice at once."""
+        """Close the connections, so that peers which wait for this replica notice at once.
+
+        gloo closes them when nothing refers to the group any more, and not before.
+        """
         group: Any = self._pg  # type: ignore[has-type]
         self._pg = self.generation = None
         if group is not None:
@@ -92,7 +105,6 @@ class QuorumManager(Manager):
         name: of this replica; ends with its index.
         host: where its store, its manager and its state listen, and under which the peers reach them.
         lighthouse: ``http://host:port``.
-        min_replicas: fewer than these never commit.
         connect_timeout: to connect to the lighthouse and to peers.
         timeout: of operations, see `Gloo`.
         quorum_timeout: how long to wait for the others at the start of a step.
@@ -106,7 +118,6 @@ class QuorumManager(Manager):
         name: str,
         host: str,
         lighthouse: str,
-        min_replicas: int,
         connect_timeout: timedelta,
         timeout: timedelta,
         quorum_timeout: timedelta,
@@ -115,7 +126,7 @@ class QuorumManager(Manager):
         load: Callable[[dict[str, Any]], None],
     ) -> None:
         self.group = Gloo(host, connect_timeout, timeout)
-        self.peer_state = PeerState(host)
+        self.peer_state = PeerState(host, timeout.total_seconds() / 2)
         self._host_store = _store(host)
         try:
             with _manager_servers_on(host):
@@ -123,7 +134,7 @@ class QuorumManager(Manager):
                     pg=self.group,
                     load_state_dict=load,
                     state_dict=state,
-                    min_replica_size=min_replicas,
+                    min_replica_size=1,
                     use_async_quorum=False,
                     timeout=timeout,
                     quorum_timeout=quorum_timeout,
@@ -148,9 +159,57 @@ class QuorumManager(Manager):
         self.group.abort()
         self.should_commit()
 
+    def ask_for_quorum(self, newcomers: bool, timeout: float) -> None:
+        """Wait for the others; afterwards the group connects those who came.
+
+        Args:
+            newcomers: whether replicas that were no members before may come in.
+            timeout: seconds.
+
+        Raises:
+            TimeoutError, RuntimeError: no quorum, or no lighthouse.
+        """
+        try:
+            self.start_quorum(shrink_only=not newcomers, timeout=timedelta(seconds=timeout))
+        except BaseException:
+            self._quorum_future = None  # else the next call raises the same again
+            raise
+
+    def break_off(self) -> None:
+        """End a quorum that another thread waits for, and with it this replica's part in the run."""
+        assert self._manager is not None
+        self._manager.shutdown()
+
+    def report_error(self, e: Exception) -> None:
+        """The step is lost. The traceback is left out: its frames would keep the connections open."""
+        super().report_error(e.with_traceback(None))
+
     def all_reduce(self, tensor: torch.Tensor) -> Any:
-        """Start a sum over the replicas, in place; errors are swallowed and reported, as torchft does."""
-        return self.allreduce(tensor, reduce_op=ReduceOp.SUM)
+        """Start a sum over the replicas, in place; to be awaited by `finish`. Errors are reported, not raised.
+
+        torchft's own `allreduce` gives its futures to a thread with timers, which keep a group's connections open
+        after it was given up, so that the peers would notice only by their timeout.
+        """
+        if self.errored() is not None:
+            return None
+        options = AllreduceOptions()
+        options.reduceOp = cast(Any, ReduceOp.SUM)
+        try:
+            return self.group.allreduce([tensor], options)
+        except Exception as error:
+            self.report_error(error)
+            return None
+
+    def finish(self, works: list[Any]) -> None:
+        """Wait for what `all_reduce` has started."""
+        try:
+            while works:
+                work = works.pop(0)
+                if work is not None:
+                    work.wait()
+        except Exception as error:
+            works.clear()
+            self.report_error(error)
 
     def set_step(self, step: int) -> None:
         """The number of committed steps, after a checkpoint has been loaded."""
@@ -161,18 +220,24 @@ class QuorumManager(Manager):
         self._commit_failures = 0
 
     @property
+    def quorum_id(self) -> int:
+        """Of the last quorum that this replica was in."""
+        return int(self._quorum_id)
+
+    @property
     def address(self) -> str:
         """Of this replica's manager."""
         assert self._manager is not None
         return str(self._manager.address())
 
 
-def summed(group: ProcessGroup, tensor: torch.Tensor, op: Any) -> torch.Tensor:
-    """Reduce a tensor in place over a group and wait for it."""
-    options = AllreduceOptions()
-    options.reduceOp = op
-    group.allreduce([tensor], options).wait()
-    return tensor
+def note_of(address: str, timeout: float) -> str | None:
+    """What the replica with this manager says of itself (`PeerState.note`); None if it does not answer."""
+    limit = timedelta(seconds=timeout)
+    try:
+        return PeerState.said(ManagerClient(address, connect_timeout=limit)._checkpoint_metadata(0, timeout=limit))
+    except Exception:
+        return None
 
 
 def _store(host: str) -> TCPStore:

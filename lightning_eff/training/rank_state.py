@@ -105,6 +105,12 @@ class RankState:
             self._files = None
 
 
+def rank_state_owners(strategy: Strategy) -> dict[str, RankState]:
+    """Those that are attached to a strategy, by name."""
+    files: _RankFiles | None = strategy.__dict__.get(_ATTRIBUTE)
+    return {} if files is None else files.owners
+
+
 class _RankFiles:
     """Stands in front of three methods of one strategy, as attributes of the instance."""
 
@@ -154,7 +160,8 @@ class _RankFiles:
             self.saved += 1
             identity = f"{self.run}-{self.saved}"
             states = {name: owner.save() for name, owner in self.owners.items()}
-            _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
+            if self.writes:
+                _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
             checkpoint[KEY] = {"id": identity, "world_size": self.world_size, "names": list(states)}
         self.original["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
         if not self.owners:
@@ -220,6 +227,8 @@ class _RankFiles:
         Each rank removes its own, which may be on a disk that only this machine sees. Rank zero removes all, so that
         none stays of a run with more ranks, or when only rank zero is asked.
         """
+        if not self.writes:
+            return
         fs = get_filesystem(path)
         fs.invalidate_cache()
         folder = path + _SUFFIX
@@ -236,7 +245,16 @@ class _RankFiles:
 
     @property
     def rank(self) -> int:
-        return int(getattr(self.strategy, "global_rank", 0))
+        return 0 if self.of_replicas else int(getattr(self.strategy, "global_rank", 0))
+
+    @property
+    def of_replicas(self) -> bool:
+        """Each replica is a world of its own, and they are equal: one of them writes for all."""
+        return bool(getattr(self.strategy, "replicas_are_equal", False))
+
+    @property
+    def writes(self) -> bool:
+        return not self.of_replicas or self.strategy.is_global_zero
 
     @property
     def world_size(self) -> int:

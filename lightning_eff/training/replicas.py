@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import io
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, BroadcastOptions
-from torch.distributed import ReduceOp
-
-from lightning_eff.training.quorum import Gloo, QuorumManager, summed
+from lightning_eff.training.meeting_place import AGREEING, RETRY, START, LeftBehindError, NoQuorumError, Place
+from lightning_eff.training.quorum import Gloo, QuorumManager, note_of
+from lightning_eff.training.replica_operations import gather_rows, gather_texts, send_object
 
 T = TypeVar("T")
 
-# Where a replica stands when it meets the others.
-_RETRY = 0  # within an optimizer step that failed
-_AGREEING = 1  # between steps, in an operation that all take part in
-_START = 2  # before a step
-
-
-class LeftBehindError(RuntimeError):
-    """The others went on without this replica, and it cannot catch up where it stands: it has to start anew."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """What one replica tells the others after each change of membership."""
-
-    index: int
-    step: int
-    agreed: int
-    where: int
-    veteran: bool
-    writer: bool
-    waits: bool
-    seed: int
-
-    def row(self) -> list[int]:
-        """As integers."""
-        return [int(value) for value in vars(self).values()]
-
-    @staticmethod
-    def of(row: list[int]) -> Place:
-        """From integers."""
-        index, step, agreed, where, veteran, writer, waits, seed = row
-        return Place(index, step, agreed, where, bool(veteran), bool(writer), bool(waits), seed)
+MOST_MEETINGS = 50  # that come to nothing, one after the other
 
 
 class Replicas:
@@ -72,6 +38,10 @@ class Replicas:
         start_grace: seconds for which the first step waits for all ``count``.
         max_aborts: how often one step may fail in a row.
         seed: of the run; the writer's holds for all.
+        quorum_timeout: seconds to wait for others.
+        heal_timeout: seconds that a peer may take to get the state of another.
+        layout: a number that is equal where the gradients have the same buckets.
+        patience: seconds after which a replica that waits asks whether the others went on without it.
     """
 
     def __init__(
@@ -83,6 +53,10 @@ class Replicas:
         start_grace: float,
         max_aborts: int,
         seed: int,
+        quorum_timeout: float,
+        heal_timeout: float,
+        layout: Callable[[], int],
+        patience: float,
     ) -> None:
         self.index = index
         self.count = count
@@ -91,6 +65,10 @@ class Replicas:
         self.start_grace = start_grace
         self.max_aborts = max_aborts
         self.seed = seed
+        self.quorum_timeout = quorum_timeout
+        self.heal_timeout = heal_timeout
+        self.layout = layout
+        self.patience = patience
         self.members: list[int] = []
         """Indices of those who take part, in the order of their ranks; empty before the first step."""
         self.writer: int | None = None
@@ -100,9 +78,17 @@ class Replicas:
         self.waited = 0.0
         """Seconds that the last change of membership or failure cost this replica."""
         self.in_attempt = False
+        self.joins_a_retry = False
+        """Whether the others repeat a step that this replica has not begun: what they did before they do not repeat."""
+        self.finishing = False
+        """Whether the run is over, so that nobody waits for long any more."""
+        self._told: tuple[Any] | None = None
+        self._left_behind = False
+        self._failure: Exception | None = None
         self._agreed = 0
         self._last: Any = None
         self._generation: int | None = None
+        self._peers: list[str] = []
         self._veteran = False
         self._created = time.monotonic()
         self._failed_at: float | None = None
@@ -130,31 +116,35 @@ class Replicas:
 
     # The step.
 
-    def begin(self) -> None:
-        """Meet the others before a step; whoever lags behind has their state afterwards."""
+    def begin(self) -> bool:
+        """Meet the others before a step; whoever lags behind has their state afterwards.
+
+        Returns:
+            Whether the run begins: nobody has made a step in it.
+        """
         while True:
-            places = self._meet(_START, newcomers=True)
-            if places is None:
-                continue
-            if any(place.where != _START for place in places):
-                if not self._veteran:
-                    raise LeftBehindError(
-                        "this replica came in while the others were within a step; it has to start anew"
-                    )
+            before = self.step
+            places = self._meet(START, newcomers=True)
+            if any(place.where == AGREEING for place in places) and self._veteran:
                 continue  # they finish what they do, and come here
+            self.joins_a_retry = any(place.where == RETRY for place in places)
+            if any(place.where != START for place in places) and (not self._veteran or self.step > before):
+                raise LeftBehindError("the others are within a step, where nobody can come in; start anew")
             if all(place.waits for place in places) and len(places) < self.count:
                 time.sleep(0.1)
                 continue
-            if len(places) < self.min_replicas:
+            # A step that has begun is finished by those who are left, however few.
+            if len(places) < self.min_replicas and not self.joins_a_retry:
                 time.sleep(0.5)
                 continue
             break
         self._veteran = True
         self.in_attempt = True
+        return not any(place.veteran for place in places)
 
     def within(self, operation: Callable[[Gloo], T], instead: T) -> T:
         """An operation of all members within a step; if it fails the step fails, and the result is ``instead``."""
-        if self.manager.errored() is not None:
+        if self.manager.errored() is not None or self.joins_a_retry:
             return instead
         try:
             return operation(self.group)
@@ -184,6 +174,10 @@ class Replicas:
             self.manager.fail(error.original_exception)
         return False
 
+    def last_part(self) -> None:
+        """The last micro-batch begins, which is all that those who repeat a step do together."""
+        self.joins_a_retry = False
+
     def again(self) -> bool:
         """Meet the others after a step that failed here.
 
@@ -191,110 +185,184 @@ class Replicas:
             True if a peer had committed it: this replica has its result now, as if it had committed it itself.
         """
         before = self.step
-        while True:
-            places = self._meet(_RETRY, newcomers=False)
-            if places is None:
-                continue
-            if self.step > before:
-                self._aborts_in_a_row = 0
-                return True
-            return False
+        self._meet(RETRY, newcomers=False)
+        caught_up = self.step > before
+        if caught_up:
+            self._aborts_in_a_row = 0
+        return caught_up
 
-    def settle(self) -> None:
-        """Leave the step, when all have committed it."""
+    def settle(self, operation: Callable[[Gloo], T], alone: T) -> T:
+        """Leave the step, when all have committed it; in an operation as `agree` has it."""
         self.in_attempt = False
-        self.agree(_nothing)
+        result = self.agree(operation, alone)
         if self._failed_at is not None:
             self.waited, self._failed_at = time.monotonic() - self._failed_at, None
+        return result
 
     # Between steps.
 
-    def agree(self, operation: Callable[[Gloo], T]) -> T:
+    def agree(self, operation: Callable[[Gloo], T], alone: T) -> T:
         """An operation of all members between steps, which gives the same result to each of them.
 
         Args:
             operation: collective; of this replica's values, with a result that ``torch.load(weights_only=True)`` can
                 read. Repeated when a member is lost on the way.
+            alone: the result if the run is over and nobody else is there any more.
         """
+        failures = 0
         while True:
             try:
                 result = operation(self.group)
                 break
             except Exception as error:
+                failures += 1
+                if failures > self.max_aborts:
+                    raise
                 if self._failed_at is None:
                     self._failed_at = time.monotonic()
                 self.manager.fail(error)
-                told, result = self._catch_up()
-                if told:
+                try:
+                    self._meet(AGREEING, newcomers=False)
+                except NoQuorumError:
+                    if self.finishing:
+                        return alone
+                    raise
+                if self._told is not None:
+                    (result,) = self._told
                     break
         self._agreed += 1
         self._last = result
         return result
 
-    def _catch_up(self) -> tuple[bool, Any]:
-        """After a failure: the result of the operation, if some have completed it."""
-        while True:
-            places = self._meet(_AGREEING, newcomers=False)
-            if places is None:
-                continue
-            ahead = max(place.agreed for place in places)
-            if ahead > self._agreed + 1:
-                raise LeftBehindError(f"the others are {ahead - self._agreed} operations ahead; start anew")
-            if any(place.agreed < ahead for place in places):
-                teller = next(rank for rank, place in enumerate(places) if place.agreed == ahead)
-                try:
-                    result = send_object(self.group, self._last, teller)
-                except Exception as error:
-                    self.manager.fail(error)
-                    continue
-                if self._agreed < ahead:
-                    return True, result
-            return False, None
-
     # Meeting.
 
-    def _meet(self, where: int, newcomers: bool) -> list[Place] | None:
-        """One quorum. None if it came to nothing and has to be repeated."""
+    def _meet(self, where: int, newcomers: bool) -> list[Place]:
+        """Wait for a quorum, and learn where everybody stands."""
+        for _ in range(MOST_MEETINGS):
+            places = self._try_to_meet(where, newcomers)
+            if places is not None:
+                return places
+        raise RuntimeError(
+            f"{MOST_MEETINGS} quorums in a row came to nothing, the last time by: {self._failure}. Can the replicas "
+            f"reach each other at their addresses (this one at {self.manager.group.host}), within `connect_timeout`?"
+        )
+
+    def _try_to_meet(self, where: int, newcomers: bool) -> list[Place] | None:
+        """One quorum. None if it came to nothing."""
         before = self.step
-        began = time.monotonic()
-        try:
-            self.manager.start_quorum(shrink_only=not newcomers)
-        except Exception as error:
-            waited = time.monotonic() - began
-            raise RuntimeError(
-                f"no quorum within {waited:.0f} s, at step {self.step} of replica {self.index}: too few replicas "
-                f"(at least {self.min_replicas} are needed), or the lighthouse is gone ({error})"
-            ) from error
+        self._told = None
+        self._wait_for_quorum(newcomers)
         failure = self.manager.errored()
         if failure is not None:
-            self.manager.fail(failure.original_exception)
+            self._in_vain(failure.original_exception)
             return None
-        if where != _START and self.step > before + (where == _RETRY):
+        if where != START and self.step > before + (where == RETRY):
             raise LeftBehindError(f"the others are at step {self.step}, this replica was at {before}; start anew")
-        if where == _RETRY and self.step > before:
-            where, self._agreed, self._last = _AGREEING, 0, None
-        changed = self.group.generation != self._generation
-        if not changed and self._veteran:
-            return [Place(index, self.step, self._agreed, where, True, False, False, 0) for index in self.group.members]
+        if where == RETRY and self.step > before:
+            where, self._agreed, self._last = AGREEING, 0, None
+        if self.group.generation == self._generation and self._veteran:
+            # Nothing has happened, so all are where this one is.
+            return [Place(i, self.step, self._agreed, where, True, False, False, 0, 0) for i in self.group.members]
         mine = Place(
             self.index,
             self.step,
             self._agreed,
             where,
             self._veteran,
-            self.is_writer,
+            self._veteran and self.is_writer,
             not self._veteran and time.monotonic() - self._created < self.start_grace,
             self.seed,
+            self.layout(),
         )
         try:
-            places = [Place.of(row) for row in gather_rows(self.group, mine.row())]
-        except Exception as error:
-            self.manager.fail(error)
+            with self.group.patient(self.heal_timeout):  # of somebody else, perhaps
+                places = [Place.of(row) for row in gather_rows(self.group, mine.row())]
+            addresses = gather_texts(self.group, self.manager.address)
+            self._tell(places, mine)
+        except LeftBehindError:
+            raise
+        except RuntimeError as error:
+            self._in_vain(error)
             return None
         self._settle_roles(places)
+        self._peers = [address for place, address in zip(places, addresses, strict=True) if place.index != self.index]
         self._generation = self.group.generation
         self.manager.reset_failures()
         return places
+
+    def _in_vain(self, error: Exception) -> None:
+        self._failure = error
+        self.manager.fail(error)
+
+    def _wait_for_quorum(self, newcomers: bool) -> None:
+        began = time.monotonic()
+        limit = 2 * self.patience if self.finishing else self.quorum_timeout
+        self.manager.peer_state.note = f"{self.manager.quorum_id} {','.join(map(str, self.members))}"
+        with self._watching(not newcomers):
+            while True:
+                waited = time.monotonic() - began
+                try:
+                    self.manager.ask_for_quorum(newcomers, max(0.1, limit - waited))
+                    return
+                except Exception as error:
+                    if self._left_behind:
+                        raise LeftBehindError(
+                            f"the others went on without replica {self.index} after step {self.step}; start anew"
+                        ) from error
+                    waited = time.monotonic() - began
+                    if waited > limit - 1:
+                        raise NoQuorumError(
+                            f"no quorum within {waited:.0f} s, at step {self.step} of replica {self.index}: fewer than "
+                            f"min_replicas={self.min_replicas} replicas are there, or the lighthouse is gone ({error})"
+                        ) from error
+                    time.sleep(0.1)
+
+    @contextmanager
+    def _watching(self, wanted: bool) -> Iterator[None]:
+        """While a replica waits within a step or an operation, see to it that the others have not gone on."""
+        if not wanted or not self._peers:
+            yield
+            return
+        over = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(over,), daemon=True, name="left-behind")
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(self.patience):
+            if self._was_left_behind():
+                self._left_behind = True
+                self.manager.break_off()
+                return
+
+    def _tell(self, places: list[Place], mine: Place) -> None:
+        """Who has missed the end of an operation gets its result from one that has not; all take part."""
+        ahead = max((place.agreed for place in places if place.veteran), default=0)
+        if not any(place.where == AGREEING and place.agreed < ahead for place in places):
+            return
+        teller = next(rank for rank, place in enumerate(places) if place.veteran and place.agreed == ahead)
+        result = send_object(self.group, self._last, teller)
+        if mine.where == AGREEING and mine.agreed < ahead:
+            if ahead > mine.agreed + 1:
+                raise LeftBehindError(f"the others are {ahead - mine.agreed} operations ahead; start anew")
+            self._told = (result,)
+
+    def _was_left_behind(self) -> bool:
+        """Whether a former member is in a later quorum, and this replica is not.
+
+        Then it gets no quorum any more where it stands: no newcomers are let in there.
+        """
+        for address in self._peers:
+            note = note_of(address, 2.0)
+            if note is not None:
+                quorum, _, members = note.partition(" ")
+                if int(quorum) > self.manager.quorum_id and str(self.index) not in members.split(","):
+                    return True
+        return False
 
     def _settle_roles(self, places: list[Place]) -> None:
         indices = [place.index for place in places]
@@ -304,47 +372,15 @@ class Replicas:
             raise RuntimeError(f"replicas {indices} are too many for max_replicas={self.count}")
         # Whoever writes goes on as long as it lives: files change hands as rarely as possible.
         first = next((p for p in places if p.writer), None) or next((p for p in places if p.veteran), places[0])
+        mine = next(place for place in places if place.index == self.index)
+        if not self._veteran and mine.layout != first.layout:
+            raise RuntimeError(
+                "this replica's model has other parameters in training, or of other shapes, than the run that it comes "
+                "into, also after it has taken that run's state: is it the same script with the same arguments?"
+            )
         self.members, self.writer, self.seed = indices, first.index, first.seed
 
     def leave(self) -> None:
         """End the connections."""
         self.group.abort()
         self.manager.shutdown(wait=False)
-
-
-def gather_rows(group: Gloo, row: list[int]) -> list[list[int]]:
-    """The integers of every member, by rank."""
-    mine = torch.tensor(row)
-    rows = [torch.empty_like(mine) for _ in range(group.world)]
-    group.allgather([rows], [mine], AllgatherOptions()).wait()
-    return [each.tolist() for each in rows]
-
-
-def gather_tensors(group: Gloo, tensor: Tensor) -> list[Tensor]:
-    """A tensor of the same shape from every member, by rank."""
-    mine = tensor.detach().contiguous()
-    parts = [torch.empty_like(mine) for _ in range(group.world)]
-    group.allgather([parts], [mine], AllgatherOptions()).wait()
-    return parts
-
-
-def send_object(group: Gloo, value: Any, source: int) -> Any:
-    """What the member with rank ``source`` holds, for all; tensors and plain Python values, nothing is unpickled."""
-    options = BroadcastOptions()
-    options.rootRank = source
-    data = b""
-    if group.rank == source:
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        data = buffer.getvalue()
-    length = torch.tensor([len(data)])
-    group.broadcast([length], options).wait()
-    content = torch.empty(int(length), dtype=torch.uint8)
-    if group.rank == source:
-        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    group.broadcast([content], options).wait()
-    return torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
-
-
-def _nothing(group: Gloo) -> None:
-    summed(group, torch.zeros(1), ReduceOp.SUM)

@@ -5,6 +5,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
@@ -27,12 +28,38 @@ class ShardGradients:
         """Gradients of other shards, by ``id`` of the parameter, that are added to this replica's own."""
         self.launched = False
         """Whether the last backward pass has reduced anything."""
+        self.all_used = True
+        """Whether each parameter has a gradient on each replica, as DDP wants it by default."""
         self._works: list[Any] = []
+        self._buckets: list[tuple[Tensor, Tensor]] = []
+        self._used: Tensor | None = None
 
     def begin(self) -> None:
         """Before a backward pass that reduces."""
         self.launched = False
         self._works = []
+        self._buckets = []
+        self._used = None
+
+    def finish(self) -> None:
+        """After it. DDP leaves a parameter alone that this replica has not used, but others may have used it.
+
+        Raises:
+            RuntimeError: a parameter has no gradient, though all should have one.
+        """
+        missing = [(index, pair) for index, pair in enumerate(self._buckets) if pair[0].grad is None]
+        if not missing or self.manager.errored() is not None:
+            return
+        if self.all_used:
+            raise RuntimeError(
+                f"{len(missing)} parameters had no part in the loss of this step. If that is meant, use "
+                "FaultTolerantDDPStrategy(find_unused_parameters=True)"
+            )
+        assert self._used is not None
+        used = self._used.tolist()
+        for index, (parameter, gradient) in missing:
+            if used[index]:
+                parameter.grad = gradient.clone()
 
     def take(self, parameters: list[nn.Parameter]) -> None:
         """Move gradients from the parameters to `orphans`, on top of those that are there."""
@@ -51,6 +78,7 @@ def average_over_shards(state: ShardGradients, bucket: GradBucket) -> Future[Ten
     """
     buffer = bucket.buffer()
     pairs = list(zip(bucket.parameters(), bucket.gradients(), strict=True))
+    state._buckets += pairs
     if state.orphans:
         for parameter, gradient in pairs:
             other = state.orphans.get(id(parameter))
@@ -64,9 +92,11 @@ def average_over_shards(state: ShardGradients, bucket: GradBucket) -> Future[Ten
     state.launched = True
     state._works.append(state.manager.all_reduce(buffer))
     if bucket.is_last():
-        for work in state._works:
-            work.wait()
-        state._works = []
+        if not state.all_used:
+            flags = [p.grad is not None or id(p) in state.orphans for p, _ in state._buckets]
+            state._used = torch.tensor(flags, dtype=torch.int32)
+            state._works.append(state.manager.all_reduce(state._used))
+        state.manager.finish(state._works)
         if state.manager.errored() is not None:
             state.manager.group.abort()
     done: Future[Tensor] = Future()

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_eff.training.logged_values import LoggedValues
+from lightning_eff.training.replica_operations import nothing
 from lightning_eff.training.shard_gradients import ShardGradients
 from lightning_eff.training.shards import ShardedLoader
 
@@ -40,11 +41,14 @@ class ShardSteps:
         self.orphans: list[int] = []
         """Shards of dead replicas that this one computes besides its own."""
         self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """Makes the context of each forward and backward pass, of this replica's own as well."""
+        """Makes the context of each forward and backward pass; the strategy puts it around Lightning's own."""
+        self.watching: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Makes the context of this replica's own forward passes."""
         self.aside = False
         """Whether a micro-batch runs beside Lightning's loop."""
         self.changing: set[str] = set()
         """Names of the buffers that a forward pass changes."""
+        self._within = False
         self._logged: LoggedValues | None = None
         self._values: list[Tensor] = []
         self._orphan_values: list[list[Tensor]] = []
@@ -88,7 +92,7 @@ class ShardSteps:
         self._logged = LoggedValues(self.trainer.fit_loop.epoch_loop._results, self.module)
         self._adopt(index)
         self._count = 0
-        with self.random(self.shard, index):
+        with self.random(self.shard, index), self.watching():
             yield
         self._count = None
         self._note_changes()
@@ -104,6 +108,40 @@ class ShardSteps:
         for index in self.window[:-1]:
             self._adopt(index)
             self._run(self.shard, index)
+
+    @contextmanager
+    def approximately(self) -> Iterator[None]:
+        """`around`, once, however deep: the orphans' passes may lie within those of Lightning."""
+        if self._within:
+            yield
+            return
+        self._within = True
+        try:
+            with self.around():
+                yield
+        finally:
+            self._within = False
+
+    def share_buffers(self, group: Any) -> Tensor | None:
+        """The buffers that a forward pass changes, of one replica for all, as DDP does it."""
+        if not self.changing:
+            nothing(group)
+            return None
+        buffers = dict(self.module.named_buffers())
+        # float64 holds the values of smaller types, and counts, exactly.
+        flat = torch.cat([buffers[name].detach().double().cpu().flatten() for name in sorted(self.changing)])
+        group.broadcast_one(flat, 0).wait()
+        return flat
+
+    @torch.no_grad()
+    def take_buffers(self, flat: Tensor | None) -> None:
+        """Take what `share_buffers` gave."""
+        if flat is None:
+            return
+        buffers = dict(self.module.named_buffers())
+        parts = torch.split(flat, [buffers[name].numel() for name in sorted(self.changing)])
+        for name, part in zip(sorted(self.changing), parts, strict=True):
+            buffers[name].copy_(part.view_as(buffers[name]))
 
     def reduced(self, value: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
         """What this replica gives to a reduction that ``training_step`` asks for.
@@ -162,7 +200,7 @@ class ShardSteps:
         results, loop._results = loop._results, type(loop._results)(training=True)
         self.aside = True
         try:
-            with self.around():
+            with self.approximately():
                 with self.random(shard, index), strategy.precision_plugin.train_step_context(), torch.enable_grad():
                     output: Any = module.training_step(*arguments.values())
                 loss = output["loss"] if isinstance(output, dict) else output
@@ -191,3 +229,19 @@ def _copy_into(module: nn.Module, buffers: dict[str, Tensor]) -> None:
     for name, buffer in module.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])
+
+
+def shares(count: int, members: list[int]) -> dict[int, list[int]]:
+    """Which shards of dead replicas each living one takes besides its own, evenly.
+
+    >>> shares(4, [0, 2, 3])
+    {0: [], 2: [1], 3: []}
+    >>> shares(4, [1])
+    {1: [0, 2, 3]}
+    """
+    share: dict[int, list[int]] = {member: [] for member in members}
+    for orphan in range(count):
+        if orphan not in share:
+            neighbour = min(members, key=lambda member: (len(share[member]), (member - orphan) % count))
+            share[neighbour].append(orphan)
+    return share

@@ -68,9 +68,23 @@ def fit(
 @pytest.mark.usefixtures("command_line")
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("1m", 1), ("10m", 10), ("50m", 50), ("124m", 124), ("wsm", 1), ("watched", 1), ("misa", 10), ("arc_topk", 10)],
+    [
+        ("1m", 1),
+        ("10m", 10),
+        ("50m", 50),
+        ("124m", 124),
+        ("wsm", 1),
+        ("watched", 1),
+        ("misa", 10),
+        ("arc_topk", 10),
+        ("fault_tolerant", 1),
+    ],
 )
-def test_config_instantiates_with_the_size_of_its_name(name, millions):
+def test_config_instantiates_with_the_size_of_its_name(name, millions, monkeypatch):
+    if name == "fault_tolerant":
+        pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
+    monkeypatch.setenv("NUM_REPLICA_GROUPS", "3")  # of the launcher
+    monkeypatch.setenv("REPLICA_GROUP_ID", "0")
     with torch.device("meta"):  # shapes without memory
         cli = GPTCLI(
             GPTModule,
@@ -90,6 +104,7 @@ def test_every_config_is_tested():
         "1m",
         "50m",
         "arc_topk",
+        "fault_tolerant",
         "misa",
         "watched",
         "wsm",

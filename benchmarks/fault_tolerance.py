@@ -1,0 +1,331 @@
+"""What ddp_ft costs, how quickly a run is back after a death, and whether it stays the same run.
+
+    python -m benchmarks.fault_tolerance steady       # no failure: a step of ddp_ft against one of ddp, in turn
+    python -m benchmarks.fault_tolerance recovery     # kill -9: until the next step, until it is back; against ddp
+    python -m benchmarks.fault_tolerance consistency  # the loss curve with kills against the one without
+    python -m benchmarks.fault_tolerance soak         # 200 steps under random kills
+
+Rows go to benchmarks/results/fault_tolerance_<part>.csv. The replicas run benchmarks.fault_tolerance_worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
+
+WORKER = "benchmarks.fault_tolerance_worker"
+HEARTBEAT = 5.0  # seconds, the launcher's default
+SMALL = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.85 M parameters
+MIDDLE = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}  # 10.8 M
+
+
+class Run:
+    """A launched run, and what its replicas have written so far."""
+
+    def __init__(self, folder: Path, replicas: int, settings: dict[str, Any]) -> None:
+        self.folder, self.replicas, self.settings = folder, replicas, settings
+        environment = {
+            **os.environ,
+            "FAULT_TOLERANCE_BENCHMARK": json.dumps({**settings, "folder": str(folder)}),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.getcwd(),
+        }
+        if settings["strategy"] == "ddp_ft":
+            command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas)]
+            command += ["--max-restarts", "1000", "-m", WORKER]
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicas)]
+            command += ["--max-restarts", "1000", "--standalone", "-m", WORKER]
+        self.log = (folder / "output.log").open("w")
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def lines(self, replica: int | None = None) -> list[dict[str, Any]]:
+        """Of one replica, or of all by time."""
+        found = []
+        for index in range(self.replicas) if replica is None else [replica]:
+            path = self.folder / f"steps-{index}.jsonl"
+            if path.exists():
+                text = path.read_text()
+                whole = text[: text.rfind("\n") + 1]
+                found += [{"replica": index, **json.loads(line)} for line in whole.splitlines()]
+        return sorted(found, key=lambda line: line["time"])
+
+    def steps(self, replica: int | None = None) -> list[dict[str, Any]]:
+        return [line for line in self.lines(replica) if line["event"] == "step"]
+
+    def wait_for(self, condition: Any, limit: float = 180.0) -> None:
+        deadline = time.monotonic() + limit
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the run did not get there:\n{(self.folder / 'output.log').read_text()[-3000:]}")
+            time.sleep(0.02)
+
+    def kill(self, replica: int) -> float:
+        """`kill -9` its present process; the time at which."""
+        pid = [line["pid"] for line in self.lines(replica)][-1]
+        now = time.time()
+        os.kill(pid, signal.SIGKILL)
+        return now
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGINT)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        self.log.close()
+
+
+@contextmanager
+def launched(replicas: int, **settings: Any) -> Iterator[Run]:
+    with tempfile.TemporaryDirectory(prefix="fault-tolerance-") as folder:
+        run = Run(Path(folder), replicas, {"model": SMALL, "batch_size": 4, "steps": 100, **settings})
+        try:
+            yield run
+        finally:
+            run.end()
+
+
+def _median(values: list[float]) -> dict[str, Any]:
+    return {
+        "median": round(statistics.median(values), 4),
+        "least": round(min(values), 4),
+        "most": round(max(values), 4),
+        "repeats": len(values),
+    }
+
+
+# --- (1) steady cost ------------------------------------------------------------------------------------------------
+
+
+def steady(rounds: int, steps: int, models: list[str]) -> None:
+    rows = []
+    for name in models:
+        model, batch_size = (SMALL, 8) if name == "0.85M" else (MIDDLE, 2)
+
+        def step_of(strategy: str, model: Any = model, batch_size: int = batch_size) -> float:
+            with launched(2, strategy=strategy, model=model, batch_size=batch_size, steps=steps) as run:
+                run.wait_for(lambda: run.process.poll() is not None or len(run.steps(0)) == steps)
+                times = [line["time"] for line in run.steps(0)]
+            return statistics.median(b - a for a, b in pairwise(times[4:]))
+
+        figures = in_turn({arm: lambda arm=arm: step_of(arm) for arm in ("ddp", "ddp_ft")}, rounds)
+        middle, low, high = ratio(figures, "ddp_ft", "ddp")
+        for arm, seconds in figures.items():
+            rows.append({"model": name, "strategy": arm, "replicas": 2, "quantity": "step_seconds", **_median(seconds)})
+        rows.append(
+            {
+                "model": name,
+                "strategy": "ddp_ft / ddp",
+                "replicas": 2,
+                "quantity": "ratio",
+                "median": round(middle, 4),
+                "least": round(low, 4),
+                "most": round(high, 4),
+                "repeats": rounds,
+            }
+        )
+    show("A step without failures", rows)
+    CONSOLE.print(write_rows("fault_tolerance_steady", rows))
+
+
+# --- (2) recovery ---------------------------------------------------------------------------------------------------
+
+
+def recovery(repeats: int) -> None:
+    quantities: dict[tuple[str, str], list[float]] = {}
+
+    def note(strategy: str, quantity: str, value: float) -> None:
+        quantities.setdefault((strategy, quantity), []).append(value)
+
+    with launched(3, strategy="ddp_ft", steps=1_000_000) as run:
+        for _ in range(repeats):
+            at = len(run.steps(0))
+            run.wait_for(lambda at=at: len(run.steps(0)) >= at + 15 and run.steps(0)[-1]["members"] == [0, 1, 2])
+            usual = [line["time"] for line in run.steps(0)][-12:]
+            usual_step = statistics.median(b - a for a, b in pairwise(usual))
+            reached = run.steps(0)[-1]["step"]
+            killed = run.kill(1)
+            run.wait_for(lambda killed=killed: run.steps(0)[-1]["time"] > killed + 1.0)
+            after = next(line for line in run.steps(0) if line["time"] > killed + 1.0)
+            note("ddp_ft", "kill_to_commit", after["time"] - killed)
+            note("ddp_ft", "kill_to_commit_minus_heartbeat", after["time"] - killed - HEARTBEAT)
+            run.wait_for(lambda killed=killed: run.steps(1)[-1]["time"] > killed + 1.0)
+            start = [line for line in run.lines(1) if line["event"] == "start"][-1]["time"]
+            first = next(line for line in run.steps(1) if line["time"] > start)
+            note("ddp_ft", "kill_to_new_process_in_python", start - killed)
+            note("ddp_ft", "restart_to_participation", first["time"] - start)
+            others = run.steps(0)
+            place = [line["step"] for line in others].index(first["step"])
+            stall = others[place]["time"] - others[place - 1]["time"]
+            note("ddp_ft", "heal_stall", stall - usual_step)
+            note("ddp_ft", "usual_step", usual_step)
+            made = {line["step"] for line in run.steps(0)}
+            note("ddp_ft", "steps_lost", float(len(set(range(1, after["step"] + 1)) - made)))
+    every = 10
+    for _ in range(max(2, repeats // 2)):
+        with launched(3, strategy="ddp", steps=1_000_000, save_every=every) as run:
+            run.wait_for(lambda: len(run.steps(0)) >= 2 * every + every // 2)
+            reached = run.steps(0)[-1]["step"]
+            killed = run.kill(1)
+            run.wait_for(lambda killed=killed: any(line["time"] > killed + 1.0 for line in run.steps(0)))
+            first = next(line for line in run.steps(0) if line["time"] > killed + 1.0)
+            note("ddp, restart", "kill_to_commit", first["time"] - killed)
+            run.wait_for(
+                lambda killed=killed, reached=reached: any(
+                    line["time"] > killed + 1.0 and line["step"] > reached for line in run.steps(0)
+                )
+            )
+            again = next(line for line in run.steps(0) if line["time"] > killed + 1.0 and line["step"] > reached)
+            note("ddp, restart", "kill_to_new_progress", again["time"] - killed)
+            note("ddp, restart", "steps_lost", float(reached - first["step"] + 1))
+    rows = [
+        {"part": "recovery", "strategy": strategy, "replicas": 3, "quantity": quantity, **_median(values)}
+        for (strategy, quantity), values in quantities.items()
+    ]
+    show("After kill -9 of one of three replicas (seconds; a checkpoint every 10 steps for ddp)", rows)
+    CONSOLE.print(write_rows("fault_tolerance_recovery", rows))
+
+
+# --- (3) computation consistency ------------------------------------------------------------------------------------
+
+
+def _curve(steps: int, kills: list[tuple[int, int]], **settings: Any) -> tuple[dict[int, float], str, int]:
+    """Losses by step, a digest of the weights, and how many kills there were."""
+    done = 0
+    with launched(3, strategy="ddp_ft", steps=steps, dropout=0.1, accumulate=2, workers=1, **settings) as run:
+        for step, replica in kills:
+
+            def due(step: int = step) -> bool:
+                lines = run.steps()
+                return bool(lines) and lines[-1]["step"] >= step and len(lines[-1]["members"]) == 3
+
+            run.wait_for(due)
+            run.kill(replica)
+            done += 1
+        run.wait_for(lambda: sum(line["event"] == "end" for line in run.lines()) == 3, limit=400.0)
+        losses: dict[int, float] = {}
+        for line in run.steps():
+            assert losses.setdefault(line["step"], line["loss"]) == line["loss"], "two replicas log different losses"
+        ends = {line["weights"] for line in run.lines() if line["event"] == "end"}
+    assert len(ends) == 1, "the replicas end with different weights"
+    return losses, ends.pop(), done
+
+
+def consistency(steps: int) -> None:
+    kills = [(steps // 6, 1), (steps // 3, 0), (steps // 2, 2), (2 * steps // 3, 1)]
+    without, _, _ = _curve(steps, [])
+    again, _, _ = _curve(steps, [])
+    with_kills, _, done = _curve(steps, kills)
+    rows = []
+    for name, other, count in (("no failure, a second run", again, 0), ("kills", with_kills, done)):
+        assert sorted(other) == sorted(without) == list(range(1, steps + 1)), "a step is missing"
+        differences = [abs(other[step] - without[step]) for step in without]
+        relative = [abs(other[step] - without[step]) / without[step] for step in without]
+        rows.append(
+            {
+                "run": name,
+                "replicas": 3,
+                "steps": steps,
+                "kills": count,
+                "largest_difference": f"{max(differences):.3e}",
+                "largest_relative": f"{max(relative):.3e}",
+                "last_loss": f"{other[steps]:.6f}",
+                "last_loss_without": f"{without[steps]:.6f}",
+            }
+        )
+    show("Loss with kills under takeover against none (AdamW, dropout 0.1, accumulation 2, a data worker)", rows)
+    CONSOLE.print(write_rows("fault_tolerance_consistency", rows))
+
+
+# --- (6) soak -------------------------------------------------------------------------------------------------------
+
+
+def soak(steps: int, every: float, seed: int) -> None:
+    dice = random.Random(seed)
+    kills: list[tuple[float, int]] = []
+    with launched(3, strategy="ddp_ft", steps=steps, dropout=0.1, accumulate=2, workers=1) as run:
+        run.wait_for(lambda: bool(run.steps(0)))
+        due = time.time() + dice.expovariate(1 / every)
+        while not any(line["event"] == "end" for line in run.lines()):
+            if run.process.poll() is not None:
+                raise RuntimeError((run.folder / "output.log").read_text()[-3000:])
+            if time.time() > due:
+                # Replica 0 is spared, so that one process goes through all changes of membership.
+                replica = dice.choice([1, 2])
+                with suppress(ProcessLookupError):
+                    kills.append((run.kill(replica), replica))
+                due = time.time() + dice.expovariate(1 / every)
+            time.sleep(0.05)
+        deadline = time.time() + 90
+        while run.process.poll() is None and time.time() < deadline:
+            time.sleep(0.1)
+        lines = run.lines()
+    committed = sorted({line["step"] for line in lines if line["event"] == "step"})
+    survivor = [line for line in lines if line["event"] == "step" and line["replica"] == 0]
+    ends = {line["weights"] for line in lines if line["event"] == "end"}
+    changes = sum(a["members"] != b["members"] for a, b in pairwise(survivor))
+    quarter = len(survivor) // 4
+    rows = [
+        {
+            "replicas": 3,
+            "steps": steps,
+            "kills": len(kills),
+            "changes_of_membership": changes,
+            "steps_lost": steps - len(committed),
+            "replicas_at_the_end": sum(line["event"] == "end" for line in lines),
+            "weights_equal": len(ends) == 1,
+            "descriptors_first_quarter": max(line["descriptors"] for line in survivor[:quarter]),
+            "descriptors_last_quarter": max(line["descriptors"] for line in survivor[-quarter:]),
+            "threads_first_quarter": max(line["threads"] for line in survivor[:quarter]),
+            "threads_last_quarter": max(line["threads"] for line in survivor[-quarter:]),
+            "megabytes_first_quarter": round(max(line["resident"] for line in survivor[:quarter]) / 2**20),
+            "megabytes_last_quarter": round(max(line["resident"] for line in survivor[-quarter:]) / 2**20),
+            "seconds": round(lines[-1]["time"] - lines[0]["time"]),
+        }
+    ]
+    show("Soak: random kills of two of three replicas", rows)
+    CONSOLE.print(write_rows("fault_tolerance_soak", rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["steady", "recovery", "consistency", "soak"])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--every", type=float, default=10.0, help="seconds between kills, on average")
+    parser.add_argument("--models", nargs="+", choices=["0.85M", "10.8M"], default=["0.85M", "10.8M"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.part == "steady":
+        steady(args.rounds, args.steps or 24, args.models)
+    elif args.part == "recovery":
+        recovery(args.rounds)
+    elif args.part == "consistency":
+        consistency(args.steps or 120)
+    else:
+        soak(args.steps or 200, args.every, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""One replica of the runs that `benchmarks.fault_tolerance` measures: the example GPT, every step written down."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from benchmarks.runs import QUIET, quiet_lightning
+from examples.gpt.data import TextDataModule
+from examples.gpt.model import GPTConfig
+from examples.gpt.module import GPTModule
+from lightning_eff.strategies import FaultTolerantDDPStrategy
+
+
+class WithDropout(GPTModule):
+    """The example has none, and a takeover must draw the same masks."""
+
+    def __init__(self, config: GPTConfig, dropout: float, **arguments: Any) -> None:
+        super().__init__(config, **arguments)
+        if dropout > 0:
+            for block in self.model.blocks:
+                block.mlp = nn.Sequential(block.mlp, nn.Dropout(dropout))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.model.loss(batch)
+        self.log("train_loss", loss, batch_size=len(batch), sync_dist=True)
+        return loss
+
+
+class Diary(L.Callback):
+    """A line for the start of the process, and one for each optimizer step."""
+
+    def __init__(self, settings: dict[str, Any], replica: int) -> None:
+        self.file = (Path(settings["folder"]) / f"steps-{replica}.jsonl").open("a")
+        self.write(event="start")
+
+    def write(self, **line: Any) -> None:
+        self.file.write(json.dumps({"time": time.time(), "pid": os.getpid(), **line}) + "\n")
+        self.file.flush()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        replicas = getattr(trainer.strategy, "replicas", None)
+        self.write(
+            event="step",
+            step=trainer.global_step,
+            loss=float(trainer.callback_metrics["train_loss"]),
+            members=replicas.members if replicas is not None else None,
+            descriptors=len(os.listdir("/proc/self/fd")),
+            threads=len(os.listdir("/proc/self/task")),
+            resident=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        )
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        total = sum(float(p.double().abs().sum()) for p in module.parameters())
+        self.write(event="end", step=trainer.global_step, weights=total.hex())
+
+
+def main() -> None:
+    settings = json.loads(os.environ["FAULT_TOLERANCE_BENCHMARK"])
+    quiet_lightning()
+    torch.set_num_threads(1)
+    L.seed_everything(0, verbose=False)
+    fault_tolerant = settings["strategy"] == "ddp_ft"
+    replica = int(os.environ["REPLICA_GROUP_ID" if fault_tolerant else "RANK"])
+    strategy: Any = "ddp"
+    if fault_tolerant:
+        strategy = FaultTolerantDDPStrategy(on_failure="takeover", collective_timeout=60.0)
+    callbacks: list[L.Callback] = [Diary(settings, replica)]
+    if settings.get("save_every"):
+        folder = Path(settings["folder"]) / "checkpoints"
+        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=settings["save_every"], save_last=True))
+    model = WithDropout(GPTConfig(**settings["model"]), settings.get("dropout", 0.0), schedule="constant")
+    data = TextDataModule(block_size=256, batch_size=settings["batch_size"], num_workers=settings.get("workers", 0))
+    trainer = L.Trainer(
+        **{**QUIET, "enable_checkpointing": bool(settings.get("save_every"))},
+        accelerator="cpu",
+        devices=1 if fault_tolerant else int(os.environ["WORLD_SIZE"]),
+        strategy=strategy,
+        max_steps=settings["steps"],
+        max_epochs=-1,
+        accumulate_grad_batches=settings.get("accumulate", 1),
+        limit_val_batches=0,
+        callbacks=callbacks,
+    )
+    trainer.fit(model, data, ckpt_path="last" if settings.get("save_every") else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What the members of a quorum do together: reductions, gathering and sending, with nothing that is unpickled."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+from torch.distributed import ReduceOp
+
+if TYPE_CHECKING:
+    from lightning_eff.training.quorum import Gloo
+
+
+def summed(group: Gloo, tensor: torch.Tensor, op: Any) -> torch.Tensor:
+    """Reduce a tensor in place over a group and wait for it."""
+    options = AllreduceOptions()
+    options.reduceOp = op
+    group.allreduce([tensor], options).wait()
+    return tensor
+
+
+_OPERATIONS = {"max": ReduceOp.MAX, "min": ReduceOp.MIN, "product": ReduceOp.PRODUCT}
+
+
+def reduce(group: Gloo, value: Tensor, name: str, count: int | None) -> Tensor:
+    """Reduce a tensor over the members, in place.
+
+    Args:
+        group: of the members.
+        value: of this one.
+        name: "mean", "avg", "sum", "max", "min" or "product".
+        count: of how many values it is the mean, by default one for each member.
+    """
+    total = summed(group, value, _OPERATIONS.get(name, ReduceOp.SUM))
+    if name in ("mean", "avg", "none"):
+        total = total / (count or group.world)
+    return total.to(value.dtype)
+
+
+def combine(values: Tensor, name: str) -> Tensor:
+    """Those of one replica, before they are reduced over all: a mean is divided in the end."""
+    if name in ("max", "min"):
+        return values.amax(0) if name == "max" else values.amin(0)
+    return values.prod(0) if name == "product" else values.sum(0)
+
+
+def gather_rows(group: Gloo, row: list[int]) -> list[list[int]]:
+    """The integers of every member, by rank."""
+    mine = torch.tensor(row)
+    rows = [torch.empty_like(mine) for _ in range(group.world)]
+    group.allgather([rows], [mine], AllgatherOptions()).wait()
+    return [each.tolist() for each in rows]
+
+
+def gather_tensors(group: Gloo, tensor: Tensor) -> list[Tensor]:
+    """A tensor of the same shape from every member, by rank."""
+    mine = tensor.detach().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(group.world)]
+    group.allgather([parts], [mine], AllgatherOptions()).wait()
+    return parts
+
+
+def gather_texts(group: Gloo, text: str) -> list[str]:
+    """A short text from every member, by rank."""
+    data = text.encode().ljust(256)
+    parts = gather_tensors(group, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return [part.numpy().tobytes().decode().strip() for part in parts]
+
+
+def gather_objects(group: Gloo, value: Any) -> list[Any]:
+    """Tensors and plain Python values of every member, by rank."""
+    data = _pack(value)
+    sizes = [row[0] for row in gather_rows(group, [len(data)])]
+    padded = data.ljust(max(sizes), b"\0")
+    parts = gather_tensors(group, torch.frombuffer(bytearray(padded), dtype=torch.uint8))
+    return [_unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(content: Tensor) -> Any:
+    with torch.serialization.safe_globals([pathlib.PosixPath]):
+        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+def send_object(group: Gloo, value: Any, source: int) -> Any:
+    """What the member with rank ``source`` holds, for all; tensors and plain Python values, nothing is unpickled."""
+    options = BroadcastOptions()
+    options.rootRank = source
+    data = _pack(value) if group.rank == source else b""
+    length = torch.tensor([len(data)])
+    group.broadcast([length], options).wait()
+    content = torch.empty(int(length), dtype=torch.uint8)
+    if group.rank == source:
+        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    group.broadcast([content], options).wait()
+    return _unpack(content)
+
+
+def nothing(group: Gloo) -> None:
+    """Only meet."""
+    summed(group, torch.zeros(1), ReduceOp.SUM)

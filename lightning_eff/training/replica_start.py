@@ -1,0 +1,96 @@
+"""What a replica needs before it can meet the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch.optim import LBFGS, Optimizer
+
+
+def check_torchft() -> None:
+    """Say what is missing, if it is."""
+    try:
+        import torchft  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "ddp_ft needs torchft: `pip install 'lightning-eff[ft]'`. It has wheels for Linux on x86-64 only, for "
+            "Python 3.9 to 3.13"
+        ) from error
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of ``http://HOST:PORT`` or ``HOST:PORT``."""
+    parts = urlsplit(address if "://" in address else f"http://{address}")
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if host is None or port is None:
+        raise MisconfigurationException(f"lighthouse={address!r}: it must be HOST:PORT or http://HOST:PORT")
+    return host, port
+
+
+def meet_lighthouse(host: str, port: int, timeout: float) -> None:
+    """Wait for a lighthouse to listen.
+
+    Raises:
+        ConnectionError: it does not, within ``timeout`` seconds.
+    """
+    began = time.monotonic()
+    while not _listens(host, port, timeout):
+        waited = time.monotonic() - began
+        if waited > timeout:
+            raise ConnectionError(
+                f"the lighthouse at {host}, port {port} could not be reached within {waited:.0f} s. Is it running "
+                "(`lightning-eff lighthouse`), and is its address right?"
+            )
+        time.sleep(0.2)
+
+
+def _listens(host: str, port: int, timeout: float) -> bool:
+    try:
+        socket.create_connection((host, port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def environment_count(variable: str, argument: str) -> int:
+    """A number that the launcher gives."""
+    value = os.environ.get(variable)
+    if value is None or not value.isdigit():
+        raise ValueError(
+            f"{argument} is not given, and the environment variable {variable} is {value!r}: start with "
+            "`lightning-eff launch --replicas N script.py`, or give it"
+        )
+    return int(value)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse what a step that is repeated cannot be made of."""
+    if not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            "ddp_ft repeats a step that failed, which it cannot do with steps that training_step makes itself: set "
+            "`automatic_optimization = True`"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            "ddp_ft does not agree on the scale of a GradScaler: use precision='bf16-mixed' in place of '16-mixed'"
+        )
+    if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+        raise MisconfigurationException("ddp_ft does not support reload_dataloaders_every_n_epochs: set it to 0")
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse those that want the loss more than once."""
+    if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+        raise MisconfigurationException(
+            "ddp_ft evaluates the loss once a step, and all decide together whether it counts; LBFGS evaluates it "
+            "several times. Use an optimizer that steps once per gradient"
+        )

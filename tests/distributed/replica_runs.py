@@ -1,0 +1,270 @@
+"""Runs of several replicas that are killed on purpose: what they did, and whether anything was left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+MOST_LIVES = 4  # restarts of one replica; more is an error in the test or in what is tested
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Server:
+    """The process that forks replicas; one for a session."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUST_LOG": "error"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.replica_server"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        self.events: Queue[dict[str, Any]] = Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self.events.get(timeout=150) == {"ready": True}
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.events.put(json.loads(line))
+
+    def ask(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(5)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+class Lighthouse:
+    """A lighthouse in a process of its own, on a port that stays."""
+
+    def __init__(self, min_replicas: int, heartbeat_timeout: float) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.code = self.code_for("127.0.0.1", self.port, min_replicas, heartbeat_timeout)
+        self.start()
+
+    @staticmethod
+    def code_for(host: str, port: int, min_replicas: int, heartbeat_timeout: float) -> str:
+        return (
+            "import time; from torchft.coordination import LighthouseServer; "
+            f"server = LighthouseServer(bind='{host}:{port}', min_replicas={min_replicas}, "
+            f"join_timeout_ms=600000, quorum_tick_ms=20, heartbeat_timeout_ms={int(heartbeat_timeout * 1000)}); "
+            "print('up', flush=True); time.sleep(3600)"
+        )
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.code],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "RUST_LOG": "error", "OMP_NUM_THREADS": "1"},
+        )
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@dataclass
+class Fault:
+    """What ends a replica: see `replica_main.Faults`."""
+
+    replica: int
+    step: int | None
+    """Committed steps when it happens; None for any."""
+    phase: str
+    life: int = 0
+    signal: int = signal.SIGKILL
+
+    def row(self) -> list[Any]:
+        return [self.replica, self.step, self.phase, self.life, int(self.signal)]
+
+
+@dataclass
+class Outcome:
+    """What the replicas of one run have written down."""
+
+    folder: Path
+    steps: dict[int, list[dict[str, Any]]]
+    finals: dict[int, dict[str, Any]]
+    exits: list[tuple[int, int, int]]
+    sessions: set[int]
+    seconds: float
+    lives: dict[int, int] = field(default_factory=dict)
+
+    def losses(self) -> dict[int, float]:
+        """Of each step, as whoever committed it has seen it."""
+        return {line["step"]: line["loss"] for lines in self.steps.values() for line in lines}
+
+    def logs(self) -> str:
+        return _logs(self.folder)
+
+
+def run(
+    server: Server,
+    folder: Path,
+    *,
+    replicas: int = 3,
+    steps: int = 40,
+    faults: tuple[Fault, ...] = (),
+    restart: bool = True,
+    limit: float = 120.0,
+    heartbeat_timeout: float = 3.0,
+    min_replicas: int = 1,
+    during: Any = None,
+    **settings: Any,
+) -> Outcome:
+    """Train, restarting what dies until one has finished, as the launcher does.
+
+    Args:
+        during: called about every 50 ms with the `Lighthouse`, the pids by replica and the folder.
+    """
+    began = time.monotonic()
+    lighthouse = Lighthouse(min_replicas, heartbeat_timeout)
+    strategy = {
+        "collective_timeout": 30.0,
+        "connect_timeout": 20.0,
+        "quorum_timeout": 90.0,
+        "start_grace": 60.0,
+        "heartbeat_timeout": heartbeat_timeout,
+        "min_replicas": min_replicas,
+        **settings.pop("strategy", {}),
+    }
+    running: dict[int, int] = {}
+    sessions: set[int] = set()
+    lives = dict.fromkeys(range(replicas), 0)
+    exits: list[tuple[int, int, int]] = []
+    finished = False
+
+    def start(replica: int) -> None:
+        server.ask(
+            {
+                "key": replica,
+                "start": {
+                    **settings,
+                    "strategy": strategy,
+                    "steps": steps,
+                    "replica": replica,
+                    "life": lives[replica],
+                    "folder": str(folder),
+                    "log": str(folder / f"replica-{replica}-{lives[replica]}.log"),
+                    "faults": [fault.row() for fault in faults],
+                    "environment": {
+                        "TORCHFT_LIGHTHOUSE": lighthouse.address,
+                        "REPLICA_GROUP_ID": str(replica),
+                        "NUM_REPLICA_GROUPS": str(replicas),
+                        "TORCHELASTIC_RESTART_COUNT": str(lives[replica]),
+                    },
+                },
+            }
+        )
+
+    waiting = set(range(replicas))  # asked for, not yet there
+    try:
+        for replica in range(replicas):
+            start(replica)
+        while running or waiting:
+            if time.monotonic() - began > limit:
+                raise TimeoutError(f"the run is not over after {limit} s; exits: {exits}\n{_logs(folder)}")
+            if during is not None:
+                during(lighthouse, {replica: pid for pid, replica in running.items()}, folder)
+            try:
+                event = server.events.get(timeout=0.05)
+            except Empty:
+                continue
+            if "key" in event:
+                running[event["pid"]] = event["key"]
+                waiting.discard(event["key"])
+                sessions.add(event["pid"])
+            elif event["pid"] in running:
+                replica = running.pop(event["pid"])
+                exits.append((replica, lives[replica], event["exit"]))
+                finished = finished or event["exit"] == 0
+                if event["exit"] != 0 and restart and not finished:
+                    if lives[replica] == MOST_LIVES:
+                        raise RuntimeError(f"replica {replica} does not live:\n{_logs(folder)}")
+                    lives[replica] += 1
+                    waiting.add(replica)
+                    start(replica)
+    finally:
+        for pid in running:
+            server.ask({"stop": pid})
+        while running:
+            event = server.events.get(timeout=30)
+            if "exit" in event:
+                running.pop(event["pid"], None)
+        lighthouse.kill()
+    lines = {
+        replica: [
+            json.loads(line)
+            for path in sorted(folder.glob(f"steps-{replica}-*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+        for replica in range(replicas)
+    }
+    finals = {
+        replica: json.loads((folder / f"final-{replica}.json").read_text())
+        for replica in range(replicas)
+        if (folder / f"final-{replica}.json").exists()
+    }
+    return Outcome(folder, lines, finals, exits, sessions, time.monotonic() - began, lives)
+
+
+def _logs(folder: Path) -> str:
+    return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(folder.glob("replica-*.log")))
+
+
+def orphans(sessions: set[int], patience: float = 12.0) -> list[str]:
+    """Processes of these sessions that are still there; data workers notice the end of their parent within seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        left = [f"{pid}: {command}" for pid, session, command in _processes() if session in sessions]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if fields[0] != "Z":
+                    yield int(entry.name), int(fields[3]), (entry / "cmdline").read_text().replace("\0", " ")
