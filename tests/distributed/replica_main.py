@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanMetric
 
 import lightning_eff.callbacks
 import lightning_eff.training.quorum
@@ -53,6 +54,7 @@ class Model(L.LightningModule):
         if settings.get("batch_norm"):
             self.net.append(nn.BatchNorm1d(width))
         self.head = nn.Linear(width, 1)
+        self.metric = MeanMetric()
         self.settings, self.faults = settings, faults
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +77,10 @@ class Model(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
-        self.log("val_loss", (self(batch[0]) - batch[1]).square().mean(), sync_dist=True)
+        loss = (self(batch[0]) - batch[1]).square().mean()
+        self.metric.update(loss)
+        self.log("val_loss", loss, sync_dist=True)
+        self.log("val_metric", self.metric)
         self.faults.at("validation")
 
     def configure_optimizers(self) -> Any:
