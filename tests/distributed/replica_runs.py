@@ -70,28 +70,21 @@ class Lighthouse:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.code = self.code_for("127.0.0.1", self.port, min_replicas, heartbeat_timeout)
+        self.command = self.command_for("127.0.0.1", self.port, min_replicas, heartbeat_timeout)
         self.start()
 
     @staticmethod
-    def code_for(host: str, port: int, min_replicas: int, heartbeat_timeout: float) -> str:
-        return (
-            "import time; from torchft.coordination import LighthouseServer; "
-            f"server = LighthouseServer(bind='{host}:{port}', min_replicas={min_replicas}, "
-            f"join_timeout_ms=600000, quorum_tick_ms=20, heartbeat_timeout_ms={int(heartbeat_timeout * 1000)}); "
-            "print('up', flush=True); time.sleep(3600)"
-        )
+    def command_for(host: str, port: int, min_replicas: int, heartbeat_timeout: float) -> list[str]:
+        command = [sys.executable, "-m", "lightning_eff", "lighthouse", "--bind", f"{host}:{port}"]
+        return [*command, "--min-replicas", str(min_replicas), "--heartbeat-timeout", str(heartbeat_timeout)]
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.code],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "RUST_LOG": "error", "OMP_NUM_THREADS": "1"},
-        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, env=environment)
         assert self.process.stdout is not None
         self.process.stdout.readline()
 

@@ -293,8 +293,8 @@ def test_also_with(settings: dict[str, Any], server: Server, tmp_path: Path) -> 
 def test_a_link_that_is_cut_and_mended(network: Any, tmp_path: Path) -> None:
     """Three machines, each with an address of its own. The one behind the cut is left behind, starts anew and heals."""
     net = network(3)
-    lighthouse = Lighthouse.code_for(net.address(0), 29510, min_replicas=1, heartbeat_timeout=3.0)
-    net.popen(0, [sys.executable, "-c", lighthouse], {"RUST_LOG": "error"}, stdout=subprocess.DEVNULL)
+    lighthouse = Lighthouse.command_for(net.address(0), 29510, min_replicas=1, heartbeat_timeout=3.0)
+    net.popen(0, lighthouse, {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     lives = [0, 0, 0]
 
     def start(replica: int) -> subprocess.Popen[bytes]:
