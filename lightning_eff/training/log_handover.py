@@ -19,6 +19,8 @@ def places(trainer: Trainer) -> dict[str, list[Any]]:
     return {
         "versions": [version if isinstance(version, int | str) else None for version in versions],
         "folders": [None if folder is None else str(folder) for folder in folders],
+        # Not in the callback's state: without it, one that comes in would save the last step once more, alone.
+        "saved": [getattr(callback, "_last_global_step_saved", 0) for callback in _checkpoints(trainer)],
     }
 
 
@@ -29,6 +31,8 @@ def adopt_places(trainer: Trainer, theirs: dict[str, list[Any]]) -> None:
             logger._version = version
     for callback, folder in zip(_checkpoints(trainer), theirs["folders"], strict=False):
         callback.dirpath = folder
+    for callback, step in zip(_checkpoints(trainer), theirs["saved"], strict=False):
+        callback._last_global_step_saved = step
 
 
 def begin_to_write(trainer: Trainer) -> None:

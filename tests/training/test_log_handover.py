@@ -20,7 +20,7 @@ def test_another_writer_carries_a_csv_file_on(tmp_path: Path) -> None:
     second = CSVLogger(tmp_path, name="run")
     trainer = L.Trainer(accelerator="cpu", logger=second, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(BoringModel())
-    adopt_places(trainer, {"versions": [first.version], "folders": []})
+    adopt_places(trainer, {"versions": [first.version], "folders": [], "saved": []})
     begin_to_write(trainer)
     second.log_metrics({"loss": 0.5, "accuracy": 0.1}, step=1)
     second.save()
