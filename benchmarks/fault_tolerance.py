@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
 
 WORKER = "benchmarks.fault_tolerance_worker"
+CORES = len(os.sched_getaffinity(0))  # that all replicas share
 HEARTBEAT = 5.0  # seconds, the launcher's default
 SMALL = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.85 M parameters
 MIDDLE = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}  # 10.8 M
@@ -132,12 +133,13 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
         figures = in_turn({arm: lambda arm=arm: step_of(arm) for arm in ("ddp", "ddp_ft")}, rounds)
         middle, low, high = ratio(figures, "ddp_ft", "ddp")
         for arm, seconds in figures.items():
-            rows.append({"model": name, "strategy": arm, "replicas": 2, "quantity": "step_seconds", **_median(seconds)})
+            rows.append({"model": name, "strategy": arm, "replicas": 2, "cores": CORES, "quantity": "step_seconds", **_median(seconds)})
         rows.append(
             {
                 "model": name,
                 "strategy": "ddp_ft / ddp",
                 "replicas": 2,
+                "cores": CORES,
                 "quantity": "ratio",
                 "median": round(middle, 4),
                 "least": round(low, 4),
@@ -200,7 +202,7 @@ def recovery(repeats: int) -> None:
             note("ddp, restart", "kill_to_new_progress", again["time"] - killed)
             note("ddp, restart", "steps_lost", float(reached - first["step"] + 1))
     rows = [
-        {"part": "recovery", "strategy": strategy, "replicas": 3, "quantity": quantity, **_median(values)}
+        {"part": "recovery", "strategy": strategy, "replicas": 3, "cores": CORES, "quantity": quantity, **_median(values)}
         for (strategy, quantity), values in quantities.items()
     ]
     show("After kill -9 of one of three replicas (seconds; a checkpoint every 10 steps for ddp)", rows)
