@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -17,6 +18,28 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
 
 from lightning_eff.training.peer_state import PeerState
+
+_FORKED: set[int] = set()
+"""Descriptors of the connections of the present group."""
+
+
+def _connections() -> set[int]:
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
+                found.add(int(entry))
+    return found
+
+
+def _close_in_child() -> None:
+    """A data worker outlives a replica that is killed, and would keep its connections open for seconds."""
+    while _FORKED:
+        with suppress(OSError):
+            os.close(_FORKED.pop())
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class Gloo(ReconfigurableGloo):
@@ -64,7 +87,10 @@ class Gloo(ReconfigurableGloo):
         options._threads = 2
         group = ProcessGroup(store, rank, world_size)
         group._set_default_backend(ProcessGroup.BackendType.GLOO)
+        before = _connections()
         backend = ProcessGroupGloo(store, rank, world_size, options)
+        _FORKED.clear()
+        _FORKED.update(_connections() - before)
         backend._set_sequence_number_for_group()
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         for device in devices:
@@ -90,6 +116,11 @@ class Gloo(ReconfigurableGloo):
 
         gloo closes them when nothing refers to the group any more, and not before.
         """
+        # Data workers are forked with copies of the connections, which closing alone would leave open.
+        for descriptor in _FORKED:
+            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+        _FORKED.clear()
         group: Any = self._pg  # type: ignore[has-type]
         self._pg = self.generation = None
         if group is not None:
