@@ -19,24 +19,33 @@ from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
 
 from lightning_eff.training.peer_state import PeerState
 
-_FORKED: set[int] = set()
-"""Descriptors of the connections of the present group."""
+_CONNECTIONS: dict[int, str] = {}
+"""Descriptors of the present group's connections, and what they are: a number may soon be another file's."""
 
 
-def _connections() -> set[int]:
-    found = set()
+def _sockets() -> dict[int, str]:
+    found = {}
     for entry in os.listdir("/proc/self/fd"):
         with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
-                found.add(int(entry))
+            name = os.readlink(f"/proc/self/fd/{entry}")
+            if name.startswith("socket:"):
+                found[int(entry)] = name
     return found
+
+
+def _take_connections() -> list[int]:
+    """Those that are still what they were."""
+    present = _sockets() if _CONNECTIONS else {}
+    taken = [descriptor for descriptor, name in _CONNECTIONS.items() if present.get(descriptor) == name]
+    _CONNECTIONS.clear()
+    return taken
 
 
 def _close_in_child() -> None:
     """A data worker outlives a replica that is killed, and would keep its connections open for seconds."""
-    while _FORKED:
+    for descriptor in _take_connections():
         with suppress(OSError):
-            os.close(_FORKED.pop())
+            os.close(descriptor)
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -87,10 +96,10 @@ class Gloo(ReconfigurableGloo):
         options._threads = 2
         group = ProcessGroup(store, rank, world_size)
         group._set_default_backend(ProcessGroup.BackendType.GLOO)
-        before = _connections()
+        before = _sockets()
         backend = ProcessGroupGloo(store, rank, world_size, options)
-        _FORKED.clear()
-        _FORKED.update(_connections() - before)
+        _CONNECTIONS.clear()
+        _CONNECTIONS.update(_sockets().items() - before.items())
         backend._set_sequence_number_for_group()
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         for device in devices:
@@ -117,10 +126,9 @@ class Gloo(ReconfigurableGloo):
         gloo closes them when nothing refers to the group any more, and not before.
         """
         # Data workers are forked with copies of the connections, which closing alone would leave open.
-        for descriptor in _FORKED:
+        for descriptor in _take_connections():
             with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
                 connection.shutdown(socket.SHUT_RDWR)
-        _FORKED.clear()
         group: Any = self._pg  # type: ignore[has-type]
         self._pg = self.generation = None
         if group is not None:
