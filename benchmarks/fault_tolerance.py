@@ -133,7 +133,8 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
         figures = in_turn({arm: lambda arm=arm: step_of(arm) for arm in ("ddp", "ddp_ft")}, rounds)
         middle, low, high = ratio(figures, "ddp_ft", "ddp")
         for arm, seconds in figures.items():
-            rows.append({"model": name, "strategy": arm, "replicas": 2, "cores": CORES, "quantity": "step_seconds", **_median(seconds)})
+            row = {"model": name, "strategy": arm, "replicas": 2, "cores": CORES, "quantity": "step_seconds"}
+            rows.append({**row, **_median(seconds)})
         rows.append(
             {
                 "model": name,
@@ -202,7 +203,14 @@ def recovery(repeats: int) -> None:
             note("ddp, restart", "kill_to_new_progress", again["time"] - killed)
             note("ddp, restart", "steps_lost", float(reached - first["step"] + 1))
     rows = [
-        {"part": "recovery", "strategy": strategy, "replicas": 3, "cores": CORES, "quantity": quantity, **_median(values)}
+        {
+            "part": "recovery",
+            "strategy": strategy,
+            "replicas": 3,
+            "cores": CORES,
+            "quantity": quantity,
+            **_median(values),
+        }
         for (strategy, quantity), values in quantities.items()
     ]
     show("After kill -9 of one of three replicas (seconds; a checkpoint every 10 steps for ddp)", rows)
