@@ -263,10 +263,17 @@ WORTH: dict[str, tuple[Callable[[int], MISA | None], tuple[float, ...]]] = {
     "LoRA": (lambda seed: None, (1e-3, 3e-3)),
     "LISA": (lambda seed: lisa(1, INTERVAL, seed=seed), (1e-3, 3e-3)),
     "BAdam": (lambda seed: badam(INTERVAL), ()),
-    "MISA": (lambda seed: MISA(budget=0.25, interval=INTERVAL, eta=ETA, seed=seed), (1e-3, 3e-3)),
-    "MISA, uniform": (lambda seed: MISA(budget=0.25, interval=INTERVAL, sampling="uniform", seed=seed), ()),
+    "MISA without momentum step": (
+        lambda seed: MISA(budget=0.25, interval=INTERVAL, eta=ETA, momentum_step=False, seed=seed),
+        (1e-3, 3e-3),
+    ),
+    "MISA": (lambda seed: MISA(budget=0.25, interval=INTERVAL, eta=ETA, seed=seed), (3e-4, 1e-3, 3e-3)),
+    "uniform without momentum step": (
+        lambda seed: MISA(budget=0.25, interval=INTERVAL, sampling="uniform", momentum_step=False, seed=seed),
+        (),
+    ),
 }
-SAME_RATE = {"BAdam": "LISA", "MISA, uniform": "MISA"}
+SAME_RATE = {"BAdam": "LISA", "uniform without momentum step": "MISA without momentum step"}
 RUNS = Path("logs") / "benchmarks" / "misa"
 
 
@@ -333,11 +340,13 @@ def worth(steps: int, seeds: int) -> None:
 def report(steps: int) -> None:
     """Rows of all runs there are; the loss at the time of 3/4 of full AdamW's steps, by the step times of `speed`."""
     with (RESULTS / "misa_speed.csv").open() as file:
-        times = {r["what"]: float(r["over_full"]) for r in csv.DictReader(file) if r["model"] == "1M"}
+        times = {
+            r["what"].removeprefix("step, "): float(r["over_full"]) for r in csv.DictReader(file) if r["model"] == "1M"
+        }
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"*-{steps}.json"))]
     rows, curves = [], []
     for run in runs:
-        factor = times[f"step, {'MISA, 25 %' if run['arm'].startswith('MISA') else run['arm']}"]
+        factor = times.get(run["arm"], times["MISA, 25 %"])
         at = min(steps, int(0.75 * steps / factor) // EVERY * EVERY)
         row = {key: run[key] for key in ("arm", "lr", "seed", "steps", "val_loss")}
         rows.append(row | {"steps_at_equal_time": at, "val_loss_at_equal_time": run["curve"][at // EVERY - 1]})
