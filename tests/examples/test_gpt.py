@@ -79,6 +79,7 @@ def fit(
         ("misa", 10),
         ("arc_topk", 10),
         ("fault_tolerant", 1),
+        ("grades", 1),
     ],
 )
 def test_config_instantiates_with_the_size_of_its_name(name, millions, monkeypatch):
