@@ -77,6 +77,7 @@ def fit(
         ("grades", 1),
         ("watched", 1),
         ("misa", 10),
+        ("grades", 1),
         ("arc_topk", 10),
         ("fault_tolerant", 1),
         ("grades", 1),
