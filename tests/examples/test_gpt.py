@@ -77,10 +77,8 @@ def fit(
         ("grades", 1),
         ("watched", 1),
         ("misa", 10),
-        ("grades", 1),
         ("arc_topk", 10),
         ("fault_tolerant", 1),
-        ("grades", 1),
     ],
 )
 def test_config_instantiates_with_the_size_of_its_name(name, millions, monkeypatch):
