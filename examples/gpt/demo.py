@@ -1,4 +1,7 @@
-"""Train a small GPT on the standard library's sources, on CPU in a few minutes, with the suite's callbacks.
+"""Train a small GPT on the standard library's sources, on CPU in a few minutes, with the suite's methods.
+
+Three runs: training with the callbacks that go together, fine-tuning of its weights with MISA, and training on two
+ranks whose gradients are compressed.
 
 Usage:
     python -m examples.gpt.demo [--steps 1000] [--seed 0] [--val-windows 256] [--logdir logs/demo]
@@ -13,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -26,7 +30,16 @@ from typing_extensions import override
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
-from lightning_eff.callbacks import EMA, TensorBoardLayout, ZClip
+from lightning_eff.callbacks import (
+    EMA,
+    MISA,
+    CompressionMonitor,
+    GradES,
+    SpectralAlignmentMonitor,
+    TensorBoardLayout,
+    TrainingGuard,
+    ZClip,
+)
 
 BATCH_SIZE = 8  # small batches: on a CPU a byte costs the same in any batch, and more steps learn more
 LAST_STEPS = 50  # the loss of one batch of 8 is noisy; the loss at the end is a mean over these
@@ -70,10 +83,16 @@ class ProgressBar(RichProgressBar):
         return metrics
 
 
-def results(recorder: Recorder, methods: Sequence[Callback], bytes_per_step: int, wall_seconds: float) -> Table:
+def results(
+    recorder: Recorder,
+    methods: Sequence[Callback],
+    other_runs: Sequence[Sequence[tuple[str, str]]],
+    bytes_per_step: int,
+    wall_seconds: float,
+) -> Table:
     losses = torch.stack(recorder.train_losses)
     steps, last = len(losses), losses[-LAST_STEPS:]
-    table = Table(title="What the run did", show_header=False, min_width=60)
+    table = Table(title="What the runs did", show_header=False, min_width=60)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("Training loss, first step", f"{losses[0]:.4f} nats a byte")
@@ -83,11 +102,22 @@ def results(recorder: Recorder, methods: Sequence[Callback], bytes_per_step: int
     for method in methods:
         if isinstance(method, ZClip):
             table.add_row("Gradient spikes clipped (ZClip)", f"{sum(method.spikes)} of {steps} steps")
+        elif isinstance(method, TrainingGuard):
+            table.add_row("Alarms and rollbacks (TrainingGuard)", f"{method.alarms} and {method.rollbacks}")
+        elif isinstance(method, SpectralAlignmentMonitor):
+            collapsed = f"{len(method.collapsed)} of {len(method.armed)} layers"
+            table.add_row("Collapsed at the end (SpectralAlignmentMonitor)", collapsed)
+        elif isinstance(method, GradES):
+            table.add_row("Weight matrices frozen (GradES)", f"{len(method.frozen)}")
         elif isinstance(method, EMA):
             table.add_row("Validation of the averaged weights (EMA)", f"{recorder.ema_bpb[-1]:.4f} bits a byte")
+    for rows in other_runs:
+        table.add_section()
+        for row in rows:
+            table.add_row(*row)
     table.add_section()
-    table.add_row("Steps", f"{steps:,}")
-    table.add_row("Tokens (bytes) a second, in steps", f"{steps * bytes_per_step / recorder.step_seconds:,.0f}")
+    table.add_row("Steps of the first run", f"{steps:,}")
+    table.add_row("Tokens (bytes) a second, in its steps", f"{steps * bytes_per_step / recorder.step_seconds:,.0f}")
     table.add_row("Wall-clock, all in all", f"{wall_seconds:.0f} s")
     return table
 
@@ -102,12 +132,59 @@ def tensorboard_command(logdir: Path) -> str:
     return f"{program} --logdir {logdir}"
 
 
+def fine_tune(module: GPTModule, data: TextDataModule, steps: int) -> list[tuple[str, str]]:
+    """Go on with a tenth of the weights at a time: what that takes."""
+    misa = MISA(budget=0.1, interval=max(1, steps // 10))
+    trainer = quick_trainer(steps, callbacks=[misa])
+    trainer.fit(module, datamodule=data)
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    kept = trainer.callback_metrics["misa/optimizer_bytes"].item()
+    return [
+        (
+            f"Optimizer's memory in {steps} steps of fine-tuning (MISA)",
+            f"{kept / 1e6:.2f} of {8 * weights / 1e6:.2f} MB",
+        ),
+        ("Matrices at a time (MISA)", f"{len(misa.active)} of {len(misa.importance)}"),
+    ]
+
+
+def two_ranks(config: GPTConfig, data: TextDataModule, steps: int, logger: TensorBoardLogger) -> list[tuple[str, str]]:
+    """Train on two ranks that exchange a fifth of the rows of each gradient: what was sent."""
+    trainer = quick_trainer(
+        steps, strategy="ddp_fork_arc_topk", devices=2, callbacks=[CompressionMonitor()], logger=logger
+    )
+    module = GPTModule(config, lr=3e-3, warmup_steps=min(50, steps))
+    trainer.fit(module, datamodule=data)
+    sent, ratio = (trainer.callback_metrics[f"comm/{name}"].item() for name in ("bytes_per_step", "compression_ratio"))
+    loss = trainer.callback_metrics["train_loss"].item()
+    return [
+        ("Sent by each of two ranks in a step (ddp_arc_topk)", f"{sent / 1e6:.2f} of {sent * ratio / 1e6:.2f} MB"),
+        (f"Their training loss after {steps} steps", f"{loss:.4f} nats a byte"),
+    ]
+
+
+def quick_trainer(steps: int, **kwargs: Any) -> L.Trainer:
+    kwargs = {"devices": 1, "logger": False, **kwargs}
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        **kwargs,
+    )
+
+
 def quieten() -> None:
     """Leave out what says nothing about the run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which accelerators there are, and a tip
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # the seed
     # The text is in memory: a process that loads it would only take a core from the training.
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
+    # A run of a few steps, as in the test of this demo, is over before the monitor has seen enough of any layer.
+    warnings.filterwarnings("ignore", "SpectralAlignmentMonitor: of .* layers none was ever armed")
     # Lightning's own use of a function that PyTorch has deprecated.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")
 
@@ -135,14 +212,18 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         val_windows=args.val_windows,
         seed=args.seed,
     )
+    config = GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128)
     module = GPTModule(
-        GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128),
+        config,
         lr=3e-3,
         warmup_steps=min(50, args.steps),
         fused=True,
     )
     # The methods of the suite. What each did is in the table at the end and in TensorBoard.
     methods = [
+        TrainingGuard(),
+        SpectralAlignmentMonitor(),
+        GradES(tau=0.9),  # of a matrix's own level: 1 would be as soon as its gradient gets no noisier
         ZClip(max_grad_norm=None),  # no cap: norms fall from 4 to 0.7, and a cap of 1 would clip every early step
         EMA(half_life=20, save="none"),
     ]
@@ -168,7 +249,12 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         f" under {data.root}; {len(val_files)} others are for validation."
     )
     trainer.fit(module, datamodule=data)
-    console.print(results(recorder, methods, BATCH_SIZE * data.block_size, time.perf_counter() - started))
+    few = max(2, args.steps // 20)
+    console.print(f"Fine-tuning for {few} steps with MISA, and {few} steps on two ranks with compressed gradients ...")
+    tuned = fine_tune(module, data, few)
+    exchanged = two_ranks(config, data, few, TensorBoardLogger(args.logdir, name="two_ranks"))
+    seconds = time.perf_counter() - started
+    console.print(results(recorder, methods, [tuned, exchanged], BATCH_SIZE * data.block_size, seconds))
     console.print("See the curves at http://localhost:6006/#custom_scalars:", highlight=False)
     console.print(f"  {tensorboard_command(args.logdir)}", highlight=False, soft_wrap=True)
     return recorder

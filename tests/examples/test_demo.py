@@ -30,7 +30,11 @@ def test_demo_prints_its_table(tmp_path):
     assert abs(value("Validation, before training") - 8) < 0.2
     assert value("Validation, at the end") < 8
     assert value("Gradient spikes clipped") == 0  # ZClip is still warming up
-    assert value("Steps") == 4
+    assert value("Alarms and rollbacks") == 0
+    assert 0 < value("Optimizer's memory in 2 steps") < 0.841  # MB: a tenth of AdamW's two moments
+    assert value("Sent by each of two ranks") < 1.5  # MB of 4.21
+    assert 4 < value("Their training loss after 2 steps") < 5.6
+    assert value("Steps of the first run") == 4
     assert value("Tokens") > 0
     assert f"--logdir {tmp_path}" in run.stdout
     assert list(tmp_path.glob("version_0/events.out.tfevents.*"))
