@@ -277,7 +277,7 @@ def test_the_lighthouse_killed(server: Server, undisturbed: Outcome, tmp_path: P
 @pytest.mark.slow
 def test_with_the_callbacks(server: Server, tmp_path: Path) -> None:
     """Their state is equal on all in the end, also on the one that came back."""
-    callbacks = {"ZClip": {}, "GradES": {}, "CheckpointAveraging": {"every_n_steps": 2}}
+    callbacks = {"ZClip": {}, "CheckpointAveraging": {"every_n_steps": 2}}
     outcome = check(run(server, tmp_path, steps=STEPS, faults=(Fault(1, 13, "backward"),), callbacks=callbacks, **REAL))
     assert len({str(final["callbacks"]) for final in outcome.finals.values()}) == 1
 
