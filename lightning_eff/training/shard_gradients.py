@@ -3,14 +3,15 @@
 # No `from __future__ import annotations` here: DDP looks at the types of its hook.
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from lightning_eff.training.quorum import QuorumManager
+if TYPE_CHECKING:  # torchft is an extra
+    from lightning_eff.training.quorum import QuorumManager
 
 
 class ShardGradients:
@@ -20,7 +21,7 @@ class ShardGradients:
         manager: torchft's.
     """
 
-    def __init__(self, manager: QuorumManager) -> None:
+    def __init__(self, manager: "QuorumManager") -> None:
         self.manager = manager
         self.divisor: Callable[[Tensor], float] | float = 1.0
         """By what the sum over replicas is divided: a number, or one for each parameter."""

@@ -8,19 +8,32 @@ import socket
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
 
 from lightning_eff.strategies import FaultTolerantDDPStrategy
 from lightning_eff.training.shard_steps import shares
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
+
+
+@pytest.fixture(autouse=True)
+def _process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a DDP strategy sets for the life of its process, and a single-device Trainer does not set back."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # else Lightning sets it
+    before = [getattr(each, "rank", None) for each in (rank_zero_only, pytorch_rank_zero_only)]
+    yield
+    for each, rank in zip((rank_zero_only, pytorch_rank_zero_only), before, strict=True):
+        cast(Any, each).rank = 0 if rank is None else rank
+
 
 ARGUMENTS = {"max_replicas": 3, "replica": 0, "lighthouse": "http://127.0.0.1:9"}
 
