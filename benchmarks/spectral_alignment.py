@@ -284,14 +284,15 @@ def cost(rounds: int, batch_size: int) -> None:
 
 def record_all(workers: int, seeds: Sequence[int]) -> None:
     """Train what is not recorded yet."""
-    todo = [(WORKLOADS[n], s) for s in seeds for n in WORKLOADS if not (RECORDS / f"{n}-{s}.pt").exists()]
+    todo = [(n, s) for s in seeds for n in WORKLOADS if not (RECORDS / f"{n}-{s}.pt").exists()]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for path in pool.map(_record, todo):
             CONSOLE.print(path)
 
 
-def _record(what: tuple[Any, int]) -> Any:
-    return record(*what)
+def _record(what: tuple[str, int]) -> Any:
+    name, seed = what  # by name, since a workload's own functions do not go to another process
+    return record(WORKLOADS[name], seed)
 
 
 def main() -> None:
