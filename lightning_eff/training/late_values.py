@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_eff.training.host_copy import HostCopy
+
 Row = tuple[int, list[float | None]]
 
 
@@ -79,20 +81,15 @@ class LateValues:
         self._settle()
         block = self._block[: len(self._steps)]
         sent = block.clone()  # the next block is written over this one
-        host = torch.empty(block.shape, pin_memory=block.is_cuda)
-        host.copy_(sent, non_blocking=True)
-        event = torch.cuda.current_stream(block.device).record_event() if block.is_cuda else None
-        self._landing = _Landing(self._steps, sent, host, event)
+        self._landing = _Landing(self._steps, sent, HostCopy(sent))
         self._steps = []
 
     def _land(self) -> list[Row]:
         landing, self._landing = self._landing, None
         if landing is None:
             return []
-        if landing.event is not None:
-            landing.event.synchronize()
         rows: list[Row] = []
-        for step, row in zip(landing.steps, landing.host.tolist(), strict=True):
+        for step, row in zip(landing.steps, landing.copy.read().tolist(), strict=True):
             sums, counts = row[: self.columns], row[self.columns :]
             rows.append((step, [s / n if n else None for s, n in zip(sums, counts, strict=True)]))
         return rows
@@ -123,7 +120,7 @@ class LateValues:
             self._block[: len(block)] = block
             self._steps = list(state["steps"])
         if state["landing_steps"] and landing.shape[1] == width:
-            self._landing = _Landing(list(state["landing_steps"]), landing.clone(), landing.cpu(), None)
+            self._landing = _Landing(list(state["landing_steps"]), landing.clone(), HostCopy(landing))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.state_dict()
@@ -140,6 +137,4 @@ class _Landing:
 
     steps: list[int]
     sent: Tensor
-    host: Tensor
-    event: Any
-    """A CUDA event behind the copy; None elsewhere."""
+    copy: HostCopy

@@ -12,6 +12,7 @@ from lightning_eff.functional.compression.interface import (
     ErrorFeedback,
     Exchange,
     all_reduce_bytes,
+    kept_count,
 )
 from lightning_eff.kernels.row_pack import pack_rows, row_scores, scatter_rows_, select_rows
 from lightning_eff.kernels.row_sketch import MAX_RANK, row_sketch
@@ -79,7 +80,7 @@ class ArcTopK(Compressor):
 
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
         """See :class:`Compressor`: the sketch in float32 and the selected rows."""
-        payload = 4 * rows * self.rank + itemsize * _count(rows, self.ratio) * columns
+        payload = 4 * rows * self.rank + itemsize * kept_count(rows, self.ratio) * columns
         return all_reduce_bytes(payload, world_size)
 
     def exchange(self, bucket: Bucket) -> Exchange:
@@ -87,12 +88,8 @@ class ArcTopK(Compressor):
         matrices, errors = bucket.gradients, bucket.errors
         rows = [matrix.shape[0] for matrix in matrices]
         ratio = self.ratio_at(bucket.step)
-        counts = [_count(n, ratio) for n in rows]
+        counts = [kept_count(n, ratio) for n in rows]
         sketch = yield AllReduce(row_sketch(matrices, self.rank, bucket.seed, bucket.streams, errors))
         selected = select_rows(row_scores(sketch), rows, counts)
         values = yield AllReduce(pack_rows(matrices, selected, counts, bucket.world_size, errors))
         scatter_rows_(matrices, values, selected, counts, errors, bucket.accepted)
-
-
-def _count(rows: int, ratio: float) -> int:
-    return max(1, int(rows * ratio))

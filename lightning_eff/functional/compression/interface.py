@@ -20,6 +20,11 @@ from lightning_eff.functional.arguments import check
 ErrorFeedback = Literal["none", "ef14", "ef21", "ef21m"]
 
 
+def kept_count(number: int, ratio: float) -> int:
+    """How many of so many rows or elements a ratio keeps: rounded down, and at least one."""
+    return max(1, int(number * ratio))
+
+
 def all_reduce_bytes(payload: float, world_size: int) -> float:
     """What one rank sends in a ring all-reduce of ``payload`` bytes."""
     return 2 * (world_size - 1) / world_size * payload

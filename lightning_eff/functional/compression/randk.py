@@ -15,6 +15,7 @@ from lightning_eff.functional.compression.interface import (
     ErrorFeedback,
     Exchange,
     all_reduce_bytes,
+    kept_count,
 )
 
 
@@ -60,14 +61,14 @@ class RandK(Compressor):
 
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
         """See :class:`Compressor`."""
-        return all_reduce_bytes(itemsize * _count(rows * columns, self.ratio), world_size)
+        return all_reduce_bytes(itemsize * kept_count(rows * columns, self.ratio), world_size)
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """See :class:`Compressor`."""
         inputs = [tensor.flatten() for tensor in bucket.inputs()]
         dtype = bucket.gradients[0].dtype
         places = [
-            _draw(len(tensor), _count(len(tensor), self.ratio), bucket.seed, stream, bucket.device)
+            _draw(len(tensor), kept_count(len(tensor), self.ratio), bucket.seed, stream, bucket.device)
             for tensor, stream in zip(inputs, bucket.streams, strict=True)
         ]
         values = torch.cat([tensor[place] for tensor, place in zip(inputs, places, strict=True)])
@@ -95,7 +96,3 @@ def _draw(numel: int, count: int, seed: int, stream: int, device: torch.device) 
     places = edges[:-1] + (numbers[:-1] * lengths).long()
     shift = int(numbers[-1] * numel)
     return ((places + shift) % numel).to(device)
-
-
-def _count(numel: int, ratio: float) -> int:
-    return max(1, int(numel * ratio))

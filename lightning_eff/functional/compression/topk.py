@@ -15,6 +15,7 @@ from lightning_eff.functional.compression.interface import (
     ErrorFeedback,
     Exchange,
     all_gather_bytes,
+    kept_count,
 )
 
 
@@ -56,12 +57,12 @@ class TopK(Compressor):
 
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
         """See :class:`Compressor`: float32 values and int32 places."""
-        return all_gather_bytes(8 * _count(rows * columns, self.ratio), world_size)
+        return all_gather_bytes(8 * kept_count(rows * columns, self.ratio), world_size)
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """See :class:`Compressor`."""
         inputs = [tensor.flatten() for tensor in bucket.inputs()]
-        places = [tensor.abs().topk(_count(len(tensor), self.ratio), sorted=False).indices for tensor in inputs]
+        places = [tensor.abs().topk(kept_count(len(tensor), self.ratio), sorted=False).indices for tensor in inputs]
         values = [tensor[place] for tensor, place in zip(inputs, places, strict=True)]
         # One buffer: the bits of an int32 below 2^31 - 2^23, and no bucket is as large, are a finite float32.
         numbers = torch.cat(places).to(torch.int32).view(torch.float32)
@@ -79,7 +80,3 @@ class TopK(Compressor):
                 unsent: Tensor = inputs[index].index_fill(0, places[index], 0)
                 bucket.keep(index, unsent.view_as(gradient))
             gradient.copy_(mean.div_(bucket.world_size).view_as(gradient))
-
-
-def _count(numel: int, ratio: float) -> int:
-    return max(1, int(numel * ratio))
