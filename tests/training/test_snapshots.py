@@ -94,3 +94,25 @@ def test_the_memory_of_dropped_snapshots_is_used_again():
     window.take(2, {"weight": weight, "empty": torch.empty(0)})
     window.take(3, {"weight": weight, "empty": torch.empty(0)})
     assert memory in [snapshot["weight"].data_ptr() for snapshot in window.read()[1:]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the copies from a GPU; on the CPU see the tests above")
+@pytest.mark.parametrize("place", ["cpu", "disk", "model"])
+def test_copies_from_a_gpu_are_of_the_weights_when_they_were_taken(place, tmp_path):
+    """They are queued behind the step that has made the weights and before the next one, and nobody waits."""
+    window = SnapshotWindow(2, place)
+    window.folder = str(tmp_path)
+    weight = torch.zeros(1 << 22, device="cuda")
+    window.take(0, {"weight": weight})
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)  # the device is far behind the host
+    for step in (1, 2, 3):
+        weight += 1
+        if place != "disk":  # mapped files are not pinned, so their copies are waited for
+            torch.cuda.set_sync_debug_mode("error" if len(window.steps) == 2 else "default")
+        window.take(step, {"weight": weight})
+        torch.cuda.set_sync_debug_mode("default")
+    weight.fill_(7)
+    first, second = (snapshot["weight"] for snapshot in window.read())
+    assert (first.unique().tolist(), second.unique().tolist()) == ([2.0], [3.0])
+    assert first.is_pinned() == (place == "cpu")
