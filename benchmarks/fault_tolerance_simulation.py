@@ -9,8 +9,8 @@ would be dead most of the time. Between two events the rate of samples is consta
 
 What is measured: the neighbour's step with two tasks relative to a healthy one (benchmarks/results/mecefo_cost.csv) and
 the seconds from a kill to the next commit, of the stall when a replica is healed, and of a restart from a checkpoint
-(benchmarks/results/fault_tolerance.csv; or they are given as arguments, and the rows say so). Both are of small models
-on a CPU: the result says what these costs add up to, not what a cluster of GPUs would do.
+(benchmarks/results/fault_tolerance_recovery.csv; or they are given as arguments, and the rows say so). Both are of small
+models on a CPU: the result says what these costs add up to, not what a cluster of GPUs would do.
 
 Rows go to benchmarks/results/fault_tolerance_simulation.csv.
 """
@@ -141,10 +141,16 @@ def read_times(args: argparse.Namespace) -> tuple[Times, dict[str, Any]]:
     recovery = {"kill_to_commit": args.kill_to_commit, "heal": args.heal, "restart": args.restart}
     source = "given"
     if None in recovery.values():
-        names = ("kill_to_commit_minus_heartbeat", "heal_stall", "checkpoint_restart")
-        with (RESULTS / "fault_tolerance.csv").open() as file:
-            found = {row["quantity"]: float(row["median"]) for row in csv.DictReader(file) if row["part"] == "recovery"}
-        recovery, source = dict(zip(recovery, (found[name] for name in names), strict=True)), "measured"
+        names = (
+            ("ddp_ft", "kill_to_commit_minus_heartbeat"),
+            ("ddp_ft", "heal_stall"),
+            ("ddp, restart", "kill_to_commit"),  # the steps since the checkpoint come on top
+        )
+        with (RESULTS / "fault_tolerance_recovery.csv").open() as file:
+            found = {(row["strategy"], row["quantity"]): float(row["median"]) for row in csv.DictReader(file)}
+        measured = {key: max(0.0, found[name]) for key, name in zip(recovery, names, strict=True)}
+        source = "measured" if set(recovery.values()) == {None} else "measured, but those given"
+        recovery = {key: measured[key] if value is None else value for key, value in recovery.items()}
     times = Times(
         step=args.step,
         takeover=steps["takeover, two tasks"],
