@@ -9,8 +9,8 @@ would be dead most of the time. Between two events the rate of samples is consta
 
 What is measured: the neighbour's step with two tasks relative to a healthy one (benchmarks/results/mecefo_cost.csv) and
 the seconds from a kill to the next commit, of the stall when a replica is healed, and of a restart from a checkpoint
-(benchmarks/results/fault_tolerance_recovery.csv; or they are given as arguments, and the rows say so). Both are of small
-models on a CPU: the result says what these costs add up to, not what a cluster of GPUs would do.
+(benchmarks/results/fault_tolerance_recovery.csv; or they are given as arguments, and the rows say so). Both are of
+small models on a CPU: the result says what these costs add up to, not what a cluster of GPUs would do.
 
 Rows go to benchmarks/results/fault_tolerance_simulation.csv.
 """
