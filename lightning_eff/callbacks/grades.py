@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eff.callbacks.grades_watch import Unfreeze, UnitWatch, mean_loss
+from lightning_eff.callbacks.grades_watch import Unfreeze, UnitWatch, charts, mean_loss
 from lightning_eff.functional.arguments import check, is_count
 from lightning_eff.functional.backward_flops import backward_flops
 from lightning_eff.functional.grades import GradESConfig, Metric, TauMode
@@ -39,7 +39,7 @@ class GradES(Callback):
     Changes: ``requires_grad``; with ``release_state`` the optimizer's state; ``trainer.should_stop``.
     Collectives: those of ``set_trainable`` at an event; a check one small one on FSDP2, and with ``unfreeze="loss"``.
     Host syncs: after the grace period one read a check, of values that were queued a step before.
-    Strategies: one device, DDP and its kin without ``static_graph``, FSDP2 and tensor parallelism.
+    Strategies: one device, DDP and its kin without ``static_graph``, ``ddp_ft``, FSDP2 and tensor parallelism.
 
     Args:
         tau: a matrix whose metric stays below is frozen, > 0; a fraction of its level, or with
@@ -340,16 +340,7 @@ class GradES(Callback):
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
-        charts: dict[str, list[Any]] = {
-            "frozen, and saved of the backward pass": [
-                "Multiline",
-                ["grades/frozen_ratio", "grades/backward_flops_saved"],
-            ],
-            "frozen matrices by role": ["Multiline", ["grades/frozen_(attention|ffn|other)"]],
-        }
-        if self.log_metric:
-            charts["metric per element"] = ["Multiline", ["grades/metric_per_element/.*"]]
-        return charts
+        return charts(self.log_metric)
 
     # --- its state --------------------------------------------------------------------------------------------------
 
@@ -380,13 +371,25 @@ class GradES(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._rank_state is None and trainer.is_global_zero:
+        # A replica of a fault-tolerant run gives its state to a peer, whether it writes files or not.
+        if self._rank_state is None and (trainer.is_global_zero or hasattr(trainer.strategy, "replicas_are_equal")):
             checkpoint[_COPIES] = self._copies()
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._rank_state is None:
             self._load_copies(checkpoint.get(_COPIES))
+
+    def step_state(self) -> dict[str, Any]:
+        """What belongs to the step in hand, see ``training/live_state.py``."""
+        decision = None if self._decision is None else self._decision.read()
+        return {"flags": [self._stepped, self._checked, self._armed], "decision": decision}
+
+    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Go on within a step where a peer stands; the same parameters are closed here as there."""
+        self._restore()
+        self._stepped, self._checked, self._armed = state["flags"]
+        self._decision = None if state["decision"] is None else HostCopy(state["decision"])
 
     def rollback_state(self) -> dict[str, Any]:
         """All that :meth:`roll_back` needs to go on from here in the middle of a fit."""

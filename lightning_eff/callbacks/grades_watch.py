@@ -190,3 +190,17 @@ def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
     mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
     assert isinstance(mean, Tensor)
     return mean
+
+
+def charts(each: bool) -> dict[str, list[Any]]:
+    """Of what `UnitWatch.scalars` gives, for TensorBoard."""
+    found: dict[str, list[Any]] = {
+        "frozen, and saved of the backward pass": [
+            "Multiline",
+            ["grades/frozen_ratio", "grades/backward_flops_saved"],
+        ],
+        "frozen matrices by role": ["Multiline", ["grades/frozen_(attention|ffn|other)"]],
+    }
+    if each:
+        found["metric per element"] = ["Multiline", ["grades/metric_per_element/.*"]]
+    return found

@@ -51,7 +51,7 @@ class MISA(Callback):
     Changes: which parameters are trained; at an interval's end the optimizer state, and weights by the momentum step.
     Collectives: FSDP2 one small all-reduce a step; at an interval's end one broadcast and those of ``set_trainable``.
     Host syncs: none in a step; a few at an interval's end.
-    Strategies: one device, DDP and its kin (wrapped anew at an interval's end), FSDP2 (``ModelParallelStrategy``).
+    Strategies: one device, DDP, ``ddp_ft`` and kin (wrapped anew at an interval's end), ``ModelParallelStrategy``.
 
     Args:
         budget: the sampled matrices together have at most this fraction of all parameters of the module, in (0, 1].
@@ -374,6 +374,15 @@ class MISA(Callback):
         for name in self._maps.keys() & state["maps"].keys():
             self._maps[name].load_state_dict(state["maps"][name])
         return True
+
+    def step_state(self) -> dict[str, Any]:
+        """Nothing more than the state, see ``training/live_state.py``."""
+        return {}
+
+    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Within a step an interval is not ended yet: that comes with the step's end, on all replicas together."""
+        restored, self._restored = self._restored, None
+        self._take(restored or {"names": None})
 
     def rollback_state(self) -> dict[str, Any]:
         """For TrainingGuard, see `roll_back`."""

@@ -173,6 +173,7 @@ class ZClip(Callback):
                     stacklevel=2,
                 )
             self._states = [ZClipState(self.config) for _ in optimizers]
+        self._unhook(trainer)  # a replica that takes a peer's state begins once more
         if self.nonfinite == "skip" and gradient_scaler(trainer) is None:
             for index, optimizer in enumerate(optimizers):
                 if _can_fold(optimizer):
@@ -279,6 +280,14 @@ class ZClip(Callback):
         self._states = [ZClipState(self.config) for _ in state_dict["optimizers"]]
         for state, saved in zip(self._states, state_dict["optimizers"], strict=True):
             state.load_state_dict(saved)
+
+    def step_state(self) -> dict[str, Any]:
+        """What belongs to the step in hand, see ``training/live_state.py``."""
+        return {"stepped": self._stepped}
+
+    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Go on within a step where a peer stands."""
+        self._stepped = state["stepped"]
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""

@@ -101,8 +101,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
     """
 
-    supports_trainable_change = False  # a replica that comes back would not know what is closed
-
     rollback_refused = "its replicas would not go back together, and heal each other"  # see training/run_state.py
 
     def __init__(
@@ -169,6 +167,16 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
         self._gradients: ShardGradients | None = None
         self._trainer: Trainer | None = None
+
+    @property
+    def trainable_change_refused(self) -> str | None:
+        """Why parameters cannot be opened and closed during a run; see training/trainable.py."""
+        if self.on_failure != "mecefo":
+            return None
+        return (
+            "where attention alone is open, on_failure='mecefo' leaves a neighbour nothing to compute a gradient of: "
+            "take on_failure='takeover'"
+        )
 
     # Setting up.
 
@@ -310,7 +318,11 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         return live_state(self._fit.trainer)
 
     def _load(self, state: dict[str, Any]) -> None:
-        load_live_state(self._fit.trainer, state, loops=not self._fit.steps.window)
+        self._heals = True
+        try:
+            load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
+        finally:
+            self._heals = False
 
     # The step.
 

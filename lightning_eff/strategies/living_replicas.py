@@ -61,6 +61,7 @@ class LivingReplicas(DDPStrategy):
         """The others, while it fits."""
         self._fitting: Fit | None = None
         self._writes = False
+        self._heals = False  # a peer's state is being taken
 
     @property
     def _joined(self) -> bool:
@@ -68,8 +69,13 @@ class LivingReplicas(DDPStrategy):
 
     @property
     def _alone(self) -> bool:
-        """Before the first step, and after an exception here, of which the others know nothing."""
-        return not self._joined or self._fit.trainer.interrupted
+        """Before the first step, while this one heals, and after an exception here: the others know nothing of it."""
+        return not self._joined or self._heals or self._fit.trainer.interrupted
+
+    @property
+    def within_step(self) -> bool:
+        """Whether a step has begun that the replicas have not all committed."""
+        return self._joined and not self._heals and self._fit.replicas.in_attempt
 
     @property
     def _fit(self) -> Fit:

@@ -93,6 +93,7 @@ class AveragedWeights(Callback):
         self._beside: dict[str, Tensor] = {}
         self._evaluations = AroundEvaluations(self._evaluate_around, self._before_end)
         self._told_empty = False
+        self._of_replicas = False  # each of which is a world of its own
         self._trainer: Trainer | None = None
         self._module: weakref.ref[LightningModule] | None = None  # whose average it is
 
@@ -156,6 +157,12 @@ class AveragedWeights(Callback):
                 f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, whose parameters are "
                 "flattened or partitioned out of sight: use ModelParallelStrategy (FSDP2) in its place"
             )
+        self._of_replicas = bool(getattr(trainer.strategy, "replicas_are_equal", False))
+        if self._of_replicas and self.update_bn and stage == "fit":
+            raise MisconfigurationException(
+                f"update_bn={self.update_bn} does not go with {type(trainer.strategy).__name__}, in which taking a "
+                "training batch begins a step of all replicas: leave it out"
+            )
         others = [c for c in trainer.callbacks if isinstance(c, AveragedWeights) and c is not self]  # type: ignore[attr-defined]
         if any(other.name == self.name for other in others):
             raise MisconfigurationException(
@@ -211,6 +218,16 @@ class AveragedWeights(Callback):
         """Go back to that state, in the middle of a fit."""
         self._updates.load_state_dict(state)
         self._begin(pl_module, state)
+
+    def step_state(self) -> dict[str, Any]:
+        """What belongs to the step in hand, see ``training/live_state.py``."""
+        return {"due": self._due}
+
+    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+        """Go on within a step where a peer stands: what is due after this step is yet to be collected."""
+        restored, self._restored = self._restored, None
+        self._begin(pl_module, restored)
+        self._due = state["due"]
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """A parameter that is trained for the first time has been the same in every snapshot until now."""
@@ -348,9 +365,10 @@ class AveragedWeights(Callback):
 
     def _log_beside(self, trainer: Trainer, module: LightningModule) -> None:
         beside, self._beside = self._beside, {}
+        several = trainer.world_size > 1 or self._of_replicas
         if not trainer.sanity_checking:
             for key, value in beside.items():
-                module.log(key, value, on_step=False, on_epoch=True, sync_dist=trainer.world_size > 1, batch_size=1)
+                module.log(key, value, on_step=False, on_epoch=True, sync_dist=several, batch_size=1)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

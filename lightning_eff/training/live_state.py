@@ -1,4 +1,14 @@
-"""The whole state of a running Trainer, for a peer that has to catch up: a checkpoint that never touches a disk."""
+"""The whole state of a running Trainer, for a peer that has to catch up: a checkpoint that never touches a disk.
+
+A replica catches up before a step, as in a resume, or within one: it has failed to commit what the others have, takes
+their result and goes on to ``on_train_batch_end`` with them. What a callback has noted since the step's gradients came
+is not in its ``state_dict``, and what it does in ``on_train_start`` may be too early then. Such a callback has
+
+    def step_state(self) -> dict: ...                                       # plain values and tensors
+    def load_step_state(self, trainer, pl_module, state: dict) -> None: ...  # after `load_state_dict`
+
+the second of which is called in place of ``on_train_start``.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +40,21 @@ def live_state(trainer: Trainer) -> dict[str, Any]:
         "ranks": _rank_states(trainer),
         "accumulate": trainer.accumulate_grad_batches,
         "trainable": _trainable(trainer),
+        "steps": {
+            callback.state_key: callback.step_state()
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if hasattr(callback, "step_state")
+        },
     }
 
 
-def load_live_state(trainer: Trainer, state: dict[str, Any], loops: bool) -> None:
+def load_live_state(trainer: Trainer, state: dict[str, Any], within_step: bool) -> None:
     """Take a peer's state, as a resume from its checkpoint would.
 
     Args:
         trainer: which is training.
         state: of a peer, see `live_state`.
-        loops: whether to take the peer's place in the loops, too. Not where this replica already stands there.
+        within_step: whether both are within the same step, so that this replica has its place in the loops already.
     """
     connector = trainer._checkpoint_connector
     checkpoint = state["checkpoint"]
@@ -49,24 +64,32 @@ def load_live_state(trainer: Trainer, state: dict[str, Any], loops: bool) -> Non
     try:
         connector.restore_datamodule()
         connector.restore_model()
-        if state["trainable"] != _trainable(trainer):
-            set_trainable(trainer, state["trainable"])  # DDP's buckets must be the same everywhere
         connector.restore_callbacks()
         connector.restore_precision_plugin_state()
         connector.restore_optimizers_and_schedulers()
         for name, owner in rank_state_owners(trainer.strategy).items():
             owner.load(state["ranks"].get(name))
-        if loops:
+        if not within_step:
             _load_loop(trainer.fit_loop, checkpoint["loops"]["fit_loop"])
     finally:
         connector._loaded_checkpoint = {}
-    # A callback that has state applies it here after a resume.
+    # Before the parameters are opened and closed: a callback looks for its own among those that it finds open.
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if callback.state_key in checkpoint["callbacks"]:
-            callback.on_train_start(trainer, trainer.lightning_module)
+            _begin(trainer, callback, state["steps"] if within_step else {})
+    if state["trainable"] != _trainable(trainer):
+        set_trainable(trainer, state["trainable"])  # DDP's buckets must be the same everywhere
     trainer.lightning_module.zero_grad(set_to_none=True)
     _load_random_state(trainer, state["random"])
+
+
+def _begin(trainer: Trainer, callback: Any, steps: dict[str, Any]) -> None:
+    """Let a callback apply its state, where it does so after a resume or, with ``steps``, within a step."""
+    if callback.state_key in steps and hasattr(callback, "load_step_state"):
+        callback.load_step_state(trainer, trainer.lightning_module, steps[callback.state_key])
+    else:
+        callback.on_train_start(trainer, trainer.lightning_module)
 
 
 def _load_loop(loop: _Loop, state: dict[str, Any]) -> None:

@@ -155,15 +155,18 @@ class _RankFiles:
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         path = str(filepath)
-        identity = ""
+        identity, wrote = "", self.writes
+        states: dict[str, Any] = {}
         if self.owners and "optimizer_states" in checkpoint:  # else it is one of weights only
             self.saved += 1
             identity = f"{self.run}-{self.saved}"
             states = {name: owner.save() for name, owner in self.owners.items()}
-            if self.writes:
+            if wrote:
                 _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
             checkpoint[KEY] = {"id": identity, "world_size": self.world_size, "names": list(states)}
         self.original["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
+        if identity and self.writes and not wrote:  # of the replica that has died over it only the files remain
+            _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
         if not self.owners:
             return
         for owner in self.owners.values():

@@ -57,9 +57,10 @@ def check_trainable_support(trainer: Trainer) -> None:
             f"{type(strategy).__name__} does not support opening and closing parameters during a run, because it "
             "flattens or partitions them: use a single device, DDP or ModelParallelStrategy (FSDP2)"
         )
-    if not getattr(strategy, "supports_trainable_change", True):
+    reason = getattr(strategy, "trainable_change_refused", None)
+    if reason is not None:
         raise MisconfigurationException(
-            f"{type(strategy).__name__} does not support opening and closing parameters during a run: use DDP"
+            f"{type(strategy).__name__} does not support opening and closing parameters during a run: {reason}"
         )
     if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         raise MisconfigurationException(
@@ -78,7 +79,8 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
     Under DDP the model is wrapped anew, once, with the strategy's arguments and its communication hooks but without
     the broadcast of the model: from then on only the gradients of open parameters are reduced. A hook that keeps
     state for each bucket (PyTorch's PowerSGD) has to begin anew on ``on_trainable_change``, as buckets differ then.
-    FSDP2 follows ``requires_grad`` by itself.
+    FSDP2 follows ``requires_grad`` by itself. Under ``ddp_ft`` "all ranks" are the living replicas, and one that comes
+    in later heals to the same set.
 
     Collectives: one reduction of 16 bytes, to see whether all ranks ask for the same; DDP's own when it rebuilds its
     buckets in the next step. Host syncs: one.
@@ -94,7 +96,8 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
         ValueError: an unknown name, a parameter that cannot have a gradient, or no parameter would remain: stop the
             training in that case, with ``trainer.should_stop``. Nothing has been changed.
         MisconfigurationException: see ``check_trainable_support``.
-        RuntimeError: on all ranks, if they do not agree. Nothing has been changed.
+        RuntimeError: on all ranks, if they do not agree; under ``ddp_ft``, in the midst of a step. Nothing has been
+            changed.
     """
     check_trainable_support(trainer)
     strategy, module = trainer.strategy, trainer.lightning_module
@@ -141,12 +144,22 @@ def _check_names(parameters: Mapping[str, nn.Parameter], trainable: Mapping[str,
 
 def _check_agreement(trainer: Trainer, wanted: Mapping[str, bool]) -> None:
     """Compare one number in place of all names: without it, ranks that differ would hang in the next step."""
-    if trainer.world_size == 1:
+    strategy = trainer.strategy
+    replicas = getattr(strategy, "replicas_are_equal", False)  # each of them is a world of its own
+    if trainer.world_size == 1 and not replicas:
         return
+    if getattr(strategy, "within_step", False):
+        raise RuntimeError(
+            "parameters are opened and closed between two optimizer steps, and this is in the midst of one: it might "
+            "be repeated, with other parameters than before"
+        )
     digest = hashlib.sha256(repr(sorted(wanted.items())).encode()).digest()
     number = int.from_bytes(digest[:7], "big")
-    bounds = torch.tensor([number, -number], device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+    bounds = torch.tensor([number, -number], device=strategy.root_device)
+    if replicas:
+        bounds = strategy.reduce(bounds, reduce_op="max")
+    else:
+        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
     highest, negative_lowest = bounds.tolist()
     if highest != -negative_lowest:
         raise RuntimeError("the ranks do not agree on which parameters to train: decide from values equal on all ranks")

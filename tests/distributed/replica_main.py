@@ -172,6 +172,9 @@ class Faults:
                 raise RuntimeError(f"a glitch in {phase}")
 
         def agree_with_glitch(operation: Any, alone: Any) -> Any:
+            if replicas._agreed > 0:
+                self.at("agree")
+
             def operation_with_glitch(group: Any) -> Any:
                 result = operation(group)
                 glitch("glitch in settle" if replicas._agreed == 0 else "glitch in agree")
@@ -246,6 +249,7 @@ class Diary(L.Callback):
             "loss": float(trainer.callback_metrics["loss"]),
             "rate": trainer.optimizers[0].param_groups[0]["lr"],
             "weights": digest(module.state_dict()),
+            "open": [name for name, p in module.named_parameters() if p.requires_grad],
             "members": strategy.replicas.members,
             "writer": trainer.is_global_zero,
         }
@@ -254,6 +258,24 @@ class Diary(L.Callback):
         self.faults.at("end")
         if len(strategy.replicas.members) < strategy.max_replicas:
             time.sleep(self.patience)  # so that a replica which starts anew is back before the end
+
+    def on_trainable_change(self, trainer: L.Trainer, module: L.LightningModule, change: Any) -> None:
+        self.faults.at("event")
+
+
+def state_of(callback: Any) -> Any:
+    """All that a callback would save, on this replica."""
+    beside = "_copies" if isinstance(callback, lightning_eff.callbacks.GradES) else "_save_rank"
+    return [callback.state_dict(), getattr(callback, beside)() if hasattr(callback, beside) else None]
+
+
+def flat(value: Any) -> list[Any]:
+    """Numbers and words in nested state, in order."""
+    if isinstance(value, Tensor):
+        return value.double().flatten().tolist()  # type: ignore[no-any-return]
+    if isinstance(value, dict):
+        return [word for pair in value.items() for word in flat(pair)]
+    return [word for part in value for word in flat(part)] if isinstance(value, list | tuple) else [value]
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -306,14 +328,13 @@ def main(settings: dict[str, Any]) -> None:
     trainer.fit(model, loader, validation, ckpt_path=settings.get("resume"))
     state = {
         "weights": digest(model.state_dict()),
+        "values": flat(list(model.parameters())),
         "step": trainer.global_step,
         "optimizer": digest(
             {f"{i}.{k}": v for i, s in trainer.optimizers[0].state_dict()["state"].items() for k, v in s.items()}
         ),
         "callbacks": {
-            type(c).__name__: repr(c.state_dict())
-            for c in callbacks
-            if type(c).__name__ in settings.get("callbacks", {})
+            type(c).__name__: flat(state_of(c)) for c in callbacks if type(c).__name__ in settings.get("callbacks", {})
         },
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }

@@ -130,6 +130,25 @@ def test_it_is_found_through_a_copy_and_after_a_move(tmp_path):
         assert memory.values == [[3.0, 0.0]]
 
 
+class _SecondReplica(SingleDeviceStrategy):
+    """The one that writes dies while it saves, and this one saves in its place."""
+
+    replicas_are_equal = True
+    is_global_zero = False
+
+    def save_checkpoint(self, *args, **kwargs):
+        self.is_global_zero = True
+        super().save_checkpoint(*args, **kwargs)
+
+
+def test_the_replica_that_saves_in_anothers_place_saves_this_too(tmp_path):
+    _fit(_Memory(), strategy=_SecondReplica("cpu")).save_checkpoint(tmp_path / "a.ckpt")
+    assert _tree(tmp_path) == {"a.ckpt": 1}
+    memory = _Memory()
+    _fit(memory, ckpt_path=tmp_path / "a.ckpt", max_steps=4)
+    assert memory.values == [[3.0, 0.0]]
+
+
 class _KilledError(BaseException):
     pass
 

@@ -181,18 +181,45 @@ def test_a_parameter_of_integers_cannot_be_opened():
     _fit(_Calls(call), max_steps=1)
 
 
+def _fault_tolerant(on_failure):
+    strategy = FaultTolerantDDPStrategy.__new__(FaultTolerantDDPStrategy)
+    strategy.on_failure = on_failure
+    return strategy
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
         (DDPStrategy(static_graph=True), "remove static_graph"),
         (FSDPStrategy.__new__(FSDPStrategy), "FSDPStrategy does not support.*ModelParallelStrategy"),
         (DeepSpeedStrategy.__new__(DeepSpeedStrategy), "DeepSpeedStrategy does not support"),
-        (FaultTolerantDDPStrategy.__new__(FaultTolerantDDPStrategy), "FaultTolerantDDPStrategy does not support"),
+        (_fault_tolerant("mecefo"), "FaultTolerantDDPStrategy does not support.*on_failure='takeover'"),
     ],
 )
 def test_an_unsupported_strategy_is_refused_with_the_mend(strategy, message):
     with pytest.raises(MisconfigurationException, match=message):
         check_trainable_support(SimpleNamespace(strategy=strategy))
+
+
+def test_replicas_agree_between_two_steps_and_not_within_one():
+    """Each replica of a fault-tolerant run is a world of its own, and reduces over the others that live."""
+    asked = []
+
+    def call(trainer):
+        strategy = trainer.strategy
+        strategy.replicas_are_equal = True
+        strategy.reduce = lambda bounds, reduce_op: asked.append(reduce_op) or bounds + torch.tensor([0, 1])
+        strategy.within_step = True
+        with pytest.raises(RuntimeError, match="in the midst of one"):
+            set_trainable(trainer, {FROZEN[0]: False})
+        assert asked == []
+        strategy.within_step = False
+        with pytest.raises(RuntimeError, match="do not agree"):
+            set_trainable(trainer, {FROZEN[0]: False})
+        assert asked == ["max"]
+        del strategy.replicas_are_equal, strategy.reduce, strategy.within_step
+
+    _fit(_Calls(call), max_steps=1)
 
 
 # --- two ranks -----------------------------------------------------------------------------------------------------
