@@ -100,8 +100,8 @@ GUARDS: dict[str, Callable[[], list[L.Callback]]] = {
 
 RUNS = [
     ("none", "watched only"),
-    ("bit flip", "rollback, loss rules alone"),
     ("bit flip", "watched only"),
+    ("bit flip", "rollback, loss rules alone"),
     ("rate ramp", "watched only"),
     ("rate ramp", "rollback, a tenth of the rate to the end"),
     ("bad data", "watched only"),
