@@ -315,11 +315,13 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     # State, for a peer and from a peer.
 
     def _state(self) -> dict[str, Any]:
-        return live_state(self._fit.trainer)
+        # In settling all broadcast the same buffers: not only those that a newcomer has seen to change.
+        return {**live_state(self._fit.trainer), "changing": sorted(self._fit.steps.changing)}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._heals = True
         try:
+            self._fit.steps.changing.update(state["changing"])
             load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
         finally:
             self._heals = False

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
@@ -191,6 +193,8 @@ class QuorumManager(Manager):
         except BaseException:
             self.peer_state.shutdown()
             raise
+        self._executor: Any = _Background()  # torchft's own keeps the process from ending while a quorum is asked for
+        self._broken_off = False
 
     def fail(self, error: Exception) -> None:
         """Give up the step in flight; peers that wait for this replica notice at once."""
@@ -214,9 +218,18 @@ class QuorumManager(Manager):
             self._quorum_future = None  # else the next call raises the same again
             raise
 
+    def wait_quorum(self) -> None:
+        """As torchft has it, until `break_off`: where the lighthouse takes this replica for lost, it never answers."""
+        assert self._quorum_future is not None
+        while not wait([self._quorum_future], 0.2).done:
+            if self._broken_off:
+                raise ConnectionAbortedError("this replica asks for no quorum any more")
+        self._quorum_future.result()
+
     def break_off(self) -> None:
         """End a quorum that another thread waits for, and with it this replica's part in the run."""
         assert self._manager is not None
+        self._broken_off = True
         self._manager.shutdown()
 
     def report_error(self, e: Exception) -> None:
@@ -268,6 +281,25 @@ class QuorumManager(Manager):
         """Of this replica's manager."""
         assert self._manager is not None
         return str(self._manager.address())
+
+
+class _Background:
+    """Runs each call in a thread of its own, which ends with the process at the latest."""
+
+    def submit(self, function: Callable[..., Any], **arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(**arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name="quorum").start()
+        return future
+
+    def shutdown(self, wait: bool = True) -> None:
+        """There is nothing to end."""
 
 
 def note_of(address: str, timeout: float) -> str | None:

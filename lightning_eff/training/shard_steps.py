@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_eff.training.logged_values import LoggedValues
 from lightning_eff.training.replica_operations import nothing
@@ -71,6 +72,10 @@ class ShardSteps:
         self._orphan_values = []
         self.gradients.orphans = {}
         buffers = dict(self.module.named_buffers())
+        # Batch norm's kernels write its statistics without a new version, so that they would not be noticed.
+        for path, part in self.module.named_modules():
+            if isinstance(part, _NormBase) and part.training:
+                self.changing.update(f"{path}.{name}".lstrip(".") for name, _ in part.named_buffers(recurse=False))
         if self._versions is not None:
             self._buffers = {name: buffers[name].clone() for name in self.changing if name in buffers}
         else:  # nothing is known yet

@@ -289,6 +289,7 @@ def test_a_link_that_is_cut_and_mended(network: Any, tmp_path: Path) -> None:
             "faults": [],
             "folder": str(tmp_path),
             "steps": STEPS,
+            "patience": 1.5,  # a new process takes some seconds to start
             "strategy": {"collective_timeout": 6.0, "connect_timeout": 15.0, "quorum_timeout": 100.0},
             **REAL,
         }

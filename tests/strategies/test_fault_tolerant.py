@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -187,3 +188,29 @@ def test_nothing_that_a_peer_sends_is_unpickled(peer: Any) -> None:
     peer.send_checkpoint([1], 7, {"step": Evil()}, timedelta(seconds=5))
     with pytest.raises(pickle.UnpicklingError):
         peer.recv_checkpoint(0, peer.metadata(), 7, timedelta(seconds=5))
+
+
+LEFT_BEHIND = """
+import threading, time
+from datetime import timedelta
+from torchft.coordination import LighthouseServer
+from lightning_eff.training.quorum import QuorumManager
+
+lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=2)
+seconds = timedelta(seconds=10)
+address = f"http://127.0.0.1:{lighthouse.address().rpartition(':')[2]}"
+manager = QuorumManager("replica_0", "127.0.0.1", address, seconds, seconds, 20 * seconds, 0, dict, print)
+began = time.monotonic()
+threading.Timer(1.0, manager.break_off).start()
+try:
+    manager.ask_for_quorum(newcomers=False, timeout=200.0)
+except ConnectionAbortedError:
+    print("ended" if time.monotonic() - began < 5.0 else "late", flush=True)
+manager.shutdown(wait=False)
+"""
+
+
+def test_a_replica_that_was_left_behind_ends_though_the_lighthouse_never_answers() -> None:
+    """Neither the call nor the thread in which it waits keeps the process."""
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "ended\n"
