@@ -48,12 +48,15 @@ VARIANTS: dict[str, Compressor | None] = {
     "ARC-Top-K 0.2, ef14": ArcTopK(error_feedback="ef14"),
     "ARC-Top-K 0.2, ef21": ArcTopK(error_feedback="ef21"),
     "ARC-Top-K 0.2, ef21m 0.1": ArcTopK(error_feedback="ef21m", eta=0.1),
+    "ARC-Top-K 0.2, none, dense to step 50": ArcTopK(start_step=50),
+    "ARC-Top-K 0.2, ef14, dense to step 50": ArcTopK(error_feedback="ef14", start_step=50),
+    "ARC-Top-K 0.2, ef21, dense to step 50": ArcTopK(error_feedback="ef21", start_step=50),
     "ARC-Top-K 0.05, none": ArcTopK(ratio=0.05),
     "ARC-Top-K 0.05, ef14": ArcTopK(ratio=0.05, error_feedback="ef14"),
     "Top-K 0.1, none": TopK(error_feedback="none"),
     "Top-K 0.1, ef14": TopK(),
-    "Rand-K 0.1, none": RandK(error_feedback="none"),
-    "Rand-K 0.1, ef14": RandK(),
+    "Rand-K 0.1, none": RandK(),
+    "Rand-K 0.1, ef14": RandK(error_feedback="ef14"),
 }
 
 
@@ -145,7 +148,7 @@ def main() -> None:
             CONSOLE.print(seed, name, found[name][-1])
             rows = [_row(name, runs, found, shapes, args.steps, lr) for name, runs in found.items()]
             if not args.no_write:
-                write_rows("compression_quality", rows)
+                write_rows("compression_quality", rows, key=("variant",))
     show("Loss after equal steps", rows)
 
 

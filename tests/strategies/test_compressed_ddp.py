@@ -40,6 +40,7 @@ COMPRESSORS: list[Compressor] = [
     Int8(block_size=64),
     TopK(ratio=0.2, **SMALL),
     RandK(ratio=0.2, **SMALL),
+    RandK(ratio=0.2, error_feedback="ef14", **SMALL),
     PowerSGD(rank=1, **SMALL),
     ArcTopK(**ARC),
     *(ArcTopK(**ARC, error_feedback=scheme) for scheme in ("ef14", "ef21", "ef21m")),

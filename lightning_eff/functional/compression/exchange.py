@@ -137,7 +137,7 @@ def exchange_bucket(
                 memory[slot.name]["estimate"] = choose(step.accepted, estimate, torch.zeros_like(estimate))
     # A step that is not finite stays so for a GradScaler and for callbacks, also where a compressor has not sent it.
     if unscale or (step.accepted is not None and not compressor.shows_nonfinite):
-        scale = torch.ones((), device=buffer.device) if step.scale is None else step.scale
+        scale = step.scale if unscale and step.scale is not None else torch.ones((), device=buffer.device)
         nan = torch.full_like(scale, torch.nan)
         factor = scale if step.accepted is None else torch.where(step.accepted, scale, nan)
         buffer.mul_(factor)
@@ -179,7 +179,7 @@ def _exchange_matrices(
         world_size=step.world_size,
     )
     before = _square(bucket.inputs()) if step.measure else None
-    check = compressor.keeps_memory and not compressor.shows_nonfinite
+    check = not compressor.shows_nonfinite
     if check:
         sums = torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients])
         zero = sums.sum().mul_(0).to(buffer.dtype).view(1)  # or NaN

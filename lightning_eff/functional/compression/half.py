@@ -17,6 +17,7 @@ from lightning_eff.functional.compression.interface import (
 
 
 class _Half(Compressor):
+    shows_nonfinite: ClassVar[bool] = True
     whole_buckets: ClassVar[bool] = True
     schemes: ClassVar[tuple[ErrorFeedback, ...]] = ("none",)
     dtype: ClassVar[torch.dtype]

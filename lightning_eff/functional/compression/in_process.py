@@ -84,7 +84,7 @@ class InProcessRanks:
                 break
             stages = [exchange.send([r[i] for r in results]) for i, exchange in enumerate(exchanges)]
         for rank, (exchange, step) in enumerate(zip(exchanges, steps, strict=True)):
-            step.accepted = finite if self.compressor.keeps_memory else None
+            step.accepted = finite if self.compressor.judges_steps else None
             finish(exchange, [result[rank] for result in results], "an exchange goes on behind its last stage")
         self.steps += 1
         if measure:

@@ -42,6 +42,7 @@ class Int8(Compressor):
 
     collectives: ClassVar[int] = 2
     schemes: ClassVar[tuple[ErrorFeedback, ...]] = ("none",)
+    shows_nonfinite: ClassVar[bool] = True  # in the scale of its block
     whole_buckets: ClassVar[bool] = True
 
     def __init__(self, block_size: int = 256, start_step: int = 0, seed: int = 0) -> None:

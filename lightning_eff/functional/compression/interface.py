@@ -163,8 +163,9 @@ class Compressor(ABC):
     """The values of ``error_feedback`` that make sense for this compressor."""
 
     shows_nonfinite: ClassVar[bool] = False
-    """Whether a NaN or infinity anywhere in the inputs shows in what is exchanged. If not, where something is kept from
-    step to step, one number that tells is sent along with each bucket, for one more pass over it."""
+    """Whether a NaN or infinity anywhere in the inputs shows in what is exchanged. If not, one number that tells is
+    sent along with each bucket, for one more pass over it, and the averages of such a step are NaN: a GradScaler and
+    callbacks have to see what plain DDP would show them."""
 
     whole_buckets: ClassVar[bool] = False
     """Take a bucket as one matrix of one row, vectors included. Such a compressor has no error feedback."""
@@ -193,6 +194,11 @@ class Compressor(ABC):
     def keeps_memory(self) -> bool:
         """Whether something is kept from step to step, and saved with checkpoints."""
         return self.error_feedback != "none"
+
+    @property
+    def judges_steps(self) -> bool:
+        """Whether it has to be known if a step is finite: for what is kept, or as the averages would not show it."""
+        return self.keeps_memory or not self.shows_nonfinite
 
     @abstractmethod
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:

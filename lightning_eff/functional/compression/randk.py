@@ -49,7 +49,7 @@ class RandK(Compressor):
     def __init__(
         self,
         ratio: float = 0.1,
-        error_feedback: ErrorFeedback = "ef14",
+        error_feedback: ErrorFeedback = "none",
         eta: float = 0.1,
         start_step: int = 0,
         min_numel: int = 4096,

@@ -183,7 +183,7 @@ class CompressedReduction:
             for running in self._running:
                 self._advance(running, group)
         results = [running.wait() for running in self._running]
-        if self.compressor.keeps_memory:
+        if self.compressor.judges_steps:
             step.accepted = self._all_finite()
         for running, result in zip(self._running, results, strict=True):
             finish(running.exchange, result, "an exchange goes on behind its last stage")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_eff.functional.compression import ArcTopK, Compressor, PowerSGD, RandK, TopK
+from lightning_eff.functional.compression import FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
 from lightning_eff.functional.compression.in_process import InProcessRanks
 from lightning_eff.kernels.row_sketch import signs
 from tests.functional.compression.ranks import SHAPES, Always, gradients, mean, memory_of
@@ -165,13 +165,27 @@ def test_the_memory_does_not_know_the_loss_scale(compressor):
         assert torch.equal(one, other)
 
 
-def test_an_overflow_is_shown_to_the_grad_scaler():
-    """Rand-K may not have drawn the infinity; the scaled averages are not finite all the same."""
-    ranks = InProcessRanks(AlwaysRandK(ratio=0.05, min_numel=1), 2)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        *with_memory(),
+        AlwaysPowerSGD(rank=2, min_numel=1, error_feedback="none"),
+        Always(**ARC),
+        AlwaysTopK(ratio=0.2, min_numel=1, error_feedback="none"),
+        AlwaysRandK(ratio=0.05, min_numel=1),  # may not have drawn it
+        FP16(),
+        Int8(),
+    ],
+    ids=name_of,
+)
+def test_an_overflow_is_shown_to_the_grad_scaler(compressor, value):
+    """Whatever was sent, the scaled averages of the matrix are not finite on any rank."""
+    ranks = InProcessRanks(compressor, 2)
     for step in range(5):
         bad = gradients(step, 2)
-        bad[0]["2.weight"][1, 1] = torch.inf
-        assert not any(tensor.isfinite().all() for tensor in ranks.average(bad, scale=1024.0)[0].values())
+        bad[0]["2.weight"][1, 1] = value
+        assert not any(found["2.weight"].isfinite().all() for found in ranks.average(bad, scale=1024.0))
 
 
 def test_dense_warm_up_keeps_no_error():
