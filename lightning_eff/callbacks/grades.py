@@ -226,7 +226,11 @@ class GradES(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._watch is not None and self._watch.map is not None:
+        if self._watch is None:
+            return
+        if self._armed and not self._watch.frozen:  # else a user looks for a mistake of his own
+            rank_zero_info(f"GradES froze nothing of {len(self._watch.units.names)} matrices: {self._watch.why_none()}")
+        if self._watch.map is not None:
             unit = "over its level" if self.config.tau_mode == "relative" else "per element"
             title = f"GradES: {self.metric} of each matrix, {unit}"
             self._watch.map.publish(trainer, "grades/heat_map", title, scale="log", missing="frozen")

@@ -128,6 +128,20 @@ class UnitWatch:
         lists = "".join(f"\n\n{verb}: {', '.join(names)}" for verb, names in events)
         return f"GradES, step {step}: {counts}; {self.count()} are frozen", lists
 
+    def why_none(self) -> str:
+        """Why no unit has settled, in words. Waits for the device, once."""
+        config = self._state.config
+        relative = config.tau_mode == "relative"
+        rows = torch.stack([self._state["metric"], self._state["level"]]).T.tolist()
+        seen = [(*row, name) for row, name in zip(rows, self.units.names, strict=True) if all(row)]
+        if not seen:
+            return "none of them ever had a gradient"
+        value, name = min((metric / level if relative else metric, name) for metric, level, name in seen)
+        return (
+            f"{name}, the most settled, was at {value:.3g}{' of its level' if relative else ''} at its last check, and "
+            f"a matrix is frozen that is below tau={config.tau:g} for patience={config.patience} checks"
+        )
+
     def scalars(self, each: bool) -> dict[str, float | Tensor]:
         """What is logged; with ``each`` also the metric of every matrix."""
         roles = Counter(matrix.role for matrix in self.units.matrices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import warnings
 from types import SimpleNamespace
 
@@ -190,6 +191,17 @@ def test_training_stops_when_all_are_frozen(caplog):
     assert "GradES: 12 of 12 matrices are frozen: training stops at step 5" in caplog.text
     trainer, _ = fit(Told([(4, "")], stop_when_frozen=False))
     assert trainer.global_step == STEPS
+
+
+@pytest.mark.parametrize("arguments", [{"tau": 1e-4}, {"tau": 1e-9, "tau_mode": "absolute"}])
+def test_it_says_why_nothing_was_frozen(caplog, arguments):
+    with caplog.at_level(logging.INFO):
+        grades = GradES(alpha=0.3, check_every_n_steps=1, patience=1, **arguments)
+        fit(grades)
+    assert not grades.frozen
+    (said,) = re.findall(r"GradES froze nothing of 12 matrices: (\S+), the most settled, was at ([\d.]+)", caplog.text)
+    assert said[0].endswith("weight")
+    assert float(said[1]) > arguments["tau"]
 
 
 def test_training_stops_when_nothing_is_left_to_train(caplog):
@@ -435,9 +447,10 @@ def test_the_host_reads_once_a_check_after_the_grace_period_and_never_in_it():
             with OperatorCounter() as counter:
                 fit(*callbacks, max_steps=20)
             counts[alpha, name] = counter.host_syncs
-    # Of the ten checks, those at 12, 14, 16 and 18 lie behind half of the run and are read a step later.
-    assert counts[0.5, "with"] - counts[0.5, "without"] == 4
-    assert counts[0.9, "with"] - counts[0.9, "without"] == 0
+    # Of the ten checks, those at 12, 14, 16 and 18 lie behind half of the run and are read a step later; and once more
+    # at the end, to say why nothing was frozen.
+    assert counts[0.5, "with"] - counts[0.5, "without"] == 4 + 1
+    assert counts[0.9, "with"] - counts[0.9, "without"] == 0 + 1
 
 
 class CountsGraphs:
