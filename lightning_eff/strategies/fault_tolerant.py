@@ -33,7 +33,7 @@ from lightning_eff.training.replica_start import (
     host_and_port,
     meet_lighthouse,
 )
-from lightning_eff.training.shard_steps import ShardSteps, shares
+from lightning_eff.training.shard_steps import Once, ShardSteps, shares
 from lightning_eff.training.shards import ShardedLoader
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         ):
             check(argument, value, value > 0, "seconds, above 0")
         check("start_grace", start_grace, start_grace >= 0, "seconds, at least 0")
-        for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook"):
-            check(
-                refused, kwargs.get(refused), not kwargs.get(refused), "left out: ddp_ft has its own hook and buckets"
-            )
+        for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook", "process_group"):
+            usual = not kwargs.get(refused)
+            check(refused, kwargs.get(refused), usual, "left out: ddp_ft has its own hook, buckets and groups")
+        kwargs.pop("process_group", None)  # LightningCLI gives every argument of DDP
         self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
         super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
         self.min_replicas = min_replicas
@@ -167,6 +167,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
         self._gradients: ShardGradients | None = None
         self._trainer: Trainer | None = None
+        self._log: ReplicaLog | None = None
 
     @property
     def trainable_change_refused(self) -> str | None:
@@ -208,7 +209,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         self.setup_precision_plugin()
         if fitting:
             assert self.replicas is not None
-            trainer.callbacks.insert(0, ReplicaLog(self.replicas, self.shrinks))  # type: ignore[attr-defined]
+            self._log = ReplicaLog(self.replicas, self.shrinks)
+            trainer.callbacks.insert(0, self._log)  # type: ignore[attr-defined]
             compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._place()[1]))
         if fitting:
             check_optimizers(self.optimizers)
@@ -315,12 +317,16 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     # State, for a peer and from a peer.
 
     def _state(self) -> dict[str, Any]:
+        assert self._log is not None
         # In settling all broadcast the same buffers: not only those that a newcomer has seen to change.
-        return {**live_state(self._fit.trainer), "changing": sorted(self._fit.steps.changing)}
+        more = {"changing": sorted(self._fit.steps.changing), "log": self._log.held()}
+        return {**live_state(self._fit.trainer), **more}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._heals = True
         try:
+            assert self._log is not None
+            self._log.take(state["log"])
             self._fit.steps.changing.update(state["changing"])
             load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
         finally:
@@ -388,7 +394,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
                 raise RuntimeError("training_step returned None: with ddp_ft, as with DDP, every replica needs a loss")
             fit.gradients.finish()
             if fit.replicas.commit():
-                super().optimizer_step(optimizer, _Once(loss), model, **kwargs)
+                super().optimizer_step(optimizer, Once(loss), model, **kwargs)
                 break
             if fit.replicas.again():
                 break
@@ -407,22 +413,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         if trainer is not None and module is not None:
             compute_together(module, None)
             trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]
-        self._fitting = None
+        self._fitting = self._log = None
         if self.replicas is not None:
             self.replicas.leave()
             self.replicas = None
         super().teardown()
-
-
-class _Once:
-    """A closure for the optimizer, of a loss that is there already."""
-
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
-        self.called = False
-
-    def __call__(self) -> Any:
-        if self.called:
-            raise RuntimeError("ddp_ft evaluates the loss once a step, but the optimizer has asked for it again")
-        self.called = True
-        return self.loss

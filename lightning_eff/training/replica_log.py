@@ -66,11 +66,13 @@ class ReplicaLog(Callback):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("ft/events", text, step)
 
-    @override
-    def state_dict(self) -> dict[str, Any]:
+    # Not `state_dict`: a resume restores callbacks before the strategy can add this one, and would warn of it.
+
+    def held(self) -> dict[str, Any]:
+        """For a replica that comes in."""
         return {"aborts": self._aborts + self.replicas.aborts, "members": list(self.replicas.members)}
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._aborts = state_dict["aborts"] - self.replicas.aborts
-        self._members = list(state_dict["members"])
+    def take(self, held: dict[str, Any]) -> None:
+        """Go on from what a peer has `held`."""
+        self._aborts = held["aborts"] - self.replicas.aborts
+        self._members = list(held["members"])

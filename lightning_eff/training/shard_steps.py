@@ -250,3 +250,17 @@ def shares(count: int, members: list[int]) -> dict[int, list[int]]:
             neighbour = min(members, key=lambda member: (len(share[member]), (member - orphan) % count))
             share[neighbour].append(orphan)
     return share
+
+
+class Once:
+    """A closure for the optimizer, of a loss that is there already."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+        self.called = False
+
+    def __call__(self) -> Any:
+        if self.called:
+            raise RuntimeError("ddp_ft evaluates the loss once a step, but the optimizer has asked for it again")
+        self.called = True
+        return self.loss

@@ -183,6 +183,8 @@ def test_the_loss_of_all_and_a_resume(server: Server, undisturbed: Outcome, tmp_
     assert sorted(losses) == list(range(16, STEPS + 1)), outcome.logs()
     for step, loss in losses.items():
         assert loss == pytest.approx(expected[step], rel=1e-5, abs=1e-5)
+    state = torch.load(last, weights_only=True)
+    assert not [name for name in state["callbacks"] if "ReplicaLog" in name]  # a resume would warn that it is missing
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.parallel import DistributedDataParallel
 
 from examples.gpt import GPT, GPTConfig, GPTModule, TextDataModule
 from examples.gpt.data import is_validation
@@ -96,6 +97,8 @@ def test_config_instantiates_with_the_size_of_its_name(name, millions, monkeypat
     parameters = sum(parameter.numel() for parameter in cli.model.parameters())
     assert parameters == pytest.approx(millions * 1e6, rel=0.06)
     assert cli.datamodule.block_size == cli.model.model.config.block_size
+    if name == "fault_tolerant":  # the command line gives DDP every argument that it has
+        assert isinstance(cli.trainer.strategy._setup_model(torch.nn.Linear(1, 1)), DistributedDataParallel)
 
 
 def test_every_config_is_tested():

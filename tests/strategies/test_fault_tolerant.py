@@ -49,6 +49,7 @@ ARGUMENTS = {"max_replicas": 3, "replica": 0, "lighthouse": "http://127.0.0.1:9"
         ({"heartbeat_timeout": 0.0}, "heartbeat_timeout=0.0.*seconds"),
         ({"start_grace": -1.0}, "start_grace=-1.0"),
         ({"static_graph": True}, "static_graph=True"),
+        ({"process_group": "mine"}, "process_group='mine'.*own hook, buckets and groups"),
         ({"max_replicas": None}, "NUM_REPLICA_GROUPS.*lightning-eff launch"),
         ({"replica": None}, "REPLICA_GROUP_ID.*lightning-eff launch"),
     ],
