@@ -260,6 +260,7 @@ class Once:
         self.called = False
 
     def __call__(self) -> Any:
+        """The loss, once."""
         if self.called:
             raise RuntimeError("ddp_ft evaluates the loss once a step, but the optimizer has asked for it again")
         self.called = True
