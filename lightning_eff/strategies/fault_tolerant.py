@@ -31,6 +31,7 @@ from lightning_eff.training.replica_start import (
     check_trainer,
     environment_count,
     host_and_port,
+    leave_if_over,
     meet_lighthouse,
 )
 from lightning_eff.training.shard_steps import Once, ShardSteps, shares
@@ -341,8 +342,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             if not fit.replicas.joined:
                 fit.replicas.manager.set_step(fit.trainer.global_step)
             if fit.replicas.begin():
-                if os.path.exists(os.environ.get("LIGHTNING_EFF_FINISHED", "")):
-                    raise SystemExit(0)  # the others have finished, and this replica would begin the run anew
+                leave_if_over()
                 adopt_places(fit.trainer, self.broadcast(places(fit.trainer)))
             self._share_out()
             fit.steps.begin()

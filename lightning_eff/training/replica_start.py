@@ -72,6 +72,15 @@ def environment_count(variable: str, argument: str) -> int:
     return int(value)
 
 
+def leave_if_over() -> None:
+    """End a replica that begins after others have come to the run's end: alone it would begin the run anew.
+
+    The launcher names a file in ``LIGHTNING_EFF_FINISHED`` that exists from then on; without it nothing is known.
+    """
+    if os.path.exists(os.environ.get("LIGHTNING_EFF_FINISHED", "")):
+        raise SystemExit(0)
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Refuse what a step that is repeated cannot be made of."""
     if not trainer.lightning_module.automatic_optimization:

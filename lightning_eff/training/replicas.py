@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lightning_eff.training.meeting_place import AGREEING, RETRY, START, LeftBehindError, NoQuorumError, Place
 from lightning_eff.training.quorum import Gloo, QuorumManager, note_of
 from lightning_eff.training.replica_operations import gather_rows, gather_texts, send_object
+from lightning_eff.training.replica_start import leave_if_over
 
 T = TypeVar("T")
 
@@ -120,7 +121,8 @@ class Replicas:
         """Meet the others before a step; whoever lags behind has their state afterwards.
 
         Returns:
-            Whether the run begins: nobody has made a step in it.
+            Whether the run begins: nobody here has made a step in it. So also if those who have made one died when they
+            had handed over their state.
         """
         while True:
             before = self.step
@@ -131,6 +133,7 @@ class Replicas:
             if any(place.where != START for place in places) and (not self._veteran or self.step > before):
                 raise LeftBehindError("the others are within a step, where nobody can come in; start anew")
             if all(place.waits for place in places) and len(places) < self.count:
+                leave_if_over()
                 time.sleep(0.1)
                 continue
             # A step that has begun is finished by those who are left, however few.

@@ -142,12 +142,14 @@ def run(
     heartbeat_timeout: float = 3.0,
     min_replicas: int = 1,
     during: Any = None,
+    environment: dict[str, str] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Train, restarting what dies until one has finished, as the launcher does.
 
     Args:
         during: called about every 50 ms with the `Lighthouse`, the pids by replica and the folder.
+        environment: of the replicas, besides what the launcher gives them.
     """
     began = time.monotonic()
     lighthouse = Lighthouse(min_replicas, heartbeat_timeout)
@@ -180,6 +182,7 @@ def run(
                     "log": str(folder / f"replica-{replica}-{lives[replica]}.log"),
                     "faults": [fault.row() for fault in faults],
                     "environment": {
+                        **(environment or {}),
                         "TORCHFT_LIGHTHOUSE": lighthouse.address,
                         "REPLICA_GROUP_ID": str(replica),
                         "NUM_REPLICA_GROUPS": str(replicas),

@@ -197,11 +197,21 @@ def test_shrink_leaves_the_shard_out(server: Server, tmp_path: Path) -> None:
     assert killed(outcome) == [1]
 
 
+# Each in a step that the others have to repeat: one that comes back before the next step leaves no trace.
+_MECEFO = {
+    "one": (Fault(1, 13, "backward"),),
+    "one after the other": (Fault(1, 13, "forward"), Fault(0, 25, "allreduce")),
+    "as it comes back": (Fault(1, 13, "backward"), Fault(1, None, "healing", life=1)),
+    "one misses what the others got": (Fault(1, 13, "forward"), Fault(2, 13, "glitch in allreduce")),
+}
+
+
 @pytest.mark.slow
-def test_mecefo_approximates_while_somebody_is_dead(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", _MECEFO)
+def test_mecefo_approximates_while_somebody_is_dead(case: str, server: Server, tmp_path: Path) -> None:
     """Equal weights throughout, the exact run until the death, nearly that run after it."""
     runs = {}
-    for name, faults in (("exact", ()), ("approximate", (Fault(1, 13, "backward"),))):
+    for name, faults in (("exact", ()), ("approximate", _MECEFO[case])):
         folder = tmp_path / name
         folder.mkdir()
         strategy = {"on_failure": "mecefo", "mecefo_rank": 4, "mecefo_refresh_every": 5}
@@ -248,6 +258,22 @@ def test_a_replica_that_is_stopped_and_goes_on(server: Server, undisturbed: Outc
     )
     assert outcome.exits[0][:2] == (1, 0), outcome.logs()
     assert outcome.lives[1] == 1
+
+
+def test_one_that_comes_when_the_run_is_over_ends(server: Server, tmp_path: Path) -> None:
+    """It would wait for the others, and then begin the run anew."""
+    finished = tmp_path / "finished"
+    finished.touch()
+    outcome = run(
+        server,
+        tmp_path,
+        replicas=1,
+        strategy={"max_replicas": 3},
+        environment={"LIGHTNING_EFF_FINISHED": str(finished)},
+        limit=30.0,
+    )
+    assert outcome.exits == [(0, 0, 0)]
+    assert outcome.steps == {0: []}
 
 
 @pytest.mark.slow

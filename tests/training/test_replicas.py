@@ -62,10 +62,8 @@ class Replica:
             return float(tensor[0])
 
         while replicas.step < STEPS:
-            if replicas.begin():
-                if self.world.finished:
-                    return  # as the launcher's file says
-                state["run"] = float(manager.quorum_id)
+            if replicas.begin() and self.world.finished:
+                return  # as the launcher's file says
             self.latest = None
             before = replicas.step
             replicas.within(lambda group: total(group, 1.0, 2), 0.0)  # a micro-batch that is not repeated
@@ -75,6 +73,8 @@ class Replica:
                 share = replicas.within(lambda group: total(group, 1.0 / group.world, 4), 0.0)
                 if replicas.commit():
                     assert round(share, 4) == 1.0
+                    if before == 0:
+                        state["run"] = float(manager.quorum_id)  # the same for all who commit it
                     state["value"] = state["value"] + 1.0
                     break
                 if replicas.again():
@@ -122,4 +122,5 @@ def together(count: int, deaths: float, glitches: float, seeds: range) -> None:
             for key in {key for each in found for key in each}:
                 assert len({each[key] for each in found if key in each}) == 1, f"seed {seed}, {key}"
         last = max(run for replica in replicas for run, _ in replica.values)
-        assert {step for replica in replicas for run, step in replica.values if run == last} == set(range(1, STEPS + 1))
+        made = {step for replica in replicas for run, step in replica.values if run == last}
+        assert made == set(range(1, STEPS + 1)), f"seed {seed}, run {last}"
