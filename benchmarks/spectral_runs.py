@@ -24,13 +24,11 @@ from examples.digits.data import DigitsDataModule
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import Attention, GPTConfig, rotate
 from examples.gpt.module import GPTModule
-from lightning_eff.functional.spectral_alignment import leading_singular_pair, majority_fraction
-from lightning_eff.functional.structure import select_matrices
-from lightning_eff.kernels.alignment import alignment_stats
+from lightning_eff.functional.spectral_alignment import majority_fraction
+from lightning_eff.training.alignment_probe import AlignmentProbe, watched_layers
 
-EVERY = 5  # steps between two observations that are recorded
-INTERVALS = (5, 10, 20)  # each has a singular vector of its own, since it follows the weights from one to the next
-CONVERGED_EVERY = 40  # steps between two looks at what 60 more iterations would say
+EVERY = 10  # steps between two observations that are recorded
+INTERVALS = (10, 20)  # each has singular vectors of its own, since they follow the weights from one to the next
 RECORDS = Path("logs/spectral_alignment")
 
 
@@ -156,54 +154,41 @@ def digits(seed: int, norm: bool) -> tuple[L.LightningModule, Any]:
 
 
 class Signals(L.Callback):
-    """Every detector's signal: scalars at every step, majority fractions every ``EVERY`` steps."""
+    """Every detector's signal: scalars at every step, and what the monitor's own probe sees every ``EVERY`` steps."""
 
     def __init__(self, stop_when_exploded: bool) -> None:
         self.stop_when_exploded = stop_when_exploded
         self.scalars: dict[str, list[float]] = {name: [] for name in ("loss", "grad_norm", "weight_norm", "max_logit")}
-        self.majority: dict[str, list[list[float]]] = {str(name): [] for name in (*INTERVALS, "converged")}
-        self.residual: dict[str, list[list[float]]] = {str(name): [] for name in INTERVALS}
-        self.layers: dict[str, nn.Linear] = {}
-        self.seconds = 0.0
+        self.majority: dict[str, list[list[float]]] = {str(interval): [] for interval in INTERVALS}
+        self.residual: dict[str, list[list[float]]] = {str(interval): [] for interval in INTERVALS}
+        self.layers: dict[str, nn.Module] = {}
+        self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        names = [matrix.name.removesuffix(".weight") for matrix in select_matrices(pl_module)]
-        self.layers = {name: pl_module.get_submodule(name) for name in names}  # type: ignore[misc]
-        generator = torch.Generator().manual_seed(0)
-        self.vectors = {
-            (name, interval): torch.randn(layer.in_features, generator=generator)
-            for name, layer in self.layers.items()
-            for interval in INTERVALS
-        }
+        self.layers = watched_layers(pl_module)
+        settings = dict(bins=1, max_tokens=None, iterations=1)
+        self.probes = {interval: AlignmentProbe(self.layers, **settings) for interval in INTERVALS}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.handles = []
-        if trainer.global_step % EVERY == 0:
-            for table in (*self.majority.values(), *self.residual.values()):
-                table.append([math.nan] * len(self.layers))
-            for index, (name, layer) in enumerate(self.layers.items()):
-                observe = partial(self._observe, trainer.global_step, index, name)
-                self.handles.append(layer.register_forward_pre_hook(observe))
+        self._step = trainer.global_step
+        for interval, probe in self.probes.items():
+            if self._step % interval == 0:
+                probe.attach()
 
-    @torch.no_grad()
-    def _observe(self, step: int, index: int, name: str, layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach()
-        directions = {}
-        for interval in INTERVALS:
-            if step % interval == 0:
-                pair = leading_singular_pair(layer.weight, self.vectors[name, interval])
-                self.vectors[name, interval] = directions[str(interval)] = pair.v
-                self.residual[str(interval)][-1][index] = pair.residual.item()
-        if step % CONVERGED_EVERY == 0:
-            directions["converged"] = leading_singular_pair(layer.weight, directions[str(EVERY)], 60).v
-        for kind, v in directions.items():
-            counts = alignment_stats(x, v, bins=1)
-            self.majority[kind][-1][index] = majority_fraction(counts.positive, counts.negative).item()
+    def _read(self) -> None:
+        missing = [math.nan] * len(self.layers)
+        for interval, probe in self.probes.items():
+            probe.detach()
+            observed = self._step % interval == 0
+            positive, negative, _, _, _, residual = probe.read(torch.device("cpu"))[:, 1:].unbind(1)
+            majority = majority_fraction(positive, negative).tolist() if observed else missing
+            self.majority[str(interval)].append(majority)
+            self.residual[str(interval)].append(residual.tolist() if observed else missing)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         self.scalars["grad_norm"].append(norm.item())
-        norm = torch.nn.utils.get_total_norm([layer.weight for layer in self.layers.values()])
+        norm = torch.nn.utils.get_total_norm([layer.weight for layer in self.layers.values()])  # type: ignore[misc]
         self.scalars["weight_norm"].append(norm.item())
         logits = [block.attn.max_logit.item() for block in getattr(getattr(pl_module, "model", None), "blocks", ())]
         self.scalars["max_logit"].append(max(logits, default=math.nan))
@@ -211,8 +196,8 @@ class Signals(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for handle in self.handles:
-            handle.remove()
+        if self._step % EVERY == 0:
+            self._read()
         self.scalars["loss"].append(outputs["loss"].item())
         if self.stop_when_exploded and exploded(self.scalars["loss"]) is not None:
             trainer.should_stop = True

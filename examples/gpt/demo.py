@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     # The methods of the suite. What each did is in the table at the end and in TensorBoard.
     methods = [
         TrainingGuard(),
-        SpectralAlignmentMonitor(severity=0.5),  # at the default of 0.05 this healthy run has false alarms
+        SpectralAlignmentMonitor(),
         GradES(tau=0.9),  # of a matrix's own level: 1 would be as soon as its gradient gets no noisier
         ZClip(max_grad_norm=None),  # no cap: norms fall from 4 to 0.7, and a cap of 1 would clip every early step
         EMA(half_life=20, save="none"),

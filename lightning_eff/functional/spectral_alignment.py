@@ -166,8 +166,8 @@ class CollapseConfig:
 
     threshold: float = 0.99
     margin: float = 0.25
-    patience: int = 2
-    window: int = 14
+    patience: int = 3
+    window: int = 16
 
     def __post_init__(self) -> None:
         check("threshold", self.threshold, 0.5 < self.threshold <= 1, "in (0.5, 1]")
