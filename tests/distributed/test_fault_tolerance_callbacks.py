@@ -154,3 +154,15 @@ def test_the_writer_killed_while_it_saves_an_average(server: Server, undisturbed
     resumed = run(server, again, steps=STEPS, resume=str(found), **settings)
     assert "starts anew" not in resumed.logs()
     assert_same_state(resumed, undisturbed("averages"))
+
+
+@pytest.mark.slow
+def test_averages_are_evaluated_over_the_living(server: Server, tmp_path: Path) -> None:
+    faults = (Fault(1, 20, "validation"),)
+    settings: dict[str, Any] = {"callbacks": AVERAGES, "validate_every": 1, **REAL}
+    outcome = check(run(server, tmp_path, steps=STEPS, faults=faults, **settings), steps=STEPS)
+    assert killed(outcome) == [1]
+    names = ("val_loss", "average/val_loss", "ema/val_loss")
+    metrics = {tuple(final["metrics"][name] for name in names) for final in outcome.finals.values()}
+    assert len(metrics) == 1
+    assert len(set(metrics.pop())) == 3
