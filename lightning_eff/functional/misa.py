@@ -173,6 +173,8 @@ class Sampler:
         if config.sampling != "importance" or config.eta == 0 or p.max() >= 1.05 * p.min():
             return None
         decides = 1 / (largest if config.mode == "paper" else largest**2) if largest > 0 else float("inf")
+        if config.eta >= decides:
+            return None  # the modules are about as important as each other, and that is not for eta to change
         return (
             f"eta={config.eta}) samples as good as uniformly: the largest importance is {largest:.2g}, and importance "
             f"decides from an eta of about {decides:.2g}"
