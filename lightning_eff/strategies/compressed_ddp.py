@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -99,6 +101,8 @@ class CompressedDDPStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        atexit.unregister(_leave_group)  # once, however often the strategy is set up
+        atexit.register(_leave_group)
         if self.compressor.keeps_memory:
             self._rank_state.attach(self)
 
@@ -192,6 +196,15 @@ class CompressedDDPStrategy(DDPStrategy):
     def _identity(self) -> str:
         """What a memory can be used with."""
         return f"{type(self.compressor).__name__}(error_feedback={self.compressor.error_feedback!r})"
+
+
+def _leave_group() -> None:
+    """At the end of the process: gloo's threads must be joined before the libraries go, or it aborts now and then.
+
+    Lightning does the same for NCCL.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build(compressor: str, start_method: Literal["popen", "spawn", "fork", "forkserver"]) -> CompressedDDPStrategy:

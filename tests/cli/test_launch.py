@@ -141,8 +141,10 @@ def listeners(pids: list[int]) -> set[str]:
     """Local addresses, in hexadecimal, on which processes listen."""
     sockets = set()
     for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended, or has closed one
-            sockets |= {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()}
+        with contextlib.suppress(OSError):  # it has ended
+            for link in list(Path(f"/proc/{pid}/fd").iterdir()):
+                with contextlib.suppress(OSError):  # it has closed this one, such as a connection that was just tried
+                    sockets.add(os.readlink(link))
     found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
