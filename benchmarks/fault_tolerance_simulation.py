@@ -18,13 +18,12 @@ Rows go to benchmarks/results/fault_tolerance_simulation.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.rows import CONSOLE, RESULTS, show, write_rows
+from benchmarks.rows import CONSOLE, read_rows, show, write_rows
 
 HOUR = 3600.0
 
@@ -136,8 +135,7 @@ def simulate(system: System, scenario: Scenario, replicas: int, hours: float, se
 
 def read_times(args: argparse.Namespace) -> tuple[Times, dict[str, Any]]:
     """The times, and what of them is measured."""
-    with (RESULTS / "mecefo_cost.csv").open() as file:
-        steps = {row["variant"]: float(row["over_healthy"]) for row in csv.DictReader(file)}
+    steps = {row["variant"]: float(row["over_healthy"]) for row in read_rows("mecefo_cost")}
     recovery = {"kill_to_commit": args.kill_to_commit, "heal": args.heal, "restart": args.restart}
     source = "given"
     if None in recovery.values():
@@ -146,8 +144,8 @@ def read_times(args: argparse.Namespace) -> tuple[Times, dict[str, Any]]:
             ("ddp_ft", "heal_stall"),
             ("ddp, restart", "kill_to_commit"),  # the steps since the checkpoint come on top
         )
-        with (RESULTS / "fault_tolerance_recovery.csv").open() as file:
-            found = {(row["strategy"], row["quantity"]): float(row["median"]) for row in csv.DictReader(file)}
+        rows = read_rows("fault_tolerance_recovery")
+        found = {(row["strategy"], row["quantity"]): float(row["median"]) for row in rows}
         measured = {key: max(0.0, found[name]) for key, name in zip(recovery, names, strict=True)}
         source = "measured" if set(recovery.values()) == {None} else "measured, but those given"
         recovery = {key: measured[key] if value is None else value for key, value in recovery.items()}
