@@ -237,7 +237,11 @@ class _RankFiles:
         folder = path + _SUFFIX
         if not fs.isdir(folder):
             return
-        for file in fs.ls(folder, detail=False):
+        try:
+            files = fs.ls(folder, detail=False)
+        except FileNotFoundError:  # another rank was quicker
+            return
+        for file in files:
             identity, _, rest = os.path.basename(file).partition(".")
             if identity not in keep and (self.rank == 0 or rest.startswith(f"rank{self.rank}.")):
                 with suppress(FileNotFoundError):  # another rank was quicker

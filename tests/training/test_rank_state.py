@@ -4,6 +4,7 @@ import fsspec
 import lightning as L
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -361,6 +362,23 @@ def test_each_of_two_ranks_has_its_own(pool, tmp_path, strategy, model):
     assert _tree(tmp_path) == {"epoch=0-step=3.ckpt": 2, "last.ckpt": 0}
 
     assert pool.run(_resume_on_two_ranks, tmp_path / "last.ckpt", strategy, model) == [[[3.0, 0.0]], [[3.0, 30.0]]]
+
+
+def test_another_rank_may_remove_the_folder_first(tmp_path, monkeypatch):
+    memory = _Memory()
+    trainer = _fit(memory)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    isdir = LocalFileSystem.isdir
+
+    def just_before(self, path):
+        found = isdir(self, path)
+        if path.endswith(".ranks"):
+            shutil.rmtree(path)
+        return found
+
+    monkeypatch.setattr(LocalFileSystem, "isdir", just_before)
+    trainer.strategy.remove_checkpoint(tmp_path / "a.ckpt")
+    assert _tree(tmp_path) == {}
 
 
 @pytest.mark.filterwarnings("ignore:the rank-local state .* is not restored")
