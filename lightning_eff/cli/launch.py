@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="M",
-        help="processes of a replica: %(default)s, as ddp_ft has one for each device",
+        help="processes of a replica, one for each device, which live and die together: Trainer(devices=M)"
+        " (default %(default)s)",
     )
     parser.add_argument(
         "--grace",
@@ -114,11 +115,6 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, least in (("replicas", 1), ("nproc_per_node", 1), ("max_restarts", 0), ("first_replica", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if args.nproc_per_node > 1:
-        parser.error(
-            f"--nproc-per-node {args.nproc_per_node}: ddp_ft has one process and one device in a replica. Start a"
-            f" replica for each device: --replicas {args.replicas * args.nproc_per_node}"
-        )
     if args.total_replicas < args.first_replica + args.replicas:
         parser.error(
             f"--total-replicas {args.total_replicas} is less than --first-replica {args.first_replica} + --replicas"

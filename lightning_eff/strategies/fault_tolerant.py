@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -23,6 +24,7 @@ from lightning_eff.training.evaluation_share import EvaluationShare
 from lightning_eff.training.live_state import layout, live_state, load_live_state
 from lightning_eff.training.log_handover import adopt_places, places
 from lightning_eff.training.neighbour_passes import approximate, find_mecefo
+from lightning_eff.training.replica_group import GradientSums, GroupMembership, ReplicaGroup
 from lightning_eff.training.replica_log import ReplicaLog
 from lightning_eff.training.replica_metrics import Gather, compute_together
 from lightning_eff.training.replica_start import (
@@ -31,7 +33,6 @@ from lightning_eff.training.replica_start import (
     check_trainer,
     environment_count,
     host_and_port,
-    leave_if_over,
     meet_lighthouse,
 )
 from lightning_eff.training.shard_steps import Once, ShardSteps, shares
@@ -39,6 +40,7 @@ from lightning_eff.training.shards import ShardedLoader
 
 if TYPE_CHECKING:
     from lightning_eff.functional.mecefo import MeCeFO
+    from lightning_eff.training.replicas import Replicas
     from lightning_eff.training.shard_gradients import ShardGradients
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
@@ -47,15 +49,15 @@ OnFailure = Literal["takeover", "mecefo", "shrink"]
 class FaultTolerantDDPStrategy(LivingReplicas):
     """Data parallel training that goes on when replicas die, and takes them back.
 
-    Every replica is one process with one device, started by itself: ``lightning-eff launch --replicas 3 train.py`` on
-    one machine, or torchrun or Slurm on each node with the addresses given. torchft's lighthouse says who is alive. A
-    step counts when all living replicas have it; one that fails, because somebody died, is repeated by those who are
-    left. Who comes back gets the whole state of the run from a living peer before its next step. LR schedulers and
-    ``trainer.global_step`` count such steps alone.
+    A replica is one process with one device, or several on one machine that live and die together. Each is started by
+    itself: ``lightning-eff launch --replicas 3 train.py`` on one machine, or torchrun or Slurm on each node with the
+    addresses given. torchft's lighthouse says who is alive. A step counts when all living replicas have it; one that
+    fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
+    a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
 
     Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
     ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
-    ``trainer.world_size`` stays 1, and ``trainer.global_rank`` is 0 on the replica that writes.
+    ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.
 
     Args:
         min_replicas: fewer than these wait; give it to the lighthouse as well.
@@ -90,7 +92,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     Raises:
         ValueError: an argument is out of its range.
         ModuleNotFoundError: torchft is absent.
-        MisconfigurationException: at the start of ``fit``: no lighthouse, several devices in a replica, manual
+        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, manual
             optimization, a GradScaler, LBFGS, data that cannot be cut into shards.
         ConnectionError: the lighthouse cannot be reached.
 
@@ -185,12 +187,22 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     @override
     def setup_distributed(self) -> None:
         """No process group of torch's: torchft's is made anew with every change of membership."""
-        assert self.cluster_environment is not None
-        if self.num_nodes * self.num_processes > 1 or self.cluster_environment.world_size() > 1:
+        environment, size = self.cluster_environment, self.num_processes
+        assert environment is not None
+        if self.num_nodes > 1:
             raise MisconfigurationException(
-                "ddp_ft has one process and one device per replica: set Trainer(devices=1, num_nodes=1) and start a "
-                "replica for each device, with `lightning-eff launch --replicas N`"
+                f"Trainer(num_nodes={self.num_nodes}): a replica of ddp_ft lies on one machine. Leave it at 1, and "
+                "start a replica on each, with `lightning-eff launch` or by hand"
             )
+        # Lightning's own starts as many as there are devices.
+        if not isinstance(environment, LightningEnvironment) and environment.world_size() != size:
+            raise MisconfigurationException(
+                f"processes of this replica: {environment.world_size()}, Trainer(devices={size}): each has one device, "
+                "so give the same number (`lightning-eff launch --nproc-per-node`)"
+            )
+        environment.set_world_size(size)
+        if self._group.size != size:  # a strategy may be set up again
+            self._group = ReplicaGroup(self.local_rank, size, environment.main_port, self.collective_timeout)
         self.set_world_ranks()
 
     @override
@@ -217,8 +229,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             check_optimizers(self.optimizers)
 
     def _connect(self) -> None:
-        from lightning_eff.training.quorum import QuorumManager
-        from lightning_eff.training.replicas import Replicas
         from lightning_eff.training.shard_gradients import ShardGradients
 
         if self.lighthouse is None:
@@ -227,6 +237,24 @@ class FaultTolerantDDPStrategy(LivingReplicas):
                 "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
             )
         self._writes = self.is_global_zero
+        if self.on_failure == "mecefo":
+            self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
+        first = self._first() if self._group.leads else None
+        if self._group.size > 1:
+            self.replicas = GroupMembership(
+                self._group, first, self.replica, self.max_replicas, self._state, self._load
+            )
+        else:
+            self.replicas = first
+        self._gradients = ShardGradients(GradientSums(self._group, None if first is None else first.manager))
+        self._gradients.all_used = not self._wants_unused and self._mecefo is None
+
+    def _first(self) -> Replicas:
+        """What speaks with the other replicas, in one process of this one."""
+        from lightning_eff.training.quorum import QuorumManager
+        from lightning_eff.training.replicas import Replicas
+
+        assert self.lighthouse is not None
         host, port = host_and_port(self.lighthouse)
         meet_lighthouse(host, port, self.connect_timeout)
         manager = QuorumManager(
@@ -240,10 +268,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             state=self._state,
             load=self._load,
         )
-        if self.on_failure == "mecefo":
-            self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
         seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        self.replicas = Replicas(
+        return Replicas(
             self.replica,
             self.max_replicas,
             manager,
@@ -256,8 +282,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             lambda: layout(self._fit.trainer),
             max(5.0, self.heartbeat_timeout),
         )
-        self._gradients = ShardGradients(manager)
-        self._gradients.all_used = not self._wants_unused and self._mecefo is None
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
@@ -289,7 +313,12 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             return EvaluationShare(dataloader, self._place, limit if isinstance(limit, float) else 1.0)
         assert self.replicas is not None and self._gradients is not None  # noqa: PT018
         loader = ShardedLoader(
-            dataloader, self.max_replicas, seed=self._data_seed, keep=max(1, trainer.accumulate_grad_batches)
+            dataloader,
+            self.max_replicas,
+            seed=self._data_seed,
+            group_rank=self._group.rank,
+            group_size=self._group.size,
+            keep=max(1, trainer.accumulate_grad_batches),
         )
         loader.before_fetch = self._before_batch
         steps = ShardSteps(trainer, loader, self._gradients, self.replica)
@@ -332,6 +361,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
         finally:
             self._heals = False
+        if isinstance(self.replicas, GroupMembership):
+            self.replicas.healed = state
 
     # The step.
 
@@ -340,9 +371,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         fit, loop = self._fit, self._fit.trainer.fit_loop
         if not fit.steps.window:
             if not fit.replicas.joined:
-                fit.replicas.manager.set_step(fit.trainer.global_step)
+                fit.replicas.start_at(fit.trainer.global_step)
             if fit.replicas.begin():
-                leave_if_over()
                 adopt_places(fit.trainer, self.broadcast(places(fit.trainer)))
             self._share_out()
             fit.steps.begin()

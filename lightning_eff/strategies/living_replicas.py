@@ -18,12 +18,20 @@ from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from lightning_eff.training.log_handover import begin_to_write
-from lightning_eff.training.replica_operations import combine, gather_objects, gather_tensors, reduce, send_object
+from lightning_eff.training.replica_group import ReplicaGroup
+from lightning_eff.training.replica_operations import (
+    combine,
+    gather_objects,
+    gather_tensors,
+    mean_of,
+    reduce,
+    send_object,
+)
 from lightning_eff.training.shard_steps import ShardSteps
 from lightning_eff.training.whole_files import write_whole
 
 if TYPE_CHECKING:
-    from lightning_eff.training.replicas import Replicas
+    from lightning_eff.training.membership import Membership
     from lightning_eff.training.shard_gradients import ShardGradients
 
 # Lightning's barriers around data loaders, which a replica that comes in later has behind it already.
@@ -35,7 +43,7 @@ class Fit:
     """What there is while the Trainer fits."""
 
     trainer: Trainer
-    replicas: Replicas
+    replicas: Membership
     gradients: ShardGradients
     steps: ShardSteps
 
@@ -57,8 +65,9 @@ class LivingReplicas(DDPStrategy):
         self.replica = replica
         self.max_replicas = max_replicas
         self.shrinks = shrinks
-        self.replicas: Replicas | None = None
+        self.replicas: Membership | None = None
         """The others, while it fits."""
+        self._group = ReplicaGroup()  # the processes of this replica
         self._fitting: Fit | None = None
         self._writes = False
         self._heals = False  # a peer's state is being taken
@@ -69,8 +78,8 @@ class LivingReplicas(DDPStrategy):
 
     @property
     def _alone(self) -> bool:
-        """Before the first step, while this one heals, and after an exception here: the others know nothing of it."""
-        return not self._joined or self._heals or self._fit.trainer.interrupted
+        """While this process heals, and after an exception here: nobody else knows of it."""
+        return self._heals or (self._fitting is not None and self._fit.trainer.interrupted)
 
     @property
     def within_step(self) -> bool:
@@ -86,6 +95,10 @@ class LivingReplicas(DDPStrategy):
     @override
     def global_rank(self) -> int:
         """0 on the replica that writes checkpoints and logs, which may change with every step."""
+        return self._rank_of_replica * self._group.size + self._group.rank
+
+    @property
+    def _rank_of_replica(self) -> int:
         if not self._joined:
             first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
             return self.replica if first_start else max(1, self.replica)
@@ -99,7 +112,7 @@ class LivingReplicas(DDPStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self._group.size, "rank": self._group.rank}
 
     @override
     def set_world_ranks(self) -> None:
@@ -111,15 +124,23 @@ class LivingReplicas(DDPStrategy):
                 begin_to_write(self._fit.trainer)
 
     def _place(self) -> tuple[int, int]:
-        """This replica's rank among the living, and how many they are."""
+        """This process's rank among those of the living replicas, and how many they are."""
+        rank, size = self._group.rank, self._group.size
         if not self._joined or self.replicas is None:
-            return 0, 1
-        return self.replicas.members.index(self.replica), len(self.replicas.members)
+            return rank, size
+        members = self.replicas.members
+        return members.index(self.replica) * size + rank, len(members) * size
 
     # What all living replicas do together.
 
     def _together(self, operation: Callable[[Any], Any], alone: Any) -> Any:
-        if self._alone:
+        """An operation that the first process of each living replica does for its own.
+
+        Args:
+            operation: on what connects the first processes.
+            alone: the result where there are no others: before the first step, or when the run is over.
+        """
+        if not self._joined:
             return alone
         assert self.replicas is not None
         if self.replicas.in_attempt:
@@ -135,13 +156,18 @@ class LivingReplicas(DDPStrategy):
             return tensor
         value = tensor.detach().to("cpu", copy=True)
         name = str(reduce_op).rpartition(".")[2].lower()
-        count = None
+        size, count = self._group.size, None
         if self._fitting is not None:
             value, of_step = self._fit.steps.reduced(value, partial(combine, name=name))
             if self._fit.steps.aside:
                 return tensor
-            count = self.max_replicas if of_step and not self.shrinks else None
-        result: Tensor = self._together(lambda group: reduce(group, value.clone(), name, count), value)
+            count = self.max_replicas * size if of_step and not self.shrinks else None
+        if self._alone:
+            return value.to(tensor.device)
+        if size > 1:
+            value = combine(self._group.stack(value), name)
+        alone = mean_of(value, name, size)
+        result: Tensor = self._together(lambda group: reduce(group, value.clone(), name, count, size), alone)
         return result.to(tensor.device)
 
     @override
@@ -156,6 +182,10 @@ class LivingReplicas(DDPStrategy):
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """From the replica that writes."""
+        if self._alone:
+            return obj
+        if not self._joined:
+            return self._group.share(obj)
 
         def operation(group: Any) -> Any:
             replicas = self._fit.replicas
@@ -165,17 +195,21 @@ class LivingReplicas(DDPStrategy):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """From the living replicas, stacked."""
-        if self._alone:
+        """From all processes of the living replicas, stacked."""
+        if self._alone or (not self._joined and self._group.size == 1):
             return tensor
-        value = tensor.detach().cpu()
-        result: Tensor = self._together(lambda group: torch.stack(gather_tensors(group, value)), value[None])
+        values = self._group.stack(tensor.detach().cpu())
+        result: Tensor = self._together(lambda group: torch.cat(gather_tensors(group, values)), values)
         return result.to(tensor.device)
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """Tensors of different shapes."""
-        value = tensor.detach().cpu()
-        parts: list[Tensor] = self._together(lambda group: gather_objects(group, value), [value])
+        if self._alone:
+            return [tensor]
+        values = self._group.gather(tensor.detach().cpu())
+        parts: list[Tensor] = self._together(
+            lambda group: [part for parts in gather_objects(group, values) for part in parts], values
+        )
         return parts
 
     @override
@@ -185,5 +219,5 @@ class LivingReplicas(DDPStrategy):
             if self.is_global_zero:
                 write_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
             # Whether anybody has written: who that is may just have changed.
-            if self._alone or self.reduce_boolean_decision(self.is_global_zero, all=False):
+            if self._alone or not self._joined or self.reduce_boolean_decision(self.is_global_zero, all=False):
                 return

@@ -1,140 +1,23 @@
-"""torchft's manager and process group, as the fault-tolerant strategy uses them: every listener on one address."""
+"""torchft's manager, as the fault-tolerant strategy uses it: every listener on one address."""
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torchft.manager
-from torch._C._distributed_c10d import AllreduceOptions, Store, TCPStore
-from torch.distributed import ProcessGroup, ProcessGroupGloo, ReduceOp
+from torch._C._distributed_c10d import AllreduceOptions
+from torch.distributed import ReduceOp
 from torchft.coordination import ManagerClient
 from torchft.manager import Manager
-from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
 
+from lightning_eff.training.gloo import Gloo, store_on
 from lightning_eff.training.peer_state import PeerState
-
-_CONNECTIONS: dict[int, str] = {}
-"""Descriptors of the present group's connections, and what they are: a number may soon be another file's."""
-
-
-def _sockets() -> dict[int, str]:
-    found = {}
-    for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):
-            name = os.readlink(f"/proc/self/fd/{entry}")
-            if name.startswith("socket:"):
-                found[int(entry)] = name
-    return found
-
-
-def _take_connections() -> list[int]:
-    """Those that are still what they were."""
-    present = _sockets() if _CONNECTIONS else {}
-    taken = [descriptor for descriptor, name in _CONNECTIONS.items() if present.get(descriptor) == name]
-    _CONNECTIONS.clear()
-    return taken
-
-
-def _close_in_child() -> None:
-    """A data worker outlives a replica that is killed, and would keep its connections open for seconds."""
-    for descriptor in _take_connections():
-        with suppress(OSError):
-            os.close(descriptor)
-
-
-os.register_at_fork(after_in_child=_close_in_child)
-
-
-class Gloo(ReconfigurableGloo):
-    """torchft's reconfigurable gloo, on one address, with a timeout for operations and a shorter one to connect.
-
-    Args:
-        host: address of the device that carries the traffic.
-        connect_timeout: for peers to meet after each change of membership. One that died on the way costs this.
-        timeout: for one operation: how long a peer may be silent within a step.
-    """
-
-    def __init__(self, host: str, connect_timeout: timedelta, timeout: timedelta) -> None:
-        super().__init__(timeout=connect_timeout)
-        self.host = host
-        self.members: list[int] = []
-        """Replica index of each rank."""
-        self.rank, self.world = 0, 0
-        self.generation: int | None = None
-        self._operation_timeout = timeout
-        self._device = ProcessGroupGloo.create_device(hostname=host)  # one for all quorums: it has a thread
-
-    def configure(
-        self,
-        store_addr: str,
-        replica_id: str,
-        rank: int,
-        world_size: int,
-        quorum_id: int | None = None,
-        group_rank: int | None = None,
-        group_world_size: int | None = None,
-        global_ranks: list[int] | None = None,
-    ) -> None:
-        """Connect to the members of a new quorum."""
-        self.rank, self.world, self.members = rank, world_size, list(global_ranks or [])
-        self.generation = None
-        super().configure(
-            store_addr, replica_id, rank, world_size, quorum_id, group_rank, group_world_size, global_ranks
-        )
-        self.generation = quorum_id
-
-    def _create_pg(self, store: Store, rank: int, world_size: int) -> ProcessGroup:
-        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [self._device]
-        options._timeout = self._timeout
-        options._threads = 2
-        group = ProcessGroup(store, rank, world_size)
-        group._set_default_backend(ProcessGroup.BackendType.GLOO)
-        before = _sockets()
-        backend = ProcessGroupGloo(store, rank, world_size, options)
-        _CONNECTIONS.clear()
-        _CONNECTIONS.update(_sockets().items() - before.items())
-        backend._set_sequence_number_for_group()
-        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-        for device in devices:
-            group._register_backend(torch.device(device), ProcessGroup.BackendType.GLOO, backend)
-        return group
-
-    def _opts_hook(self, opts: Any) -> Any:
-        if hasattr(opts, "timeout"):
-            opts.timeout = self._operation_timeout
-        return opts
-
-    @contextmanager
-    def patient(self, seconds: float) -> Iterator[None]:
-        """Operations within may take this long."""
-        usual, self._operation_timeout = self._operation_timeout, timedelta(seconds=seconds)
-        try:
-            yield
-        finally:
-            self._operation_timeout = usual
-
-    def abort(self, errored: bool = True) -> None:
-        """Close the connections, so that peers which wait for this replica notice at once.
-
-        gloo closes them when nothing refers to the group any more, and not before.
-        """
-        # Data workers are forked with copies of the connections, which closing alone would leave open.
-        for descriptor in _take_connections():
-            with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                connection.shutdown(socket.SHUT_RDWR)
-        group: Any = self._pg  # type: ignore[has-type]
-        self._pg = self.generation = None
-        if group is not None:
-            group.abort()
 
 
 class QuorumManager(Manager):
@@ -168,7 +51,7 @@ class QuorumManager(Manager):
     ) -> None:
         self.group = Gloo(host, connect_timeout, timeout)
         self.peer_state = PeerState(host, timeout.total_seconds() / 2)
-        self._host_store = _store(host)
+        self._host_store = store_on(host)
         try:
             with _manager_servers_on(host):
                 super().__init__(
@@ -309,16 +192,6 @@ def note_of(address: str, timeout: float) -> str | None:
         return PeerState.said(ManagerClient(address, connect_timeout=limit)._checkpoint_metadata(0, timeout=limit))
     except Exception:
         return None
-
-
-def _store(host: str) -> TCPStore:
-    # By its own choice the store would listen on every interface.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen()
-    port = listener.getsockname()[1]
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 @contextmanager

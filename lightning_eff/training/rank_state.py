@@ -265,7 +265,7 @@ class _RankFiles:
 
     @property
     def world_size(self) -> int:
-        return int(getattr(self.strategy, "world_size", 1))
+        return 1 if self.of_replicas else int(getattr(self.strategy, "world_size", 1))
 
     @property
     def is_fitting(self) -> bool:

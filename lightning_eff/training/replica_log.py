@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from lightning_eff.training.replicas import Replicas
+    from lightning_eff.training.membership import Membership
 
 
 class ReplicaLog(Callback):
@@ -23,7 +23,7 @@ class ReplicaLog(Callback):
 
     observes_gradients = False
 
-    def __init__(self, replicas: Replicas, shrinks: bool) -> None:
+    def __init__(self, replicas: Membership, shrinks: bool) -> None:
         self.replicas = replicas
         self.shrinks = shrinks
         self._members: list[int] = []

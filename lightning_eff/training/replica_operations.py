@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, Broad
 from torch.distributed import ReduceOp
 
 if TYPE_CHECKING:
-    from lightning_eff.training.quorum import Gloo
+    from lightning_eff.training.gloo import Gloo
 
 
 def summed(group: Gloo, tensor: torch.Tensor, op: Any) -> torch.Tensor:
@@ -26,19 +26,23 @@ def summed(group: Gloo, tensor: torch.Tensor, op: Any) -> torch.Tensor:
 _OPERATIONS = {"max": ReduceOp.MAX, "min": ReduceOp.MIN, "product": ReduceOp.PRODUCT}
 
 
-def reduce(group: Gloo, value: Tensor, name: str, count: int | None) -> Tensor:
+def reduce(group: Gloo, value: Tensor, name: str, count: int | None, each: int = 1) -> Tensor:
     """Reduce a tensor over the members, in place.
 
     Args:
         group: of the members.
-        value: of this one.
+        value: of this one; for a mean the sum of what it has.
         name: "mean", "avg", "sum", "max", "min" or "product".
-        count: of how many values it is the mean, by default one for each member.
+        count: of how many values it is the mean, by default ``each`` for each member.
+        each: values that each member has summed up.
     """
     total = summed(group, value, _OPERATIONS.get(name, ReduceOp.SUM))
-    if name in ("mean", "avg", "none"):
-        total = total / (count or group.world)
-    return total.to(value.dtype)
+    return mean_of(total, name, count or group.world * each)
+
+
+def mean_of(total: Tensor, name: str, count: int) -> Tensor:
+    """The end of a reduction: a sum is divided if it is to be a mean."""
+    return (total / count).to(total.dtype) if name in ("mean", "avg", "none") else total
 
 
 def combine(values: Tensor, name: str) -> Tensor:
@@ -46,6 +50,14 @@ def combine(values: Tensor, name: str) -> Tensor:
     if name in ("max", "min"):
         return values.amax(0) if name == "max" else values.amin(0)
     return values.prod(0) if name == "product" else values.sum(0)
+
+
+def spread(group: Gloo, tensor: Tensor, source: int) -> Tensor:
+    """Give the values of the member with rank ``source`` to all, in place, and wait for them."""
+    options = BroadcastOptions()
+    options.rootRank = source
+    group.broadcast([tensor], options).wait()
+    return tensor
 
 
 def gather_rows(group: Gloo, row: list[int]) -> list[list[int]]:
@@ -93,16 +105,12 @@ def _unpack(content: Tensor) -> Any:
 
 def send_object(group: Gloo, value: Any, source: int) -> Any:
     """What the member with rank ``source`` holds, for all; tensors and plain Python values, nothing is unpickled."""
-    options = BroadcastOptions()
-    options.rootRank = source
     data = _pack(value) if group.rank == source else b""
-    length = torch.tensor([len(data)])
-    group.broadcast([length], options).wait()
+    length = spread(group, torch.tensor([len(data)]), source)
     content = torch.empty(int(length), dtype=torch.uint8)
     if group.rank == source:
         content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    group.broadcast([content], options).wait()
-    return _unpack(content)
+    return _unpack(spread(group, content, source))
 
 
 def nothing(group: Gloo) -> None:

@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from typing_extensions import override
+
+from lightning_eff.training.gloo import Gloo
 from lightning_eff.training.meeting_place import AGREEING, RETRY, START, LeftBehindError, NoQuorumError, Place
-from lightning_eff.training.quorum import Gloo, QuorumManager, note_of
+from lightning_eff.training.membership import Membership
+from lightning_eff.training.quorum import QuorumManager, note_of
 from lightning_eff.training.replica_operations import gather_rows, gather_texts, send_object
 from lightning_eff.training.replica_start import leave_if_over
 
@@ -18,11 +22,8 @@ T = TypeVar("T")
 MOST_MEETINGS = 50  # that come to nothing, one after the other
 
 
-class Replicas:
-    """This replica among the others.
-
-    A step is: `begin`, then collectives by `reduce_start` and `within`, then `commit`; after the update `settle`, or
-    if it was not committed `again`, and so on. Whatever else all replicas do together goes through `agree`.
+class Replicas(Membership):
+    """This replica among the others, for the process that speaks with them.
 
     Why it is safe. The lighthouse alone says who is a member, so all members of a quorum know the same. A replica
     leaves a step only after `settle`, in which every member takes part, and which no member reaches before it has
@@ -59,30 +60,15 @@ class Replicas:
         layout: Callable[[], int],
         patience: float,
     ) -> None:
-        self.index = index
-        self.count = count
+        super().__init__(index, count, seed)
         self.manager = manager
         self.min_replicas = min_replicas
         self.start_grace = start_grace
         self.max_aborts = max_aborts
-        self.seed = seed
         self.quorum_timeout = quorum_timeout
         self.heal_timeout = heal_timeout
         self.layout = layout
         self.patience = patience
-        self.members: list[int] = []
-        """Indices of those who take part, in the order of their ranks; empty before the first step."""
-        self.writer: int | None = None
-        """Index of the member that writes checkpoints and logs."""
-        self.aborts = 0
-        """Attempts that failed since the run began."""
-        self.waited = 0.0
-        """Seconds that the last change of membership or failure cost this replica."""
-        self.in_attempt = False
-        self.joins_a_retry = False
-        """Whether the others repeat a step that this replica has not begun: what they did before they do not repeat."""
-        self.finishing = False
-        """Whether the run is over, so that nobody waits for long any more."""
         self._told: tuple[Any] | None = None
         self._left_behind = False
         self._failure: Exception | None = None
@@ -101,29 +87,18 @@ class Replicas:
         return self.manager.group
 
     @property
-    def joined(self) -> bool:
-        """Whether this replica is one of the members."""
-        return bool(self.members)
-
-    @property
+    @override
     def step(self) -> int:
-        """Committed steps."""
         return int(self.manager.current_step())
 
-    @property
-    def is_writer(self) -> bool:
-        """Whether this replica writes checkpoints and logs."""
-        return self.writer == self.index
+    @override
+    def start_at(self, step: int) -> None:
+        self.manager.set_step(step)
 
     # The step.
 
+    @override
     def begin(self) -> bool:
-        """Meet the others before a step; whoever lags behind has their state afterwards.
-
-        Returns:
-            Whether the run begins: nobody here has made a step in it. So also if those who have made one died when they
-            had handed over their state.
-        """
         while True:
             before = self.step
             places = self._meet(START, newcomers=True)
@@ -143,10 +118,13 @@ class Replicas:
             break
         self._veteran = True
         self.in_attempt = True
-        return not any(place.veteran for place in places)
+        begins = not any(place.veteran for place in places)
+        if begins:
+            leave_if_over()
+        return begins
 
+    @override
     def within(self, operation: Callable[[Gloo], T], instead: T) -> T:
-        """An operation of all members within a step; if it fails the step fails, and the result is ``instead``."""
         if self.manager.errored() is not None or self.joins_a_retry:
             return instead
         try:
@@ -156,8 +134,8 @@ class Replicas:
             self.group.abort()
             return instead
 
+    @override
     def commit(self) -> bool:
-        """Whether the step is good on this replica. If it is, apply it and `settle`; if not, go on with `again`."""
         error = self.manager.errored()
         if error is None and self.manager.should_commit():
             self._aborts_in_a_row = 0
@@ -177,16 +155,12 @@ class Replicas:
             self.manager.fail(error.original_exception)
         return False
 
+    @override
     def last_part(self) -> None:
-        """The last micro-batch begins, which is all that those who repeat a step do together."""
         self.joins_a_retry = False
 
+    @override
     def again(self) -> bool:
-        """Meet the others after a step that failed here.
-
-        Returns:
-            True if a peer had committed it: this replica has its result now, as if it had committed it itself.
-        """
         before = self.step
         self._meet(RETRY, newcomers=False)
         caught_up = self.step > before
@@ -194,8 +168,8 @@ class Replicas:
             self._aborts_in_a_row = 0
         return caught_up
 
+    @override
     def settle(self, operation: Callable[[Gloo], T], alone: T) -> T:
-        """Leave the step, when all have committed it; in an operation as `agree` has it."""
         self.in_attempt = False
         result = self.agree(operation, alone)
         if self._failed_at is not None:
@@ -204,14 +178,8 @@ class Replicas:
 
     # Between steps.
 
+    @override
     def agree(self, operation: Callable[[Gloo], T], alone: T) -> T:
-        """An operation of all members between steps, which gives the same result to each of them.
-
-        Args:
-            operation: collective; of this replica's values, with a result that ``torch.load(weights_only=True)`` can
-                read. Repeated when a member is lost on the way.
-            alone: the result if the run is over and nobody else is there any more.
-        """
         failures = 0
         while True:
             try:
@@ -383,7 +351,7 @@ class Replicas:
             )
         self.members, self.writer, self.seed = indices, first.index, first.seed
 
+    @override
     def leave(self) -> None:
-        """End the connections."""
         self.group.abort()
         self.manager.shutdown(wait=False)

@@ -11,20 +11,20 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 if TYPE_CHECKING:  # torchft is an extra
-    from lightning_eff.training.quorum import QuorumManager
+    from lightning_eff.training.replica_group import GradientSums
 
 
 class ShardGradients:
     """State of the communication hook `average_over_shards`.
 
     Args:
-        manager: torchft's.
+        sums: over all processes of all replicas.
     """
 
-    def __init__(self, manager: "QuorumManager") -> None:
-        self.manager = manager
+    def __init__(self, sums: "GradientSums") -> None:
+        self.sums = sums
         self.divisor: Callable[[Tensor], float] | float = 1.0
-        """By what the sum over replicas is divided: a number, or one for each parameter."""
+        """By what the sum over replicas is divided: a number, or one for each parameter. For each process of one."""
         self.orphans: dict[int, Tensor] = {}
         """Gradients of other shards, by ``id`` of the parameter, that are added to this replica's own."""
         self.launched = False
@@ -38,6 +38,7 @@ class ShardGradients:
     def begin(self) -> None:
         """Before a backward pass that reduces."""
         self.launched = False
+        self.sums.begin()
         self._works = []
         self._buckets = []
         self._used = None
@@ -49,7 +50,7 @@ class ShardGradients:
             RuntimeError: a parameter has no gradient, though all should have one.
         """
         missing = [(index, pair) for index, pair in enumerate(self._buckets) if pair[0].grad is None]
-        if not missing or self.manager.errored() is not None:
+        if not missing or self.sums.failed:
             return
         if self.all_used:
             raise RuntimeError(
@@ -85,21 +86,20 @@ def average_over_shards(state: ShardGradients, bucket: GradBucket) -> Future[Ten
             other = state.orphans.get(id(parameter))
             if other is not None:
                 gradient.add_(other)
+    processes = state.sums.group.size
     if callable(state.divisor):
         for parameter, gradient in pairs:
-            gradient.div_(state.divisor(parameter))
+            gradient.div_(state.divisor(parameter) * processes)
     else:
-        buffer.div_(state.divisor)
+        buffer.div_(state.divisor * processes)
     state.launched = True
-    state._works.append(state.manager.all_reduce(buffer))
+    state._works.append(state.sums.all_reduce(buffer))
     if bucket.is_last():
         if not state.all_used:
             flags = [p.grad is not None or id(p) in state.orphans for p, _ in state._buckets]
             state._used = torch.tensor(flags, dtype=torch.int32)
-            state._works.append(state.manager.all_reduce(state._used))
-        state.manager.finish(state._works)
-        if state.manager.errored() is not None:
-            state.manager.group.abort()
+            state._works.append(state.sums.all_reduce(state._used))
+        state.sums.finish(state._works)
     done: Future[Tensor] = Future()
     done.set_result(buffer)
     return done

@@ -122,8 +122,8 @@ class ShardPlan:
         return self._batches(epoch, shard * self.group_size + self.group_rank)[index]
 
     def seed_of(self, epoch: int, shard: int, index: int) -> int:
-        """The seed under which this process loads the batch."""
-        return seed_of(self.seed, epoch, shard, index, self.group_rank)
+        """The seed under which this process loads the batch: two replicas of two processes load as four of one."""
+        return seed_of(self.seed, epoch, shard * self.group_size + self.group_rank, index)
 
     # --- reading the loader ------------------------------------------------------------------------------------------
 

@@ -170,9 +170,10 @@ class ShardSteps:
     @contextmanager
     def random(self, shard: int, index: int) -> Iterator[None]:
         """Random numbers that belong to a micro-batch."""
-        device = self.trainer.strategy.root_device
+        device, group = self.trainer.strategy.root_device, self.gradients.sums.group
+        part = shard * group.size + group.rank  # each process of a replica has a part of the shard's batch
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(hash((self.seed, self.trainer.current_epoch, shard, index)) % 2**62)
+            torch.manual_seed(hash((self.seed, self.trainer.current_epoch, part, index)) % 2**62)
             yield
 
     def _adopt(self, index: int) -> None:

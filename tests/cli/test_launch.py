@@ -294,7 +294,7 @@ def test_the_run_fails_when_too_few_are_left(launch):
         (["--replicas", "2", "--lighthouse", "10.0.0.1:29510"], "is reached from this machine only"),
         (["--replicas", "2", "--total-replicas", "4"], "need a lighthouse that they reach"),
         (["--replicas", "2", "--first-replica", "3", "--total-replicas", "4"], "is less than"),
-        (["--replicas", "2", "--nproc-per-node", "4"], "one process and one device in a replica. Start a replica"),
+        (["--replicas", "2", "--nproc-per-node", "0"], "--nproc-per-node must be at least 1, got 0"),
         (["--replicas", "2", "--grace", "-1"], "--grace must not be negative"),
     ],
 )

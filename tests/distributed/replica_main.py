@@ -47,7 +47,7 @@ class Model(L.LightningModule):
         super().__init__()
         width = settings.get("width", 32)
         # Different on every replica: the first step must make them equal.
-        torch.manual_seed(faults.replica + 10 * faults.life)
+        torch.manual_seed(faults.replica + 10 * faults.life + 100 * faults.process)
         self.net = nn.Sequential(
             nn.Linear(8, width), nn.ReLU(), nn.Dropout(settings.get("dropout", 0.2)), nn.Linear(width, width), nn.ReLU()
         )
@@ -110,17 +110,19 @@ class Language(Model):
 
 
 class Faults:
-    """Ends or stops this process at chosen points: ``[replica, step, phase, life, signal]``."""
+    """Ends or stops this process at chosen points: ``[replica, step, phase, life, signal, process]``."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.replica: int = settings["replica"]
+        self.process: int = settings["process"]
+        self.name: str = settings["name"]
         self.life: int = settings["life"]
         self.trainer: Any = None
-        self.file = Path(settings["folder"]) / f"samples-{self.replica}-{self.life}.jsonl"
+        self.file = Path(settings["folder"]) / f"samples-{self.name}-{self.life}.jsonl"
         self.due = {
             (fault[2], fault[1]): fault[4]
             for fault in settings["faults"]
-            if (fault[0], fault[3]) == (self.replica, self.life)
+            if (fault[0], fault[3], fault[5]) == (self.replica, self.life, self.process)
         }
 
     def note(self, samples: list[int]) -> None:
@@ -129,6 +131,8 @@ class Faults:
             file.write(json.dumps([self.trainer.strategy.replicas.step + 1, samples]) + "\n")
 
     def at(self, phase: str, step: int | None = None) -> None:
+        if self.trainer is None:
+            return  # the sanity check
         step = self.trainer.global_step if step is None else step
         number = self.due.pop((phase, step), None) or self.due.pop((phase, None), None)
         if number is not None:
@@ -139,6 +143,10 @@ class Faults:
         """Points inside the strategy, which no callback reaches."""
         self.trainer = trainer
         replicas = trainer.strategy.replicas
+        if self.process > 0:
+            return  # it speaks with no other replica
+        if trainer.strategy._group.size > 1:
+            replicas = replicas.first
         manager = replicas.manager
         self.install_glitches(replicas)
         self._before(manager, "start_quorum", "quorum")
@@ -223,7 +231,7 @@ class Diary(L.Callback):
     """One line for each committed step: how many, the loss, the weights, who is there."""
 
     def __init__(self, settings: dict[str, Any], faults: Faults) -> None:
-        self.path = Path(settings["folder"]) / f"steps-{faults.replica}-{faults.life}.jsonl"
+        self.path = Path(settings["folder"]) / f"steps-{faults.name}-{faults.life}.jsonl"
         self.faults = faults
         self.patience = settings.get("patience", 0.5)
 
@@ -308,7 +316,7 @@ def main(settings: dict[str, Any]) -> None:
     logger = [loggers[name](folder / name) for name in settings.get("loggers", [])]
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
+        devices=settings["processes"],
         strategy=FaultTolerantDDPStrategy(**settings.get("strategy", {})),
         max_steps=settings["steps"],
         max_epochs=-1,
@@ -338,7 +346,7 @@ def main(settings: dict[str, Any]) -> None:
         },
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
-    (folder / f"final-{faults.replica}.json").write_text(json.dumps(state))
+    (folder / f"final-{faults.name}.json").write_text(json.dumps(state))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,14 @@ MOST_LIVES = 4  # restarts of one replica; more is an error in the test or in wh
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def free_port() -> int:
+    """On loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 class Server:
     """The process that forks replicas; one for a session."""
 
@@ -67,9 +75,7 @@ class Lighthouse:
     """A lighthouse in a process of its own, on a port that stays."""
 
     def __init__(self, min_replicas: int, heartbeat_timeout: float) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.command = self.command_for("127.0.0.1", self.port, min_replicas, heartbeat_timeout)
         self.start()
 
@@ -105,9 +111,11 @@ class Fault:
     phase: str
     life: int = 0
     signal: int = signal.SIGKILL
+    process: int = 0
+    """Of the replica's."""
 
     def row(self) -> list[Any]:
-        return [self.replica, self.step, self.phase, self.life, int(self.signal)]
+        return [self.replica, self.step, self.phase, self.life, int(self.signal), self.process]
 
 
 @dataclass
@@ -121,6 +129,8 @@ class Outcome:
     sessions: set[int]
     seconds: float
     lives: dict[int, int] = field(default_factory=dict)
+    others: list[dict[str, Any]] = field(default_factory=list)
+    """What the further processes of the replicas have written down."""
 
     def losses(self) -> dict[int, float]:
         """Of each step, as whoever committed it has seen it."""
@@ -135,6 +145,7 @@ def run(
     folder: Path,
     *,
     replicas: int = 3,
+    processes: int = 1,
     steps: int = 40,
     faults: tuple[Fault, ...] = (),
     restart: bool = True,
@@ -148,6 +159,7 @@ def run(
     """Train, restarting what dies until one has finished, as the launcher does.
 
     Args:
+        processes: of each replica; when one of them is lost, all are ended and begin anew, as the elastic agent does.
         during: called about every 50 ms with the `Lighthouse`, the pids by replica and the folder.
         environment: of the replicas, besides what the launcher gives them.
     """
@@ -162,37 +174,56 @@ def run(
         "min_replicas": min_replicas,
         **settings.pop("strategy", {}),
     }
-    running: dict[int, int] = {}
+    running: dict[int, tuple[int, int]] = {}  # replica and process of each pid
     sessions: set[int] = set()
     lives = dict.fromkeys(range(replicas), 0)
     exits: list[tuple[int, int, int]] = []
     finished = False
 
     def start(replica: int) -> None:
-        server.ask(
-            {
-                "key": replica,
-                "start": {
-                    **settings,
-                    "strategy": strategy,
-                    "steps": steps,
-                    "replica": replica,
-                    "life": lives[replica],
-                    "folder": str(folder),
-                    "log": str(folder / f"replica-{replica}-{lives[replica]}.log"),
-                    "faults": [fault.row() for fault in faults],
-                    "environment": {
-                        **(environment or {}),
-                        "TORCHFT_LIGHTHOUSE": lighthouse.address,
-                        "REPLICA_GROUP_ID": str(replica),
-                        "NUM_REPLICA_GROUPS": str(replicas),
-                        "TORCHELASTIC_RESTART_COUNT": str(lives[replica]),
-                    },
-                },
+        port = free_port()
+        for process in range(processes):
+            waiting.add((replica, process))
+            name = str(replica) if process == 0 else f"{replica}.{process}"
+            several = {
+                "TORCHELASTIC_RUN_ID": "tests",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes),
+                "RANK": str(process),
+                "LOCAL_RANK": str(process),
+                "GROUP_RANK": "0",
             }
-        )
+            server.ask(
+                {
+                    "key": [replica, process],
+                    "start": {
+                        **settings,
+                        "strategy": strategy,
+                        "steps": steps,
+                        "replica": replica,
+                        "process": process,
+                        "processes": processes,
+                        "name": name,
+                        "life": lives[replica],
+                        "folder": str(folder),
+                        "log": str(folder / f"replica-{name}-{lives[replica]}.log"),
+                        "faults": [fault.row() for fault in faults],
+                        "environment": {
+                            **(environment or {}),
+                            "TORCHFT_LIGHTHOUSE": lighthouse.address,
+                            "REPLICA_GROUP_ID": str(replica),
+                            "NUM_REPLICA_GROUPS": str(replicas),
+                            "TORCHELASTIC_RESTART_COUNT": str(lives[replica]),
+                            **(several if processes > 1 else {}),
+                        },
+                    },
+                }
+            )
 
-    waiting = set(range(replicas))  # asked for, not yet there
+    waiting: set[tuple[int, int]] = set()  # asked for, not yet there
+    failing: set[int] = set()  # replicas of which a process is lost, and others still run
     try:
         for replica in range(replicas):
             start(replica)
@@ -200,25 +231,35 @@ def run(
             if time.monotonic() - began > limit:
                 raise TimeoutError(f"the run is not over after {limit} s; exits: {exits}\n{_logs(folder)}")
             if during is not None:
-                during(lighthouse, {replica: pid for pid, replica in running.items()}, folder)
+                during(lighthouse, {where[0]: pid for pid, where in running.items() if where[1] == 0}, folder)
             try:
                 event = server.events.get(timeout=0.05)
             except Empty:
                 continue
             if "key" in event:
-                running[event["pid"]] = event["key"]
-                waiting.discard(event["key"])
+                replica, process = event["key"]
+                running[event["pid"]] = (replica, process)
+                waiting.discard((replica, process))
                 sessions.add(event["pid"])
             elif event["pid"] in running:
-                replica = running.pop(event["pid"])
-                exits.append((replica, lives[replica], event["exit"]))
-                finished = finished or event["exit"] == 0
-                if event["exit"] != 0 and restart and not finished:
+                replica, _ = running.pop(event["pid"])
+                mates = [pid for pid, where in running.items() if where[0] == replica]
+                if event["exit"] != 0 and replica not in failing:
+                    failing.add(replica)
+                    exits.append((replica, lives[replica], event["exit"]))
+                    for pid in mates:
+                        server.ask({"stop": pid})
+                if mates or any(where[0] == replica for where in waiting):
+                    continue
+                if replica not in failing:
+                    exits.append((replica, lives[replica], 0))
+                    finished = True
+                elif restart and not finished:
                     if lives[replica] == MOST_LIVES:
                         raise RuntimeError(f"replica {replica} does not live:\n{_logs(folder)}")
                     lives[replica] += 1
-                    waiting.add(replica)
                     start(replica)
+                failing.discard(replica)
     finally:
         for pid in running:
             server.ask({"stop": pid})
@@ -240,7 +281,8 @@ def run(
         for replica in range(replicas)
         if (folder / f"final-{replica}.json").exists()
     }
-    return Outcome(folder, lines, finals, exits, sessions, time.monotonic() - began, lives)
+    others = [json.loads(line) for path in folder.glob("steps-*.*-*.jsonl") for line in path.read_text().splitlines()]
+    return Outcome(folder, lines, finals, exits, sessions, time.monotonic() - began, lives, others)
 
 
 def _logs(folder: Path) -> str:

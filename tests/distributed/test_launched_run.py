@@ -39,8 +39,8 @@ class Regression(L.LightningModule):
         self.losses = []
 
     def training_step(self, batch, batch_idx):
-        me = os.environ["REPLICA_GROUP_ID"], os.environ["TORCHELASTIC_RESTART_COUNT"]
-        if me == (victim, "0") and (self.current_epoch, batch_idx) == (1, 3):
+        me = ".".join(os.environ[name] for name in ("REPLICA_GROUP_ID", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"))
+        if me == f"{victim}.0" and (self.current_epoch, batch_idx) == (1, 3):
             os.kill(os.getpid(), signal.SIGKILL)
         x, y = batch
         loss = nn.functional.mse_loss(self.net(x), y)
@@ -61,23 +61,24 @@ x = torch.randn(3 * 8 * 4, 4)
 data = DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 4, shuffle=True, num_workers=2, prefetch_factor=2)
 module = Regression()
 trainer = L.Trainer(
-    strategy=FaultTolerantDDPStrategy(), devices=1, accelerator="cpu", max_epochs=3, accumulate_grad_batches=2,
+    strategy=FaultTolerantDDPStrategy(), devices=int(os.environ["LOCAL_WORLD_SIZE"]), accelerator="cpu",
+    max_epochs=3, accumulate_grad_batches=2,
     callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)],
     logger=False, enable_progress_bar=False, enable_model_summary=False,
 )
 trainer.fit(module, data)
-with open(f"{folder}/end-{os.environ['REPLICA_GROUP_ID']}.json", "w") as file:
+with open(f"{folder}/end-{os.environ['REPLICA_GROUP_ID']}.{os.environ['LOCAL_RANK']}.json", "w") as file:
     weights = [p.tolist() for p in module.parameters()]
     json.dump({"step": trainer.global_step, "weights": weights, "losses": module.losses}, file)
 """
 
 
-def launch(folder: Path, victim: str) -> dict[str, dict[str, Any]]:
+def launch(folder: Path, victim: str, replicas: int, processes: int) -> dict[str, dict[str, Any]]:
     folder.mkdir()
     (folder / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", "3", "--grace", "60"]
+    command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas), "--grace", "60"]
     done = subprocess.run(
-        [*command, str(folder / "train.py"), str(folder), victim],
+        [*command, "--nproc-per-node", str(processes), str(folder / "train.py"), str(folder), victim],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -93,20 +94,21 @@ def flat(weights: Any) -> list[float]:
     return [number for each in weights for number in flat(each)] if isinstance(weights, list) else [weights]
 
 
-def test_a_killed_replica_leaves_no_trace_in_the_result(tmp_path):
+@pytest.mark.parametrize(("replicas", "processes", "victim", "steps"), [(3, 1, "1.0", 12), (2, 2, "1.1", 9)])
+def test_a_killed_process_leaves_no_trace_in_the_result(tmp_path, replicas, processes, victim, steps):
     """AdamW, dropout, accumulation of 2, two data workers with prefetch, a kill in mid-epoch and mid-window."""
-    whole = launch(tmp_path / "whole", "nobody")
-    killed = launch(tmp_path / "killed", "1")
-    assert [end["step"] for end in whole.values()] == [12, 12, 12]
-    assert len(killed) >= 2  # the victim has come back, or the run was over before
-    reference = whole["end-0"]
+    whole = launch(tmp_path / "whole", "nobody", replicas, processes)
+    killed = launch(tmp_path / "killed", victim, replicas, processes)
+    assert [end["step"] for end in whole.values()] == replicas * processes * [steps]
+    assert len(killed) >= (replicas - 1) * processes  # the victim has come back, or the run was over before
+    reference = whole["end-0.0"]
     for end in [*whole.values(), *killed.values()]:
-        assert end["step"] == 12
+        assert end["step"] == steps
         assert flat(end["weights"]) == pytest.approx(flat(reference["weights"]), abs=1e-6)
     losses = dict(reference["losses"])
-    assert sorted(losses) == list(range(1, 13))
+    assert sorted(losses) == list(range(1, steps + 1))
     for end in killed.values():
         for step, loss in end["losses"]:
             assert loss == pytest.approx(losses[step], abs=1e-6)
     names = [{path.name for path in (tmp_path / run).glob("*.ckpt")} for run in ("whole", "killed")]
-    assert names[0] == names[1] == {"step=4.ckpt", "step=8.ckpt", "step=12.ckpt"}
+    assert names[0] == names[1] == {f"step={step}.ckpt" for step in range(4, steps + 1, 4)}

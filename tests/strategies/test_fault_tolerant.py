@@ -104,7 +104,7 @@ class Manual(BoringModel):
             "GradScaler.*bf16-mixed",
         ),
         (BoringModel, {"reload_dataloaders_every_n_epochs": 1}, "reload_dataloaders_every_n_epochs"),
-        (BoringModel, {"num_nodes": 2}, "one process and one device per replica.*launch"),
+        (BoringModel, {"num_nodes": 2}, "a replica of ddp_ft lies on one machine"),
     ],
 )
 def test_refused(module: type[L.LightningModule], trainer: dict[str, Any], what: str) -> None:
