@@ -285,14 +285,14 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        from torchft.process_group import ProcessGroupDummy
+        from lightning_eff.training.gloo import Nobody
 
         # The buckets must be the same on a replica that comes later. DDP never rebuilds them if it is to find unused
         # parameters.
         return DistributedDataParallel(
             model,
             device_ids=self.determine_ddp_device_ids(),
-            process_group=ProcessGroupDummy(0, 1),
+            process_group=Nobody(),
             **self._ddp_kwargs,
         )
 

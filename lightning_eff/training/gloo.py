@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -13,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed import ProcessGroup, ProcessGroupGloo
+from torchft.process_group import ProcessGroupDummy
 from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
 
 
@@ -106,6 +108,15 @@ class Gloo(ReconfigurableGloo):
         taken = [descriptor for descriptor, name in self._connections.items() if present.get(descriptor) == name]
         self._connections = {}
         return taken
+
+
+class Nobody(ProcessGroupDummy):
+    """A group of one, for DDP, whose gradients go another way."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+        # torchft's keeps every result for the life of the process: with unused parameters to be found, one a step.
+        self._work: Any = deque(maxlen=16)
 
 
 _GROUPS: WeakSet[Gloo] = WeakSet()
