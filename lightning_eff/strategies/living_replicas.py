@@ -216,8 +216,16 @@ class LivingReplicas(DDPStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """By the replica that writes, or by the next one if it dies over it. The file appears when it is complete."""
         while True:
-            if self.is_global_zero:
+            writes = self.is_global_zero
+            if writes:
                 write_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
-            # Whether anybody has written: who that is may just have changed.
-            if self._alone or not self._joined or self.reduce_boolean_decision(self.is_global_zero, all=False):
+            if self.is_written(writes):
                 return
+
+    def is_written(self, here: bool) -> bool:
+        """Whether any living replica has written something; if not, who should have died over it.
+
+        Args:
+            here: whether this one has. Who writes may just have changed.
+        """
+        return self._alone or not self._joined or self.reduce_boolean_decision(here, all=False)

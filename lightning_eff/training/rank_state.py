@@ -160,18 +160,25 @@ class _RankFiles:
         if self.owners and "optimizer_states" in checkpoint:  # else it is one of weights only
             self.saved += 1
             identity = f"{self.run}-{self.saved}"
+            if self.of_replicas:  # each of which has begun by itself, and any may have to end what another began
+                identity = self.strategy.broadcast(identity)
             states = {name: owner.save() for name, owner in self.owners.items()}
             if wrote:
                 _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
             checkpoint[KEY] = {"id": identity, "world_size": self.world_size, "names": list(states)}
         self.original["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
-        if identity and self.writes and not wrote:  # of the replica that has died over it only the files remain
-            _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
         if not self.owners:
             return
-        for owner in self.owners.values():
-            if owner.saved is not None:
-                owner.saved(checkpoint, path)
+        while True:
+            writes = self.writes
+            if identity and writes and not wrote:  # of the replica that has died over it only the files remain
+                _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
+                wrote = True
+            for owner in self.owners.values():
+                if owner.saved is not None:
+                    owner.saved(checkpoint, path)
+            if not self.of_replicas or self.strategy.is_written(writes):  # type: ignore[attr-defined]
+                break
         keep, before = {identity}, self.latest.get(path, "")
         self.latest[path] = identity
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):

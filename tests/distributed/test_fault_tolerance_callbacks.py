@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -141,18 +142,24 @@ def test_a_fault_in(phase: str, callbacks: str, server: Server, undisturbed: Any
 
 
 @pytest.mark.slow
-def test_the_writer_killed_while_it_saves_an_average(server: Server, undisturbed: Any, tmp_path: Path) -> None:
-    """The one that writes in its place writes the window, too, and the run can be resumed from there."""
-    faults = (Fault(0, 15, "saving"),)
+@pytest.mark.parametrize("phase", ["saving", "averaging"])
+def test_the_writer_killed_while_it_saves_an_average(
+    phase: str, server: Server, undisturbed: Any, tmp_path: Path
+) -> None:
+    """The one that writes in its place writes the window and the averages, too; the run can be resumed from there."""
+    faults = (Fault(0, 15, phase),)
     settings: dict[str, Any] = {"callbacks": CALLBACKS["averages"], "checkpoint_every": 5, **REAL}
     first = run(server, tmp_path, steps=STEPS, faults=faults, **settings)
     assert killed(first) == [0]
     compare(first, undisturbed("averages"))
     (found,) = (tmp_path / "checkpoints").glob("epoch=*step=15.ckpt")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("*step=15*"))
+    others = sorted(path.name.replace("=20", "=15") for path in (tmp_path / "checkpoints").glob("*step=20*"))
+    assert len(names) > 3
+    assert [re.sub("epoch=.", "", name) for name in names] == [re.sub("epoch=.", "", name) for name in others]
     again = tmp_path / "again"
     again.mkdir()
     resumed = run(server, again, steps=STEPS, resume=str(found), **settings)
-    assert "starts anew" not in resumed.logs()
     assert_same_state(resumed, undisturbed("averages"))
 
 
