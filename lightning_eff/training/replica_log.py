@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ReplicaLog(Callback):
-    """Scalars ``ft/*`` for each committed step, and a text event for each loss and return.
+    """Scalars ``ft/*`` when the logger is due, and a text event for each loss and return.
 
     Args:
         replicas: of the strategy, which adds this callback.
@@ -36,14 +36,15 @@ class ReplicaLog(Callback):
         replicas = self.replicas
         if replicas.in_attempt:
             return  # the step goes on with the next micro-batch
-        alive = len(replicas.members)
-        values = {
-            "ft/participants": alive,
-            "ft/committed": replicas.step,
-            "ft/aborted_steps": self._aborts + replicas.aborts,
-            "ft/takeover_shards": 0 if self.shrinks else replicas.count - alive,
-        }
-        pl_module.log_dict({name: float(value) for name, value in values.items()}, batch_size=1)
+        if trainer._logger_connector.should_update_logs:
+            alive = len(replicas.members)
+            values = {
+                "ft/participants": alive,
+                "ft/committed": replicas.step,
+                "ft/aborted_steps": self._aborts + replicas.aborts,
+                "ft/takeover_shards": 0 if self.shrinks else replicas.count - alive,
+            }
+            pl_module.log_dict({name: float(value) for name, value in values.items()}, batch_size=1)
         # Not at the next multiple of log_every_n_steps: an event has its own step.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if replicas.waited > 0.0:
