@@ -13,7 +13,15 @@ from torch.distributed import ReduceOp
 from typing_extensions import override
 
 from lightning_eff.training.membership import Membership
-from lightning_eff.training.replica_operations import gather_objects, gather_tensors, send_object, spread, summed
+from lightning_eff.training.replica_operations import (
+    gather_objects,
+    gather_tensors,
+    pack,
+    send_bytes,
+    spread,
+    summed,
+    unpack,
+)
 
 if TYPE_CHECKING:  # torchft is an extra
     from lightning_eff.training.gloo import Gloo
@@ -59,7 +67,10 @@ class ReplicaGroup:
 
     def share(self, value: Any) -> Any:
         """What the first process has: tensors and plain Python values, on the CPU."""
-        return value if self._group is None else send_object(self._group, value, 0)
+        if self._group is None:
+            return value
+        content = send_bytes(self._group, pack(value) if self.leads else None, 0)
+        return value if self.leads else unpack(content)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, by rank."""
@@ -133,6 +144,8 @@ class GroupMembership(Membership):
     Args:
         group: of this replica.
         first: what speaks with the other replicas, in the first process; None in the others.
+        index: of this replica.
+        count: the largest number of replicas.
         state: the state of this process, as a peer would get it.
         load: takes the state that the first process has got from a peer; not called in that process.
     """

@@ -85,32 +85,35 @@ def gather_texts(group: Gloo, text: str) -> list[str]:
 
 def gather_objects(group: Gloo, value: Any) -> list[Any]:
     """Tensors and plain Python values of every member, by rank."""
-    data = _pack(value)
+    data = pack(value)
     sizes = [row[0] for row in gather_rows(group, [len(data)])]
-    padded = data.ljust(max(sizes), b"\0")
-    parts = gather_tensors(group, torch.frombuffer(bytearray(padded), dtype=torch.uint8))
-    return [_unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+    padded = torch.nn.functional.pad(data, (0, max(sizes) - len(data)))
+    parts = gather_tensors(group, padded)
+    return [unpack(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _pack(value: Any) -> bytes:
+def pack(value: Any) -> Tensor:
+    """Tensors and plain Python values as bytes, in one copy: it may be a whole training state."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return buffer.getvalue()
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def _unpack(content: Tensor) -> Any:
+def unpack(content: Tensor) -> Any:
+    """What `pack` was given, on the CPU."""
     with torch.serialization.safe_globals([pathlib.PosixPath]):
-        return torch.load(io.BytesIO(content.numpy().tobytes()), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content.numpy().data), map_location="cpu", weights_only=True)
 
 
 def send_object(group: Gloo, value: Any, source: int) -> Any:
     """What the member with rank ``source`` holds, for all; tensors and plain Python values, nothing is unpickled."""
-    data = _pack(value) if group.rank == source else b""
-    length = spread(group, torch.tensor([len(data)]), source)
-    content = torch.empty(int(length), dtype=torch.uint8)
-    if group.rank == source:
-        content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return _unpack(spread(group, content, source))
+    return unpack(send_bytes(group, pack(value) if group.rank == source else None, source))
+
+
+def send_bytes(group: Gloo, content: Tensor | None, source: int) -> Tensor:
+    """Bytes of the member with rank ``source``, which alone gives them, for all."""
+    length = int(spread(group, torch.tensor([0 if content is None else len(content)]), source))
+    return spread(group, torch.empty(length, dtype=torch.uint8) if content is None else content, source)
 
 
 def nothing(group: Gloo) -> None:
