@@ -48,6 +48,7 @@ class Run:
         }
         if settings["strategy"] == "ddp_ft":
             command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas)]
+            command += ["--nproc-per-node", str(settings.get("processes", 1))]
             command += ["--max-restarts", "1000", "-m", WORKER]
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicas)]
@@ -121,33 +122,26 @@ def _median(values: list[float]) -> dict[str, Any]:
 
 def steady(rounds: int, steps: int, models: list[str]) -> None:
     rows = []
-    for name in models:
-        model, batch_size = (SMALL, 8) if name == "0.85M" else (MIDDLE, 2)
+    for name, replicas in [(name, 2) for name in models] + [("0.85M", 4)]:
+        model, batch_size = (SMALL, 16 // replicas) if name == "0.85M" else (MIDDLE, 2)
+        arms = {"ddp": replicas, "ddp_ft": replicas, **({"ddp_ft, 2 processes each": 2} if replicas > 2 else {})}
 
-        def step_of(strategy: str, model: Any = model, batch_size: int = batch_size) -> float:
-            with launched(2, strategy=strategy, model=model, batch_size=batch_size, steps=steps) as run:
-                run.wait_for(lambda: run.process.poll() is not None or len(run.steps(0)) == steps)
+        def step_of(arm: str, model: Any = model, batch_size: int = batch_size, arms: dict[str, int] = arms) -> float:
+            settings = {"strategy": arm.partition(",")[0], "processes": 2 if "processes" in arm else 1}
+            with launched(arms[arm], model=model, batch_size=batch_size, steps=steps, **settings) as run:
+                run.wait_for(lambda: run.process.poll() is not None or len(run.steps(0)) == steps, limit=400.0)
                 times = [line["time"] for line in run.steps(0)]
             return statistics.median(b - a for a, b in pairwise(times[4:]))
 
-        figures = in_turn({arm: lambda arm=arm: step_of(arm) for arm in ("ddp", "ddp_ft")}, rounds)
-        middle, low, high = ratio(figures, "ddp_ft", "ddp")
+        figures = in_turn({arm: lambda arm=arm: step_of(arm) for arm in arms}, rounds)
+        row = {"model": name, "cores": CORES}
         for arm, seconds in figures.items():
-            row = {"model": name, "strategy": arm, "replicas": 2, "cores": CORES, "quantity": "step_seconds"}
-            rows.append({**row, **_median(seconds)})
-        rows.append(
-            {
-                "model": name,
-                "strategy": "ddp_ft / ddp",
-                "replicas": 2,
-                "cores": CORES,
-                "quantity": "ratio",
-                "median": round(middle, 4),
-                "least": round(low, 4),
-                "most": round(high, 4),
-                "repeats": rounds,
-            }
-        )
+            about = {"strategy": arm, "replicas": arms[arm], "quantity": "step_seconds"}
+            rows.append({**row, **about, **_median(seconds)})
+        for arm in list(arms)[1:]:
+            middle, low, high = (round(value, 4) for value in ratio(figures, arm, "ddp"))
+            about = {"strategy": f"{arm} / ddp", "replicas": arms[arm], "quantity": "ratio"}
+            rows.append({**row, **about, "median": middle, "least": low, "most": high, "repeats": rounds})
     show("A step without failures", rows)
     CONSOLE.print(write_rows("fault_tolerance_steady", rows))
 

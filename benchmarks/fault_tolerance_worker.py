@@ -73,7 +73,10 @@ def main() -> None:
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     fault_tolerant = settings["strategy"] == "ddp_ft"
-    replica = int(os.environ["REPLICA_GROUP_ID" if fault_tolerant else "RANK"])
+    processes = settings.get("processes", 1) if fault_tolerant else int(os.environ["WORLD_SIZE"])
+    replica = int(os.environ["RANK"])
+    if fault_tolerant:
+        replica += processes * int(os.environ["REPLICA_GROUP_ID"])
     strategy: Any = "ddp"
     if fault_tolerant:
         strategy = FaultTolerantDDPStrategy(on_failure="takeover", collective_timeout=60.0)
@@ -86,7 +89,7 @@ def main() -> None:
     trainer = L.Trainer(
         **{**QUIET, "enable_checkpointing": bool(settings.get("save_every"))},
         accelerator="cpu",
-        devices=1 if fault_tolerant else int(os.environ["WORLD_SIZE"]),
+        devices=processes,
         strategy=strategy,
         max_steps=settings["steps"],
         max_epochs=-1,
