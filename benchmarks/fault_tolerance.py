@@ -306,6 +306,7 @@ def soak(steps: int, every: float, seed: int) -> None:
     ends = {line["weights"] for line in lines if line["event"] == "end"}
     changes = sum(a["members"] != b["members"] for a, b in pairwise(survivor))
     quarter = len(survivor) // 4
+    in_use = [line["in_use"] / 2**20 for line in survivor]
     rows = [
         {
             "replicas": 3,
@@ -321,6 +322,8 @@ def soak(steps: int, every: float, seed: int) -> None:
             "threads_last_quarter": max(line["threads"] for line in survivor[-quarter:]),
             "megabytes_first_quarter": round(max(line["resident"] for line in survivor[:quarter]) / 2**20),
             "megabytes_last_quarter": round(max(line["resident"] for line in survivor[-quarter:]) / 2**20),
+            "megabytes_in_use_first_quarter": round(statistics.median(in_use[:quarter]), 1),
+            "megabytes_in_use_last_quarter": round(statistics.median(in_use[-quarter:]), 1),
             "seconds": round(lines[-1]["time"] - lines[0]["time"]),
         }
     ]

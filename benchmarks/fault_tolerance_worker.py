@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -18,6 +19,20 @@ from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from lightning_eff.strategies import FaultTolerantDDPStrategy
+
+MALLINFO2 = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+
+
+class _Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO2]
+
+
+def memory_in_use() -> int:
+    """Bytes that the allocator has given out, without those that it keeps for later; glibc's count."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Mallinfo2
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 class WithDropout(GPTModule):
@@ -60,6 +75,7 @@ class Diary(L.Callback):
             descriptors=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir("/proc/self/task")),
             resident=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            in_use=memory_in_use(),
         )
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
