@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
@@ -13,7 +14,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -23,6 +24,7 @@ from lightning_eff.strategies.living_replicas import Fit, LivingReplicas
 from lightning_eff.training.evaluation_share import EvaluationShare
 from lightning_eff.training.live_state import layout, live_state, load_live_state
 from lightning_eff.training.log_handover import adopt_places, places
+from lightning_eff.training.manual_steps import ManualSteps
 from lightning_eff.training.neighbour_passes import approximate, find_mecefo
 from lightning_eff.training.replica_group import GradientSums, GroupMembership, ReplicaGroup
 from lightning_eff.training.replica_log import ReplicaLog
@@ -92,8 +94,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     Raises:
         ValueError: an argument is out of its range.
         ModuleNotFoundError: torchft is absent.
-        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, manual
-            optimization, a GradScaler, LBFGS, data that cannot be cut into shards.
+        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, a GradScaler,
+            LBFGS, data that cannot be cut into shards, manual optimization with ``"mecefo"``.
         ConnectionError: the lighthouse cannot be reached.
 
     Example:
@@ -211,7 +213,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.model is not None
         if fitting:
-            check_trainer(trainer)
+            check_trainer(trainer, self.on_failure)
             self._connect()
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.precision_plugin.convert_module(self.model)
@@ -284,6 +286,11 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         )
 
     @override
+    def configure_ddp(self) -> None:
+        if cast(LightningModule, self.lightning_module).automatic_optimization:
+            super().configure_ddp()  # in manual optimization `ManualSteps` reduces the gradients
+
+    @override
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         from lightning_eff.training.gloo import Nobody
 
@@ -322,9 +329,16 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         )
         loader.before_fetch = self._before_batch
         steps = ShardSteps(trainer, loader, self._gradients, self.replica)
+        if not trainer.lightning_module.automatic_optimization:
+            steps = ManualSteps(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
         steps.own([])
         self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
         return loader
+
+    @property
+    def _manual(self) -> ManualSteps | None:
+        """Where ``training_step`` makes its own optimizer steps."""
+        return self._fitting.steps if self._fitting and isinstance(self._fitting.steps, ManualSteps) else None
 
     @property
     def _data_seed(self) -> int:
@@ -349,7 +363,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     def _state(self) -> dict[str, Any]:
         assert self._log is not None
         # In settling all broadcast the same buffers: not only those that a newcomer has seen to change.
-        more = {"changing": sorted(self._fit.steps.changing), "log": self._log.held()}
+        more: dict[str, Any] = {"changing": sorted(self._fit.steps.changing), "log": self._log.held()}
+        if self._manual is not None:
+            more.update(self._manual.handover())
         return {**live_state(self._fit.trainer), **more}
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -359,6 +375,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self._log.take(state["log"])
             self._fit.steps.changing.update(state["changing"])
             load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
+            if self._manual is not None:
+                self._manual.take_over(state)
         finally:
             self._heals = False
         if isinstance(self.replicas, GroupMembership):
@@ -397,13 +415,25 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Around the micro-batches of a step before its last."""
-        with super().block_backward_sync(), self._fit.steps.approximately():
+        steps = self._manual.without_sum() if self._manual is not None else self._fit.steps.approximately()
+        with super().block_backward_sync(), steps:
             yield
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._manual is not None:
+            output = self._manual.run(partial(super().training_step, *args, **kwargs))
+            self.set_world_ranks()
+            return output
         with self._fit.steps.own_step():
             return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self._manual is None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+        self._manual.backward(closure_loss, *args, **kwargs)
+        return closure_loss.detach()
 
     @override
     def optimizer_step(
@@ -415,6 +445,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     ) -> Any:
         """Repeat the step until it is committed; then, and only then, update."""
         fit = self._fit
+        if self._manual is not None:
+            update = partial(super().optimizer_step, optimizer, model=model, **kwargs)
+            return self._manual.optimizer_step(optimizer, closure, update)
         while True:
             fit.gradients.begin()
             fit.replicas.last_part()
@@ -440,6 +473,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         trainer, module = self._trainer, self.lightning_module
         if self._fitting is not None:
             self._fitting.steps.loader.close()
+        if self._manual is not None:
+            self._manual.close()
         if trainer is not None and module is not None:
             compute_together(module, None)
             trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]

@@ -144,7 +144,7 @@ class LivingReplicas(DDPStrategy):
             return alone
         assert self.replicas is not None
         if self.replicas.in_attempt:
-            return self.replicas.within(operation, alone)
+            return self._fit.steps.recorded(partial(self.replicas.within, operation, alone), alone)
         result = self.replicas.agree(operation, alone)
         self.set_world_ranks()
         return result

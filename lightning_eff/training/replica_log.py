@@ -40,7 +40,7 @@ class ReplicaLog(Callback):
             alive = len(replicas.members)
             values = {
                 "ft/participants": alive,
-                "ft/committed": replicas.step,
+                "ft/committed": trainer.global_step,
                 "ft/aborted_steps": self._aborts + replicas.aborts,
                 "ft/takeover_shards": 0 if self.shrinks else replicas.count - alive,
             }
@@ -59,7 +59,7 @@ class ReplicaLog(Callback):
         lost = [index for index in self._members if index not in self.replicas.members]
         back = [index for index in self.replicas.members if index not in self._members]
         words = [f"replica {index} is lost" for index in lost] + [f"replica {index} has come in" for index in back]
-        text = f"after {self.replicas.step} steps: {', '.join(words)}; {self.replicas.members} take part, "
+        text = f"after {trainer.global_step} steps: {', '.join(words)}; {self.replicas.members} take part, "
         text += f"{self.replicas.writer} writes"
         rank_zero_info(f"ddp_ft: {text}")
         if trainer.is_global_zero:

@@ -81,12 +81,12 @@ def leave_if_over() -> None:
         raise SystemExit(0)
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: Trainer, on_failure: str) -> None:
     """Refuse what a step that is repeated cannot be made of."""
-    if not trainer.lightning_module.automatic_optimization:
+    if not trainer.lightning_module.automatic_optimization and on_failure == "mecefo":
         raise MisconfigurationException(
-            "ddp_ft repeats a step that failed, which it cannot do with steps that training_step makes itself: set "
-            "`automatic_optimization = True`"
+            "on_failure='mecefo' approximates the backward pass of one loss, and with `automatic_optimization = False` "
+            "training_step makes its own: take on_failure='takeover'"
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise MisconfigurationException(

@@ -167,6 +167,10 @@ class ShardSteps:
         self._count += 1
         return (combine(torch.stack([value, *others])) if others else value), True
 
+    def recorded(self, operate: Callable[[], Any], alone: Any) -> Any:
+        """The result of a collective within a step."""
+        return operate()
+
     @contextmanager
     def random(self, shard: int, index: int) -> Iterator[None]:
         """Random numbers that belong to a micro-batch."""

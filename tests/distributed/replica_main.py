@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,111 @@ class Language(Model):
         return loss
 
 
+class Manual(Model):
+    """The same in manual optimization."""
+
+    def __init__(self, settings: dict[str, Any], faults: Faults) -> None:
+        super().__init__(settings, faults)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss = super().training_step(batch, batch_index)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        return loss
+
+
+class Adversaries(Manual):
+    """Two networks against each other, one of which accumulates for its second optimizer; each a part of the step."""
+
+    def __init__(self, settings: dict[str, Any], faults: Faults) -> None:
+        super().__init__(settings, faults)
+        torch.manual_seed(0 if settings.get("equal_start") else faults.replica + 10 * faults.life)
+        width = settings.get("width", 32)
+        del self.net, self.head
+        self.maker = nn.Sequential(
+            # No bias before the norm: its gradient would be rounding alone, which Adam makes large.
+            nn.Linear(8, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(width, 8),
+        )
+        self.judge = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(8, width)), nn.Tanh(), nn.Linear(width, 1)
+        )
+        self.guess = nn.Linear(8, 1)
+        self.average = nn.Linear(8, 1).requires_grad_(False)  # of `guess`; no optimizer has it
+        self.average.load_state_dict(self.guess.state_dict())
+
+    def parts(self, batch: Any, batch_index: int) -> Iterator[tuple[str, Any]]:
+        """What is to be done, in order."""
+        made = self.maker(batch[0])
+        yield "toggle", 0
+        judged = nn.functional.softplus(-self.judge(batch[0])).mean()
+        judged = judged + nn.functional.softplus(self.judge(made.detach())).mean()
+        yield "zero", 0
+        yield "backward", judged
+        yield "clip", 0
+        yield "step", 0
+        yield "untoggle", 0
+        yield "log", ("judged", judged)
+        yield "toggle", 1
+        fooled = nn.functional.softplus(-self.judge(made)).mean() + (made - batch[0]).square().mean()
+        yield "zero", 1
+        yield "backward", fooled
+        yield "step", 1
+        yield "untoggle", 1
+        yield "rates", None
+        guessed = (self.guess(self.maker(batch[0]).detach()) - batch[1]).square().mean()
+        yield "backward", guessed / 2
+        if batch_index % 2:
+            yield "step", 2
+            yield "zero", 2
+            with torch.no_grad():
+                for mean, value in zip(self.average.parameters(), self.guess.parameters(), strict=True):
+                    mean.lerp_(value, 0.1)
+        yield "log", ("loss", judged + fooled + guessed)
+
+    def training_step(self, batch: Any, batch_index: int) -> None:
+        time.sleep(self.settings.get("sleep", 0.0))
+        optimizers: Any = self.optimizers()
+        schedules: Any = self.lr_schedulers()
+        self.faults.note(batch[2].tolist())
+        for what, value in self.parts(batch, batch_index):
+            if what == "toggle":
+                self.toggle_optimizer(optimizers[value])
+                if not self.trainer.strategy._fit.steps.aside:
+                    self.faults.at("forward")
+            elif what == "untoggle":
+                self.untoggle_optimizer(optimizers[value])
+            elif what == "zero":
+                optimizers[value].zero_grad()
+            elif what == "clip":
+                self.clip_gradients(optimizers[value], 0.1, "norm")
+            elif what == "backward":
+                value.register_hook(self._in_backward)
+                self.manual_backward(value)
+            elif what == "step":
+                optimizers[value].step()
+            elif what == "rates":
+                for schedule in schedules:
+                    schedule.step()
+            else:
+                self.log(*value, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        judge = torch.optim.AdamW(self.judge.parameters(), lr=1e-2)
+        maker = torch.optim.AdamW(self.maker.parameters(), lr=1e-2)
+        guess = torch.optim.SGD(self.guess.parameters(), lr=1e-2, momentum=0.9)
+        schedules = [torch.optim.lr_scheduler.StepLR(judge, 10, 0.7), torch.optim.lr_scheduler.LinearLR(maker)]
+        return [judge, maker, guess], schedules
+
+
 class Faults:
     """Ends or stops this process at chosen points: ``[replica, step, phase, life, signal, process]``."""
 
@@ -129,7 +235,7 @@ class Faults:
     def note(self, samples: list[int]) -> None:
         """What goes into the step to come; at once, since this replica may not see its end."""
         with self.file.open("a") as file:
-            file.write(json.dumps([self.trainer.strategy.replicas.step + 1, samples]) + "\n")
+            file.write(json.dumps([made(self.trainer) + 1, samples]) + "\n")
 
     def at(self, phase: str, step: int | None = None) -> None:
         if self.trainer is None:
@@ -252,8 +358,9 @@ class Diary(L.Callback):
             return  # within a window of accumulation
         line = {
             "time": time.time(),
-            "step": trainer.global_step,
+            "step": made(trainer),
             "ft_step": strategy.replicas.step,
+            "optimizer_steps": trainer.global_step,
             "epoch": trainer.current_epoch,
             "batch": i,
             "loss": float(trainer.callback_metrics["loss"]),
@@ -271,6 +378,15 @@ class Diary(L.Callback):
 
     def on_trainable_change(self, trainer: L.Trainer, module: L.LightningModule, change: Any) -> None:
         self.faults.at("event")
+
+
+def made(trainer: Any) -> int:
+    """Steps that are committed; in manual optimization, runs of training_step that are."""
+    if trainer.lightning_module.automatic_optimization:
+        return int(trainer.global_step)
+    fitting = trainer.strategy._fitting
+    within = fitting is not None and bool(fitting.steps.window)
+    return int(trainer.fit_loop.epoch_loop.total_batch_idx) + (0 if within else 1)
 
 
 def state_of(callback: Any) -> Any:
@@ -301,7 +417,8 @@ def main(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     L.seed_everything(settings.get("seed", 1), verbose=False)
     faults = Faults(settings)
-    model = (Language if settings.get("language") else Model)(settings, faults)
+    kinds = {"automatic": Model, "manual": Manual, "adversaries": Adversaries}
+    model = (Language if settings.get("language") else kinds[settings.get("kind", "automatic")])(settings, faults)
     data = Noisy(settings.get("samples", 240))
     workers = settings.get("workers", 0)
     loader = DataLoader(data, batch_size=4, shuffle=True, num_workers=workers)
@@ -320,7 +437,7 @@ def main(settings: dict[str, Any]) -> None:
         accelerator="cpu",
         devices=settings["processes"],
         strategy=FaultTolerantDDPStrategy(**settings.get("strategy", {})),
-        max_steps=settings["steps"],
+        max_steps=settings.get("optimizer_steps", settings["steps"]),
         max_epochs=-1,
         accumulate_grad_batches=settings.get("accumulate", 1),
         precision=settings.get("precision", "32-true"),
@@ -339,10 +456,17 @@ def main(settings: dict[str, Any]) -> None:
     state = {
         "weights": digest(model.state_dict()),
         "values": flat(list(model.parameters())),
-        "step": trainer.global_step,
+        "buffers": flat(list(model.buffers())),
+        "step": made(trainer),
         "optimizer": digest(
-            {f"{i}.{k}": v for i, s in trainer.optimizers[0].state_dict()["state"].items() for k, v in s.items()}
+            {
+                f"{n}.{i}.{k}": v
+                for n, optimizer in enumerate(trainer.optimizers)
+                for i, s in optimizer.state_dict()["state"].items()
+                for k, v in s.items()
+            }
         ),
+        "optimizers": [flat([list(s.values()) for s in o.state_dict()["state"].values()]) for o in trainer.optimizers],
         "callbacks": {
             type(c).__name__: flat(state_of(c)) for c in callbacks if type(c).__name__ in settings.get("callbacks", {})
         },
