@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,19 +20,19 @@ class StepSnapshot:
 
     Contents are copied and set by ``.data``, which leaves the versions alone that autograd looks at: a graph may be
     open over them, and find them as they were. The state of the optimizers is left out: nothing changes it but a step
-    that counts.
+    that counts. All parameters are kept, also those without an optimizer: ``training_step`` may average into them, and
+    what it changes through ``.data`` leaves no trace.
 
     Args:
         trainer: which is fitting.
-        tensors: parameters and buffers whose contents are kept.
         again: whether it is for passes that accumulate on the gradients, so that these are copied. Else they are put
             back as the tensors that they were.
     """
 
-    def __init__(self, trainer: Trainer, tensors: Sequence[Tensor], again: bool) -> None:
+    def __init__(self, trainer: Trainer, again: bool) -> None:
         self.trainer, self.again = trainer, again
         module = trainer.lightning_module
-        self.contents = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        self._contents = [(t, t.detach().clone()) for t in (*module.parameters(), *module.buffers())]
         self._parameters = [
             (parameter, parameter.requires_grad, _copy(parameter.grad) if again else parameter.grad)
             for parameter in module.parameters()
@@ -62,7 +61,7 @@ class StepSnapshot:
         for part, buffers in self._buffers:
             part._buffers.clear()
             part._buffers.update(buffers)
-        for tensor, content in self.contents:
+        for tensor, content in self._contents:
             tensor.data.copy_(content)
         for parameter, open_, gradient in self._parameters:
             parameter.requires_grad_(open_)

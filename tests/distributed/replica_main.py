@@ -122,11 +122,56 @@ class Manual(Model):
         loss = super().training_step(batch, batch_index)
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
+        how = self.settings.get("how", "usual")
+        if how == "in two":
+            with optimizer.toggle_model(sync_grad=False):
+                self.manual_backward(loss / 4, retain_graph=True)
+            self.manual_backward(loss * 3 / 4)
+        elif how == "direct":
+            loss.backward()
+        elif how == "by hand":
+            parameters = list(self.parameters())
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+        elif how != "closure":
+            self.manual_backward(loss)
+        if how == "clipped":  # by something that Lightning does not know
+            nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+        if how == "caught":
+            optimizer = _Careless(optimizer)
+        if how == "past Lightning":
+            optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.step(closure=(lambda: self.manual_backward(loss)) if how == "closure" else None)
         schedule: Any = self.lr_schedulers()
         schedule.step()
         return loss
+
+
+class _Careless:
+    """Catches everything."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure: Any = None) -> None:
+        try:
+            self.optimizer.step(closure=closure)
+        except BaseException:
+            return
+
+
+class Wandering(Manual):
+    """Which of its optimizers steps depends on the batch."""
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss = Model.training_step(self, batch, batch_index)
+        self.manual_backward(loss)
+        optimizers: Any = self.optimizers()
+        optimizers[int(batch[2].sum()) % 2].step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 1e-2) for part in (self.net, self.head)]
 
 
 class Adversaries(Manual):
@@ -417,7 +462,7 @@ def main(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     L.seed_everything(settings.get("seed", 1), verbose=False)
     faults = Faults(settings)
-    kinds = {"automatic": Model, "manual": Manual, "adversaries": Adversaries}
+    kinds = {"automatic": Model, "manual": Manual, "wandering": Wandering, "adversaries": Adversaries}
     model = (Language if settings.get("language") else kinds[settings.get("kind", "automatic")])(settings, faults)
     data = Noisy(settings.get("samples", 240))
     workers = settings.get("workers", 0)
