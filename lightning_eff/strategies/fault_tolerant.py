@@ -57,6 +57,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
     a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
 
+    In manual optimization each ``step()`` of an optimizer is such a step. When one has failed ``training_step`` is run
+    again from its start, past those that all have: see the card for what that asks of it.
+
     Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
     ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
     ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.

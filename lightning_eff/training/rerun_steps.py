@@ -196,6 +196,7 @@ class RerunSteps(ShardSteps):
         held = self._fresh.held(), self._at, self._unsynced, trainer.profiler
         self.aside = True
         trainer.profiler = PassThroughProfiler()  # the other may be in the midst of this replica's own step
+        torch.clear_autocast_cache()  # where it is of these weights, which are others now
         try:
             for shard in self.orphans:
                 self._start.restore()
@@ -211,6 +212,7 @@ class RerunSteps(ShardSteps):
             self.aside = False
             own.restore()
             logged.restore()
+            torch.clear_autocast_cache()
             fresh, self._at, self._unsynced, trainer.profiler = held
             self._fresh.take(fresh)
 

@@ -53,6 +53,14 @@ class Standing:
         batch: index of the batch in the run.
         part: of training_step.
         place: in the part.
+
+    Example:
+        >>> here, there = Standing(BACKWARD, batch=7, part=0), Standing(STEP, batch=7, part=0)
+        >>> here.check(here.words(None, [True]) + here.words(None, [False]), None)
+        [1]
+        >>> here.check(here.words(None, [True]) + there.words(None, [False]), None)
+        Traceback (most recent call last):
+        lightning_eff.training.step_events.OtherPathError: the optimizer steps and backward passes ...
     """
 
     kind: int

@@ -97,7 +97,6 @@ class Manual(BoringModel):
 @pytest.mark.parametrize(
     ("module", "trainer", "what"),
     [
-        (Manual, {}, "automatic_optimization = True"),
         (
             BoringModel,
             {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
@@ -110,6 +109,13 @@ class Manual(BoringModel):
 def test_refused(module: type[L.LightningModule], trainer: dict[str, Any], what: str) -> None:
     with pytest.raises(MisconfigurationException, match=what):
         _fit(module(), **trainer)
+
+
+@pytest.mark.usefixtures("launched")
+def test_manual_optimization_is_not_approximated() -> None:
+    strategy = FaultTolerantDDPStrategy(**ARGUMENTS, on_failure="mecefo")
+    with pytest.raises(MisconfigurationException, match=r"automatic_optimization = False.*on_failure='takeover'"):
+        _fit(Manual(), strategy)
 
 
 @pytest.mark.usefixtures("launched")
