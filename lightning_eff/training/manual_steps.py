@@ -24,7 +24,7 @@ from lightning_eff.training.step_events import BACKWARD, END, STEP, Event, Leave
 from lightning_eff.training.step_snapshot import groups
 
 if TYPE_CHECKING:
-    from lightning_eff.training.replicas import Replicas
+    from lightning_eff.training.membership import Membership
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
 
@@ -53,7 +53,7 @@ class ManualSteps(RerunSteps):
         loader: ShardedLoader,
         gradients: ShardGradients,
         shard: int,
-        replicas: Replicas,
+        replicas: Membership,
         share_out: Callable[[], None],
     ) -> None:
         super().__init__(trainer, loader, gradients, shard, replicas)
@@ -91,7 +91,7 @@ class ManualSteps(RerunSteps):
             assert self._start is not None
             self._start.restore()
         self._forget_start()
-        self.replicas.in_attempt = False
+        self.replicas.goes_on(False)
         if self.changing:
             self.take_buffers(self.replicas.agree(self.share_buffers, None))
         self.end()
@@ -204,27 +204,28 @@ class ManualSteps(RerunSteps):
         """Sum the new gradients over all shards; they replace this replica's own."""
         self._catch_up()
         self._see_others_at(kind)
-        manager, parameters = self.replicas.manager, list(self.module.parameters())
+        sums, parameters = self.gradients.sums, list(self.module.parameters())
         standing = self._standing(kind, len(self._events) - self._safe_events)
         new = [self._fresh.has(parameter) or id(parameter) in self._orphans_new for parameter in parameters]
         words = standing.words(self._complaint, new)
-        manager.finish([manager.all_reduce(words)])
-        if manager.errored() is not None:
+        sums.begin()
+        sums.finish([sums.all_reduce(words)])
+        if sums.failed:
             self._fail()
         counts = standing.check(words, self._complaint)
         chosen = [parameter for parameter, count in zip(parameters, counts, strict=True) if count]
         divisor: Any = self.gradients.divisor
-        sums = summed_over_shards(manager, chosen, self._orphan_gradients, divisor)
-        if sums is None:
+        totals = summed_over_shards(sums, chosen, self._orphan_gradients, divisor)
+        if totals is None:
             self._fail()
         with torch.no_grad():
-            for parameter, gradient in zip(chosen, sums, strict=True):
+            for parameter, gradient in zip(chosen, totals, strict=True):
                 if parameter.grad is None:
                     parameter.grad = gradient.clone()
                 else:
                     parameter.grad.copy_(gradient)
         self._fresh.forget(chosen)
-        return list(zip(chosen, sums, strict=True))
+        return list(zip(chosen, totals, strict=True))
 
     def _fail(self) -> NoReturn:
         committed = self.replicas.commit()
@@ -267,12 +268,13 @@ class ManualSteps(RerunSteps):
         members, standing = self.replicas.members, self._standing(kind)
         # As many words as in `_reduce`: who is there by mistake is told so, where gloo would end its process.
         words = standing.words(self._complaint, [False for _ in self.module.parameters()])
+        self.gradients.sums.group.sum_(words)
         total = self.replicas.settle(lambda group: summed(group, words.clone(), ReduceOp.SUM), words)
         standing.check(total, self._complaint)
         self._parts += 1
         self._safe_events, self._safe_results = len(self._events), len(self._results)
         self._reduces_more, self._caught_up, self._next_kinds = False, False, []
-        self.replicas.in_attempt = True
+        self.replicas.goes_on(True)
         if self.replicas.members != members:
             self.share_out()
 

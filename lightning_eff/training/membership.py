@@ -105,6 +105,10 @@ class Membership(ABC):
             alone: the result if the run is over and nobody else is there any more.
         """
 
+    def goes_on(self, more: bool) -> None:
+        """After `settle`: whether the step has another part, or is over."""
+        self.in_attempt = more
+
     @abstractmethod
     def leave(self) -> None:
         """End the connections."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 if TYPE_CHECKING:
-    from lightning_eff.training.quorum import QuorumManager
+    from lightning_eff.training.replica_group import GradientSums
 
 BUCKET = 2**25  # bytes that are sent in one operation
 
@@ -77,7 +77,7 @@ class NewGradients:
 
 
 def summed_over_shards(
-    manager: QuorumManager,
+    sums: GradientSums,
     parameters: list[nn.Parameter],
     others: dict[int, Tensor],
     divisor: float,
@@ -85,8 +85,9 @@ def summed_over_shards(
     """Gradients of all shards, divided: of this replica's own pass and of its ``others``, by ``id`` of the parameter.
 
     Returns:
-        One for each parameter; None if it failed, which the manager knows.
+        One for each parameter; None if it failed.
     """
+    sums.begin()
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, parameter in enumerate(parameters):
         kinds.setdefault((parameter.dtype, parameter.device), []).append(index)
@@ -95,11 +96,11 @@ def summed_over_shards(
     buckets = []
     for (dtype, _), indices in kinds.items():
         for chosen in _cut(indices, [parameters[i].numel() * dtype.itemsize for i in indices]):
-            flat = torch.cat([_sum(parameters[i], others).flatten() for i in chosen]).div_(divisor)
-            works.append(manager.all_reduce(flat))
+            flat = torch.cat([_sum(parameters[i], others).flatten() for i in chosen]).div_(divisor * sums.group.size)
+            works.append(sums.all_reduce(flat))
             buckets.append((chosen, flat))
-    manager.finish(works)
-    if manager.errored() is not None:
+    sums.finish(works)
+    if sums.failed:
         return None
     for chosen, flat in buckets:
         pieces = torch.split(flat, [parameters[i].numel() for i in chosen])

@@ -214,6 +214,12 @@ class GroupMembership(Membership):
         return self._together(lambda first: first.agree(operation, alone))
 
     @override
+    def goes_on(self, more: bool) -> None:
+        super().goes_on(more)
+        if self.first is not None:
+            self.first.goes_on(more)
+
+    @override
     def leave(self) -> None:
         if self.first is not None:
             self.first.leave()

@@ -21,7 +21,7 @@ from lightning_eff.training.step_events import BACKWARD, END, Event, Leave, Othe
 from lightning_eff.training.step_snapshot import StepSnapshot, set_groups, with_buffers_of_its_own
 
 if TYPE_CHECKING:
-    from lightning_eff.training.replicas import Replicas
+    from lightning_eff.training.membership import Membership
 
 
 class RerunSteps(ShardSteps):
@@ -39,7 +39,7 @@ class RerunSteps(ShardSteps):
     """
 
     def __init__(
-        self, trainer: Trainer, loader: ShardedLoader, gradients: ShardGradients, shard: int, replicas: Replicas
+        self, trainer: Trainer, loader: ShardedLoader, gradients: ShardGradients, shard: int, replicas: Membership
     ) -> None:
         super().__init__(trainer, loader, gradients, shard)
         self.replicas = replicas

@@ -179,7 +179,9 @@ class Adversaries(Manual):
 
     def __init__(self, settings: dict[str, Any], faults: Faults) -> None:
         super().__init__(settings, faults)
-        torch.manual_seed(0 if settings.get("equal_start") else faults.replica + 10 * faults.life)
+        torch.manual_seed(
+            0 if settings.get("equal_start") else faults.replica + 10 * faults.life + 100 * faults.process
+        )
         width = settings.get("width", 32)
         del self.net, self.head
         self.maker = nn.Sequential(

@@ -142,7 +142,7 @@ def by_hand(steps: int, shards: int = 3, seed: int = 1) -> tuple[dict[int, float
     """The same run in one process: a model for each shard, and the mean of their gradients after each backward pass."""
     loader = ShardedLoader(DataLoader(Noisy(240), batch_size=4, shuffle=True), shards, seed=seed)
     loader.own(range(shards))
-    start: Any = SimpleNamespace(replica=0, life=0)
+    start: Any = SimpleNamespace(replica=0, life=0, process=0)
     models = [Adversaries({"equal_start": True}, start).double() for _ in range(shards)]
     made = [model.configure_optimizers() for model in models]
     losses = {}
@@ -299,3 +299,22 @@ def test_shrink_leaves_the_shard_out(server: Server, tmp_path: Path) -> None:
         )
     )
     assert killed(outcome) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "faults", [(Fault(1, 30, "backward", process=1),), (Fault(1, 31, "commit"), Fault(0, 41, "glitch in allreduce"))]
+)
+def test_replicas_of_two_processes(faults: tuple[Fault, ...], server: Server, tmp_path: Path) -> None:
+    """The loss curve is that of a run without a failure, and all processes have the same weights after each step."""
+    outcomes = []
+    for name, of_run in (("usual", ()), ("killed", faults)):
+        (tmp_path / name).mkdir()
+        settings = {**PAIR, "replicas": 2, "processes": 2, "samples": 256}
+        outcomes.append(checked(run(server, tmp_path / name, steps=STEPS, faults=of_run, **settings)))
+    usual, disturbed = outcomes
+    assert killed(disturbed) == [1], disturbed.logs()
+    assert disturbed.losses() == pytest.approx(usual.losses(), rel=1e-5, abs=1e-5)
+    weights = {line["step"]: line["weights"] for lines in disturbed.steps.values() for line in lines}
+    assert disturbed.others
+    assert all(line["weights"] == weights[line["step"]] for line in disturbed.others)

@@ -52,11 +52,15 @@ def test_new_is_what_the_user_has_set(parameters: list[nn.Parameter]) -> None:
     assert fresh.has(parameters[0])
 
 
-class Manager:
+class Sums:
     """Of three replicas with equal gradients."""
 
     def __init__(self, fails: bool = False) -> None:
-        self.fails, self.sizes = fails, []  # type: ignore[var-annotated]
+        self.failed, self.sizes = fails, []  # type: ignore[var-annotated]
+        self.group = SimpleNamespace(size=1)
+
+    def begin(self) -> None:
+        pass
 
     def all_reduce(self, tensor: torch.Tensor) -> Any:
         self.sizes.append(tensor.numel())
@@ -65,9 +69,6 @@ class Manager:
     def finish(self, works: list[Any]) -> None:
         for work in works:
             work.wait()
-
-    def errored(self) -> Any:
-        return self.fails or None
 
 
 def test_the_sum_takes_orphans_and_leaves_gaps_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,20 +80,20 @@ def test_the_sum_takes_orphans_and_leaves_gaps_out(monkeypatch: pytest.MonkeyPat
         parameter.grad = torch.full_like(parameter, number + 1.0)
     parameters[1].grad = None
     others = {id(parameters[0]): torch.full((2, 2), 10.0)}
-    manager: Any = Manager()
-    sums = summed_over_shards(manager, parameters, others, 6.0)
+    sums_of: Any = Sums()
+    sums = summed_over_shards(sums_of, parameters, others, 6.0)
     assert sums is not None
     assert [float(total.flatten()[0]) for total in sums] == [5.5, 0.0, 1.5, 2.0, 2.5]
     assert [total.shape for total in sums] == [parameter.shape for parameter in parameters]
-    assert manager.sizes == [4, 3, 6, 2]
+    assert sums_of.sizes == [4, 3, 6, 2]
     assert float(parameters[0].grad.sum()) == 4.0, "gradients are only set when all is well"  # type: ignore[union-attr]
-    failing: Any = Manager(fails=True)
+    failing: Any = Sums(fails=True)
     assert summed_over_shards(failing, parameters, others, 6.0) is None
 
 
 def test_sparse_gradients_are_refused() -> None:
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    manager: Any = Manager()
+    sums_of: Any = Sums()
     with pytest.raises(RuntimeError, match="sparse=False"):
-        summed_over_shards(manager, [embedding.weight], {}, 1.0)
+        summed_over_shards(sums_of, [embedding.weight], {}, 1.0)
