@@ -94,23 +94,81 @@ class Replica:
         self.world.finished = True
 
 
+class InParts(Replica):
+    """The same with steps of one to three parts, each of which is committed and settled, as in manual optimization."""
+
+    def live(self, name: str) -> None:
+        state = {"value": float(self.index), "run": 0.0, "batch": 0.0}
+        manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
+        replicas = Replicas(self.index, self.count, manager, 1, 0.05, 1000, 0, 60.0, 60.0, lambda: 0, 60.0)
+
+        def total(group: Any, value: float, size: int) -> float:
+            tensor = torch.full((size,), value)
+            group.allreduce([tensor], None).wait()
+            return float(tensor[0])
+
+        while replicas.step < STEPS:
+            if replicas.begin() and self.world.finished:
+                return
+            self.latest = None
+            replicas.last_part()
+            start, batch = replicas.step, state["batch"]
+            parts = min(1 + int(batch) % 3, STEPS - start)
+            done = 0
+            while done < parts:
+                stands = float(100 * batch + done)
+                replicas.within(lambda group, stands=stands: total(group, stands, 3), 0.0)
+                both = replicas.within(lambda group, stands=stands: (group.world, total(group, stands, 4)), None)
+                if replicas.commit():
+                    assert both is not None
+                    assert both[1] == both[0] * stands, "all are in the same part of the same step"
+                    if start + done == 0:
+                        state["run"] = float(manager.quorum_id)
+                    state["value"] = state["value"] + 1.0
+                elif not replicas.again():
+                    continue
+                replicas.settle(lambda group: total(group, 0.0, 5), 0.0)
+                replicas.goes_on(True)
+                done += 1
+                assert replicas.step == start + done
+                with self.world.changed:
+                    self.values[state["run"], replicas.step] = state["value"]
+                    if replicas.step >= STEPS - 4:
+                        self.world.quiet = True
+            replicas.goes_on(False)
+            result = replicas.agree(lambda group: total(group, 1.0, 6), 0.0)  # buffers
+            state["batch"] = batch + 1
+            self.latest = (state["run"], replicas.step, 0)
+            self.log[self.latest] = result
+        replicas.finishing = True
+        replicas.agree(lambda group: total(group, 0.0, 7), 0.0)
+        self.world.finished = True
+
+
 @pytest.mark.parametrize(("deaths", "glitches"), [(0.0, 0.0), (0.0, 0.05), (0.02, 0.0), (0.01, 0.03)])
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_stay_together(count: int, deaths: float, glitches: float) -> None:
     together(count, deaths, glitches, range(8))
 
 
+@pytest.mark.parametrize(("deaths", "glitches"), [(0.0, 0.05), (0.02, 0.0), (0.01, 0.03)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_all_stay_together_in_parts(count: int, deaths: float, glitches: float) -> None:
+    together(count, deaths, glitches, range(8), InParts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("deaths", "glitches"), [(0.0, 0.1), (0.03, 0.0), (0.01, 0.05)])
 @pytest.mark.parametrize("count", [3, 4])
-def test_all_stay_together_for_long(count: int, deaths: float, glitches: float) -> None:
-    together(count, deaths, glitches, range(100, 150))
+@pytest.mark.parametrize("kind", [Replica, InParts])
+def test_all_stay_together_for_long(kind: type[Replica], count: int, deaths: float, glitches: float) -> None:
+    together(count, deaths, glitches, range(100, 150), kind)
 
 
-def together(count: int, deaths: float, glitches: float, seeds: range) -> None:
+def together(count: int, deaths: float, glitches: float, seeds: range, kind: type[Replica] = Replica) -> None:
     for seed in seeds:
         world = World(seed, deaths, glitches)
-        replicas = [Replica(world, index, count) for index in range(count)]
+        replicas = [kind(world, index, count) for index in range(count)]
         for replica in replicas:
             replica.thread.start()
         for replica in replicas:
