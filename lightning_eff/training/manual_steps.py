@@ -131,6 +131,7 @@ class ManualSteps(RerunSteps):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """A backward pass of the user's, after which the gradients are those of all shards."""
+        self._check_within()
         trainer, module = self.trainer, self.module
         new = not self._comes_again and not self.aside  # callbacks see each of the steps once, and no neighbour's
         if new:
@@ -167,6 +168,7 @@ class ManualSteps(RerunSteps):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], update: Callable[[Once], Any]) -> Any:
         """An optimizer step of the user's: a part that all replicas commit."""
+        self._check_within()
         kind = STEP + next(i for i, each in enumerate(self.trainer.optimizers) if each is optimizer)
         try:
             loss = closure()
@@ -184,6 +186,10 @@ class ManualSteps(RerunSteps):
             profiler.stop("optimizer_step")  # as Lightning would have
             raise
         return loss
+
+    def _check_within(self) -> None:
+        if self._start is None:
+            raise RuntimeError("with ddp_ft, backward passes and optimizer steps have to be made in training_step")
 
     def _guard(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._applying:
