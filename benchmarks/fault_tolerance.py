@@ -124,10 +124,12 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
     rows = []
     for name, replicas in [(name, 2) for name in models] + [("0.85M", 4)]:
         model, batch_size = (SMALL, 16 // replicas) if name == "0.85M" else (MIDDLE, 2)
-        arms = {"ddp": replicas, "ddp_ft": replicas, **({"ddp_ft, 2 processes each": 2} if replicas > 2 else {})}
+        more = "ddp_ft, 2 processes each" if replicas > 2 else "ddp_ft, manual optimization"
+        arms = {"ddp": replicas, "ddp_ft": replicas, more: 2}
 
         def step_of(arm: str, model: Any = model, batch_size: int = batch_size, arms: dict[str, int] = arms) -> float:
             settings = {"strategy": arm.partition(",")[0], "processes": 2 if "processes" in arm else 1}
+            settings["manual"] = "manual" in arm
             with launched(arms[arm], model=model, batch_size=batch_size, steps=steps, **settings) as run:
                 run.wait_for(lambda: run.process.poll() is not None or len(run.steps(0)) == steps, limit=400.0)
                 times = [line["time"] for line in run.steps(0)]

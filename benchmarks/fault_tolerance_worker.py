@@ -50,6 +50,22 @@ class WithDropout(GPTModule):
         return loss
 
 
+class Manual(WithDropout):
+    """The same in manual optimization."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
 class Diary(L.Callback):
     """A line for the start of the process, and one for each optimizer step."""
 
@@ -100,7 +116,8 @@ def main() -> None:
     if settings.get("save_every"):
         folder = Path(settings["folder"]) / "checkpoints"
         callbacks.append(ModelCheckpoint(folder, every_n_train_steps=settings["save_every"], save_last=True))
-    model = WithDropout(GPTConfig(**settings["model"]), settings.get("dropout", 0.0), schedule="constant")
+    kind = Manual if settings.get("manual") else WithDropout
+    model = kind(GPTConfig(**settings["model"]), settings.get("dropout", 0.0), schedule="constant")
     data = TextDataModule(block_size=256, batch_size=settings["batch_size"], num_workers=settings.get("workers", 0))
     trainer = L.Trainer(
         **{**QUIET, "enable_checkpointing": bool(settings.get("save_every"))},
