@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,6 +19,7 @@ from typing_extensions import override
 from lightning_eff.functional.arguments import check, is_count
 from lightning_eff.strategies.living_replicas import Fit, LivingReplicas
 from lightning_eff.training.evaluation_share import EvaluationShare
+from lightning_eff.training.limits import Limits
 from lightning_eff.training.live_state import layout, live_state, load_live_state
 from lightning_eff.training.log_handover import adopt_places, places
 from lightning_eff.training.manual_steps import ManualSteps
@@ -31,13 +29,12 @@ from lightning_eff.training.replica_log import ReplicaLog
 from lightning_eff.training.replica_metrics import Gather, compute_together
 from lightning_eff.training.replica_start import (
     check_optimizers,
+    check_processes,
     check_torchft,
     check_trainer,
     environment_count,
-    host_and_port,
-    meet_lighthouse,
 )
-from lightning_eff.training.shard_steps import Once, ShardSteps, shares
+from lightning_eff.training.shard_steps import ShardSteps, shares
 from lightning_eff.training.shards import ShardedLoader
 
 if TYPE_CHECKING:
@@ -135,7 +132,17 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     ) -> None:
         check_torchft()
         check("on_failure", on_failure, on_failure in get_args(OnFailure), f"one of {get_args(OnFailure)}")
-        check("min_replicas", min_replicas, is_count(min_replicas), "an integer, at least 1")
+        self.limits = Limits(
+            heartbeat_timeout=heartbeat_timeout,
+            collective_timeout=collective_timeout,
+            connect_timeout=connect_timeout,
+            quorum_timeout=quorum_timeout,
+            heal_timeout=heal_timeout,
+            start_grace=start_grace,
+            quorum_retries=quorum_retries,
+            max_aborts=max_aborts,
+            min_replicas=min_replicas,
+        )
         if max_replicas is None:
             max_replicas = environment_count("NUM_REPLICA_GROUPS", "max_replicas")
         if replica is None:
@@ -143,33 +150,15 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         check("max_replicas", max_replicas, is_count(max_replicas), "an integer, at least 1")
         check("min_replicas", min_replicas, min_replicas <= max_replicas, f"at most max_replicas, {max_replicas}")
         check("replica", replica, 0 <= replica < max_replicas, f"at least 0 and below max_replicas, {max_replicas}")
-        for argument, value in (
-            ("heartbeat_timeout", heartbeat_timeout),
-            ("collective_timeout", collective_timeout),
-            ("connect_timeout", connect_timeout),
-            ("quorum_timeout", quorum_timeout),
-            ("heal_timeout", heal_timeout),
-        ):
-            check(argument, value, value > 0, "seconds, above 0")
-        check("start_grace", start_grace, start_grace >= 0, "seconds, at least 0")
         for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook", "process_group"):
             usual = not kwargs.get(refused)
             check(refused, kwargs.get(refused), usual, "left out: ddp_ft has its own hook, buckets and groups")
         kwargs.pop("process_group", None)  # LightningCLI gives every argument of DDP
         self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
         super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
-        self.min_replicas = min_replicas
         self.lighthouse = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
         self.on_failure: OnFailure = on_failure
-        self.heartbeat_timeout = heartbeat_timeout
         self.host = host or os.environ.get("FT_HOST", "127.0.0.1")
-        self.collective_timeout = collective_timeout
-        self.connect_timeout = connect_timeout
-        self.quorum_timeout = quorum_timeout
-        self.heal_timeout = heal_timeout
-        self.quorum_retries = quorum_retries
-        self.start_grace = start_grace
-        self.max_aborts = max_aborts
         self._mecefo_arguments = (mecefo_rank, mecefo_refresh_every, mecefo_attention, mecefo_ffn)
         self._mecefo: MeCeFO | None = None
 
@@ -194,20 +183,10 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         """No process group of torch's: torchft's is made anew with every change of membership."""
         environment, size = self.cluster_environment, self.num_processes
         assert environment is not None
-        if self.num_nodes > 1:
-            raise MisconfigurationException(
-                f"Trainer(num_nodes={self.num_nodes}): a replica of ddp_ft lies on one machine. Leave it at 1, and "
-                "start a replica on each, with `lightning-eff launch` or by hand"
-            )
-        # Lightning's own starts as many as there are devices.
-        if not isinstance(environment, LightningEnvironment) and environment.world_size() != size:
-            raise MisconfigurationException(
-                f"processes of this replica: {environment.world_size()}, Trainer(devices={size}): each has one device, "
-                "so give the same number (`lightning-eff launch --nproc-per-node`)"
-            )
+        check_processes(environment, self.num_nodes, size)
         environment.set_world_size(size)
         if self._group.size != size:  # a strategy may be set up again
-            self._group = ReplicaGroup(self.local_rank, size, environment.main_port, self.collective_timeout)
+            self._group = ReplicaGroup(self.local_rank, size, environment.main_port, self.limits.collective_timeout)
         self.set_world_ranks()
 
     @override
@@ -244,48 +223,27 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         self._writes = self.is_global_zero
         if self.on_failure == "mecefo":
             self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
-        first = self._first() if self._group.leads else None
+        self.replicas = first = None if not self._group.leads else self._first(self.lighthouse)
         if self._group.size > 1:
             self.replicas = GroupMembership(
                 self._group, first, self.replica, self.max_replicas, self._state, self._load
             )
-        else:
-            self.replicas = first
         self._gradients = ShardGradients(GradientSums(self._group, None if first is None else first.manager))
         self._gradients.all_used = not self._wants_unused and self._mecefo is None
 
-    def _first(self) -> Replicas:
+    def _first(self, lighthouse: str) -> Replicas:
         """What speaks with the other replicas, in one process of this one."""
-        from lightning_eff.training.quorum import QuorumManager
-        from lightning_eff.training.replicas import Replicas
+        from lightning_eff.training.replicas import connected
 
-        assert self.lighthouse is not None
-        host, port = host_and_port(self.lighthouse)
-        meet_lighthouse(host, port, self.connect_timeout)
-        manager = QuorumManager(
-            name=f"replica_{self.replica:05d}",
-            host=self.host,
-            lighthouse=f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-            connect_timeout=timedelta(seconds=self.connect_timeout),
-            timeout=timedelta(seconds=self.collective_timeout),
-            quorum_timeout=timedelta(seconds=self.quorum_timeout),
-            quorum_retries=self.quorum_retries,
-            state=self._state,
-            load=self._load,
-        )
-        seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        return Replicas(
+        return connected(
             self.replica,
             self.max_replicas,
-            manager,
-            self.min_replicas,
-            self.start_grace,
-            self.max_aborts,
-            seed % 2**62,
-            self.quorum_timeout,
-            self.heal_timeout,
+            self.limits,
+            self.host,
+            lighthouse,
+            self._state,
+            self._load,
             lambda: layout(self._fit.trainer),
-            max(5.0, self.heartbeat_timeout),
         )
 
     @override
@@ -331,17 +289,11 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             keep=max(1, trainer.accumulate_grad_batches),
         )
         loader.before_fetch = self._before_batch
-        steps = ShardSteps(trainer, loader, self._gradients, self.replica)
-        if not trainer.lightning_module.automatic_optimization:
-            steps = ManualSteps(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
+        kind = ShardSteps if trainer.lightning_module.automatic_optimization else ManualSteps
+        steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
         steps.own([])
         self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
         return loader
-
-    @property
-    def _manual(self) -> ManualSteps | None:
-        """Where ``training_step`` makes its own optimizer steps."""
-        return self._fitting.steps if self._fitting and isinstance(self._fitting.steps, ManualSteps) else None
 
     @property
     def _data_seed(self) -> int:
@@ -365,21 +317,15 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     def _state(self) -> dict[str, Any]:
         assert self._log is not None
-        # In settling all broadcast the same buffers: not only those that a newcomer has seen to change.
-        more: dict[str, Any] = {"changing": sorted(self._fit.steps.changing), "log": self._log.held()}
-        if self._manual is not None:
-            more.update(self._manual.handover())
-        return {**live_state(self._fit.trainer), **more}
+        return {**live_state(self._fit.trainer), "log": self._log.held(), **self._fit.steps.handover()}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._heals = True
         try:
             assert self._log is not None
             self._log.take(state["log"])
-            self._fit.steps.changing.update(state["changing"])
             load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
-            if self._manual is not None:
-                self._manual.take_over(state)
+            self._fit.steps.take_over(state)
         finally:
             self._heals = False
         if isinstance(self.replicas, GroupMembership):
@@ -418,25 +364,19 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Around the micro-batches of a step before its last."""
-        steps = self._manual.without_sum() if self._manual is not None else self._fit.steps.approximately()
-        with super().block_backward_sync(), steps:
+        with super().block_backward_sync(), self._fit.steps.without_sum():
             yield
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._manual is not None:
-            output = self._manual.run(partial(super().training_step, *args, **kwargs))
-            self.set_world_ranks()
-            return output
-        with self._fit.steps.own_step():
-            return super().training_step(*args, **kwargs)
+        output = self._fit.steps.run(partial(super().training_step, *args, **kwargs))
+        self.set_world_ranks()
+        return output
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self._manual is None:
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        self._manual.backward(closure_loss, *args, **kwargs)
-        return closure_loss.detach()
+        usual = partial(super().backward, closure_loss, optimizer, *args, **kwargs)
+        return self._fit.steps.backward(closure_loss, usual, *args, **kwargs)
 
     @override
     def optimizer_step(
@@ -446,28 +386,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Repeat the step until it is committed; then, and only then, update."""
-        fit = self._fit
-        if self._manual is not None:
-            update = partial(super().optimizer_step, optimizer, model=model, **kwargs)
-            return self._manual.optimizer_step(optimizer, closure, update)
-        while True:
-            fit.gradients.begin()
-            fit.replicas.last_part()
-            with fit.steps.approximately():
-                loss = closure()
-            if not fit.gradients.launched:
-                raise RuntimeError("training_step returned None: with ddp_ft, as with DDP, every replica needs a loss")
-            fit.gradients.finish()
-            if fit.replicas.commit():
-                super().optimizer_step(optimizer, Once(loss), model, **kwargs)
-                break
-            if fit.replicas.again():
-                break
-            self._share_out()
-            fit.steps.repeat()
-        fit.steps.take_buffers(fit.replicas.settle(fit.steps.share_buffers, None))
-        fit.steps.end()
+        update = partial(super().optimizer_step, optimizer, model=model, **kwargs)
+        loss = self._fit.steps.optimizer_step(optimizer, closure, update)
         self.set_world_ranks()
         return loss
 
@@ -475,9 +395,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     def teardown(self) -> None:
         trainer, module = self._trainer, self.lightning_module
         if self._fitting is not None:
-            self._fitting.steps.loader.close()
-        if self._manual is not None:
-            self._manual.close()
+            self._fitting.steps.close()
         if trainer is not None and module is not None:
             compute_together(module, None)
             trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]

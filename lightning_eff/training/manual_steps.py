@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
@@ -17,14 +16,12 @@ from torch.optim import Optimizer
 from lightning_eff.training.part_gradients import summed_over_shards
 from lightning_eff.training.replica_operations import summed
 from lightning_eff.training.rerun_steps import RerunSteps
-from lightning_eff.training.shard_gradients import ShardGradients
 from lightning_eff.training.shard_steps import Once
-from lightning_eff.training.shards import ShardedLoader
 from lightning_eff.training.step_events import BACKWARD, END, STEP, Event, Leave, Standing
 from lightning_eff.training.step_snapshot import groups
 
 if TYPE_CHECKING:
-    from lightning_eff.training.membership import Membership
+    pass
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
 
@@ -37,27 +34,10 @@ class ManualSteps(RerunSteps):
     part fails, everything is set back to how ``training_step`` has found it, and it is run once more, see `RerunSteps`.
     What has been committed is not done again. A dead replica's shard is run in the same way, up to the place where this
     replica's own run stands.
-
-    Args:
-        trainer: which is fitting.
-        loader: the training data.
-        gradients: who divides by what.
-        shard: this replica's own.
-        replicas: the others.
-        share_out: called when the members have changed; sets `orphans`.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        loader: ShardedLoader,
-        gradients: ShardGradients,
-        shard: int,
-        replicas: Membership,
-        share_out: Callable[[], None],
-    ) -> None:
-        super().__init__(trainer, loader, gradients, shard, replicas)
-        self.share_out = share_out
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._parts = 0  # that are committed
         self._kind = END  # of the last one
         self._handed: dict[str, Any] | None = None  # of a peer that is ahead
@@ -122,6 +102,7 @@ class ManualSteps(RerunSteps):
 
     def close(self) -> None:
         """Leave the module and the optimizers alone."""
+        super().close()
         self._fresh.close()
         for guard in self._guards:
             guard.remove()
@@ -129,7 +110,7 @@ class ManualSteps(RerunSteps):
 
     # What training_step calls.
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, usual: Callable[[], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """A backward pass of the user's, after which the gradients are those of all shards."""
         self._check_within()
         trainer, module = self.trainer, self.module
@@ -156,6 +137,7 @@ class ManualSteps(RerunSteps):
             with self._of_no_shard():
                 call._call_callback_hooks(trainer, "on_after_backward")
         call._call_lightning_module_hook(trainer, "on_after_backward")
+        return loss.detach()
 
     @contextmanager
     def without_sum(self) -> Iterator[None]:
@@ -294,10 +276,12 @@ class ManualSteps(RerunSteps):
         gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None and name not in own}
         state = {"kind": self._kind, "gradients": gradients, "own": own, "results": self._results}
         # One optimizer may be toggled just now.
-        return {"manual": state, "trainable": self._start.trained()} if self._start is not None else {"manual": state}
+        trained = {"trainable": self._start.trained()} if self._start is not None else {}
+        return {**super().handover(), "manual": state, **trained}
 
     def take_over(self, state: dict[str, Any]) -> None:
         """Take what a peer's `handover` gave, after all else."""
+        super().take_over(state)
         self._handed = state["manual"]
         for name, parameter in self.module.named_parameters():
             gradient = self._handed["gradients"].get(name)

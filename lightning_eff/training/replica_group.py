@@ -124,7 +124,9 @@ class GradientSums:
                 self.manager.group.abort()
         works.clear()
         if self.group.size > 1:
-            self._failed = bool(self.group.share(self.manager is not None and self.failed))
+            flag = torch.tensor([self.manager is not None and self.failed])
+            self.group.spread_(flag)
+            self._failed = bool(flag)
             for tensor in () if self._failed else self._tensors:
                 self.group.spread_(tensor)
         self._tensors = []
@@ -195,7 +197,9 @@ class GroupMembership(Membership):
 
     @override
     def last_part(self) -> None:
-        self._together(lambda first: first.last_part())
+        self.joins_a_retry = False  # each process knows by itself when it is
+        if self.first is not None:
+            self.first.last_part()
 
     @override
     def commit(self) -> bool:

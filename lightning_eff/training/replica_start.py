@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
@@ -79,6 +81,21 @@ def leave_if_over() -> None:
     """
     if os.path.exists(os.environ.get("LIGHTNING_EFF_FINISHED", "")):
         raise SystemExit(0)
+
+
+def check_processes(environment: ClusterEnvironment, nodes: int, devices: int) -> None:
+    """Refuse a replica that is not of this machine, or has other processes than devices."""
+    if nodes > 1:
+        raise MisconfigurationException(
+            f"Trainer(num_nodes={nodes}): a replica of ddp_ft lies on one machine. Leave it at 1, and start a replica "
+            "on each, with `lightning-eff launch` or by hand"
+        )
+    # Lightning's own starts as many as there are devices.
+    if not isinstance(environment, LightningEnvironment) and environment.world_size() != devices:
+        raise MisconfigurationException(
+            f"processes of this replica: {environment.world_size()}, Trainer(devices={devices}): each has one device, "
+            "so give the same number (`lightning-eff launch --nproc-per-node`)"
+        )
 
 
 def check_trainer(trainer: Trainer, on_failure: str) -> None:

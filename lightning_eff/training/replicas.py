@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from typing_extensions import override
 
 from lightning_eff.training.gloo import Gloo
+from lightning_eff.training.limits import Limits
 from lightning_eff.training.meeting_place import AGREEING, RETRY, START, LeftBehindError, NoQuorumError, Place
 from lightning_eff.training.membership import Membership
 from lightning_eff.training.quorum import QuorumManager, note_of
 from lightning_eff.training.replica_operations import gather_rows, gather_texts, send_object
-from lightning_eff.training.replica_start import leave_if_over
+from lightning_eff.training.replica_start import host_and_port, leave_if_over, meet_lighthouse
 
 T = TypeVar("T")
 
@@ -36,14 +40,9 @@ class Replicas(Membership):
         index: of this replica, the same after a restart.
         count: the largest number of replicas.
         manager: torchft's.
-        min_replicas: fewer than these do not train.
-        start_grace: seconds for which the first step waits for all ``count``.
-        max_aborts: how often one step may fail in a row.
+        limits: how long it waits, and how often it tries.
         seed: of the run; the writer's holds for all.
-        quorum_timeout: seconds to wait for others.
-        heal_timeout: seconds that a peer may take to get the state of another.
         layout: a number that is equal where the gradients have the same buckets.
-        patience: seconds after which a replica that waits asks whether the others went on without it.
     """
 
     def __init__(
@@ -51,24 +50,14 @@ class Replicas(Membership):
         index: int,
         count: int,
         manager: QuorumManager,
-        min_replicas: int,
-        start_grace: float,
-        max_aborts: int,
+        limits: Limits,
         seed: int,
-        quorum_timeout: float,
-        heal_timeout: float,
         layout: Callable[[], int],
-        patience: float,
     ) -> None:
         super().__init__(index, count, seed)
         self.manager = manager
-        self.min_replicas = min_replicas
-        self.start_grace = start_grace
-        self.max_aborts = max_aborts
-        self.quorum_timeout = quorum_timeout
-        self.heal_timeout = heal_timeout
+        self.limits = limits
         self.layout = layout
-        self.patience = patience
         self._told: tuple[Any] | None = None
         self._left_behind = False
         self._failure: Exception | None = None
@@ -112,7 +101,7 @@ class Replicas(Membership):
                 time.sleep(0.1)
                 continue
             # A step that has begun is finished by those who are left, however few.
-            if len(places) < self.min_replicas and not self.joins_a_retry:
+            if len(places) < self.limits.min_replicas and not self.joins_a_retry:
                 time.sleep(0.5)
                 continue
             break
@@ -145,7 +134,7 @@ class Replicas(Membership):
         self._aborts_in_a_row += 1
         if self._failed_at is None:
             self._failed_at = time.monotonic()
-        if self._aborts_in_a_row > self.max_aborts:
+        if self._aborts_in_a_row > self.limits.max_aborts:
             raise RuntimeError(
                 f"step {self.step} has failed {self._aborts_in_a_row} times in a row"
                 + (f", the last time by: {error.original_exception}" if error else "")
@@ -187,7 +176,7 @@ class Replicas(Membership):
                 break
             except Exception as error:
                 failures += 1
-                if failures > self.max_aborts:
+                if failures > self.limits.max_aborts:
                     raise
                 if self._failed_at is None:
                     self._failed_at = time.monotonic()
@@ -241,12 +230,12 @@ class Replicas(Membership):
             where,
             self._veteran,
             self._veteran and self.is_writer,
-            not self._veteran and time.monotonic() - self._created < self.start_grace,
+            not self._veteran and time.monotonic() - self._created < self.limits.start_grace,
             self.seed,
             self.layout(),
         )
         try:
-            with self.group.patient(self.heal_timeout):  # of somebody else, perhaps
+            with self.group.patient(self.limits.heal_timeout):  # of somebody else, perhaps
                 places = [Place.of(row) for row in gather_rows(self.group, mine.row())]
             addresses = gather_texts(self.group, self.manager.address)
             self._tell(places, mine)
@@ -267,7 +256,7 @@ class Replicas(Membership):
 
     def _wait_for_quorum(self, newcomers: bool) -> None:
         began = time.monotonic()
-        limit = 2 * self.patience if self.finishing else self.quorum_timeout
+        limit = 2 * self.limits.patience if self.finishing else self.limits.quorum_timeout
         self.manager.peer_state.note = f"{self.manager.quorum_id} {','.join(map(str, self.members))}"
         with self._watching(not newcomers):
             while True:
@@ -284,7 +273,7 @@ class Replicas(Membership):
                     if waited > limit - 1:
                         raise NoQuorumError(
                             f"no quorum within {waited:.0f} s, at step {self.step} of replica {self.index}: fewer than "
-                            f"min_replicas={self.min_replicas} replicas are there, or the lighthouse is gone ({error})"
+                            f"min_replicas={self.limits.min_replicas} are there, or the lighthouse is gone ({error})"
                         ) from error
                     time.sleep(0.1)
 
@@ -304,7 +293,7 @@ class Replicas(Membership):
             watcher.join()
 
     def _watch(self, over: threading.Event) -> None:
-        while not over.wait(self.patience):
+        while not over.wait(self.limits.patience):
             if self._was_left_behind():
                 self._left_behind = True
                 self.manager.break_off()
@@ -355,3 +344,45 @@ class Replicas(Membership):
     def leave(self) -> None:
         self.group.abort()
         self.manager.shutdown(wait=False)
+
+
+def connected(
+    index: int,
+    count: int,
+    limits: Limits,
+    host: str,
+    lighthouse: str,
+    state: Callable[[], dict[str, Any]],
+    load: Callable[[dict[str, Any]], None],
+    layout: Callable[[], int],
+) -> Replicas:
+    """A replica that can meet the others.
+
+    Args:
+        index: of this replica.
+        count: the largest number of replicas.
+        limits: how long it waits, and how often it tries.
+        host: where it listens, and under which the peers reach it.
+        lighthouse: its address.
+        state: called when a peer needs the state of this replica.
+        load: called with a peer's state.
+        layout: see `Replicas`.
+
+    Raises:
+        ConnectionError: the lighthouse cannot be reached.
+    """
+    address, port = host_and_port(lighthouse)
+    meet_lighthouse(address, port, limits.connect_timeout)
+    manager = QuorumManager(
+        name=f"replica_{index:05d}",
+        host=host,
+        lighthouse=f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}",
+        connect_timeout=timedelta(seconds=limits.connect_timeout),
+        timeout=timedelta(seconds=limits.collective_timeout),
+        quorum_timeout=timedelta(seconds=limits.quorum_timeout),
+        quorum_retries=limits.quorum_retries,
+        state=state,
+        load=load,
+    )
+    seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**62
+    return Replicas(index, count, manager, limits, seed, layout)

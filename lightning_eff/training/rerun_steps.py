@@ -8,20 +8,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
 from lightning_eff.training.logged_values import LoggedValues
 from lightning_eff.training.part_gradients import NewGradients
-from lightning_eff.training.shard_gradients import ShardGradients
 from lightning_eff.training.shard_steps import ShardSteps
-from lightning_eff.training.shards import ShardedLoader
 from lightning_eff.training.step_events import BACKWARD, END, Event, Leave, OtherPathError, name_of
 from lightning_eff.training.step_snapshot import StepSnapshot, set_groups, with_buffers_of_its_own
 
 if TYPE_CHECKING:
-    from lightning_eff.training.membership import Membership
+    pass
 
 
 class RerunSteps(ShardSteps):
@@ -29,20 +26,10 @@ class RerunSteps(ShardSteps):
 
     A run begins with everything as ``training_step`` has found it. Where others have been before, it does nothing
     together with anybody: parameters, gradients and what was reduced are set to what came of it then.
-
-    Args:
-        trainer: which is fitting.
-        loader: the training data.
-        gradients: who divides by what.
-        shard: this replica's own.
-        replicas: the others.
     """
 
-    def __init__(
-        self, trainer: Trainer, loader: ShardedLoader, gradients: ShardGradients, shard: int, replicas: Membership
-    ) -> None:
-        super().__init__(trainer, loader, gradients, shard)
-        self.replicas = replicas
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._fresh = NewGradients()
         self._start: StepSnapshot | None = None  # while training_step runs
         self._events: list[Event] = []

@@ -11,8 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
 
 from lightning_eff.training.logged_values import LoggedValues
+from lightning_eff.training.membership import Membership
 from lightning_eff.training.replica_operations import nothing
 from lightning_eff.training.shard_gradients import ShardGradients
 from lightning_eff.training.shards import ShardedLoader
@@ -29,13 +31,25 @@ class ShardSteps:
         loader: the training data.
         gradients: of DDP's hook.
         shard: this replica's own.
+        replicas: the others.
+        share_out: called when the members have changed; sets `orphans`.
     """
 
-    def __init__(self, trainer: Trainer, loader: ShardedLoader, gradients: ShardGradients, shard: int) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: ShardedLoader,
+        gradients: ShardGradients,
+        shard: int,
+        replicas: Membership,
+        share_out: Callable[[], None],
+    ) -> None:
         self.trainer = trainer
         self.loader = loader
         self.gradients = gradients
         self.shard = shard
+        self.replicas = replicas
+        self.share_out = share_out
         self.seed = 0
         self.window: list[int] = []
         """Indices of the micro-batches of the step in hand; empty between steps."""
@@ -87,9 +101,14 @@ class ShardSteps:
         self.window = []
         self.gradients.orphans = {}
 
-    @contextmanager
-    def own_step(self) -> Iterator[None]:
-        """Around Lightning's call of ``training_step``; the orphans' go before it.
+    def close(self) -> None:
+        """The run is over."""
+        self.loader.close()
+
+    # What Lightning's loop does.
+
+    def run(self, training_step: Callable[[], Any]) -> Any:
+        """This replica's ``training_step``; the orphans' go before it.
 
         DDP expects gradients from its own forward pass on.
         """
@@ -98,9 +117,53 @@ class ShardSteps:
         self._adopt(index)
         self._count = 0
         with self.random(self.shard, index), self.watching():
-            yield
+            output = training_step()
         self._count = None
         self._note_changes()
+        return output
+
+    def backward(self, loss: Tensor, usual: Callable[[], Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """A backward pass, which is ``usual`` where Lightning makes the steps; more arguments are of the user's."""
+        return usual()
+
+    @contextmanager
+    def without_sum(self) -> Iterator[None]:
+        """Around micro-batches that reduce nothing."""
+        with self.approximately():
+            yield
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], update: Callable[[Once], Any]) -> Any:
+        """Repeat the step until it is committed; then, and only then, update."""
+        replicas = self.replicas
+        while True:
+            self.gradients.begin()
+            replicas.last_part()
+            with self.approximately():
+                loss = closure()
+            if not self.gradients.launched:
+                raise RuntimeError("training_step returned None: with ddp_ft, as with DDP, every replica needs a loss")
+            self.gradients.finish()
+            if replicas.commit():
+                update(Once(loss))
+                break
+            if replicas.again():
+                break
+            self.share_out()
+            self.repeat()
+        self.take_buffers(replicas.settle(self.share_buffers, None))
+        self.end()
+        return loss
+
+    def handover(self) -> dict[str, Any]:
+        """For a replica that takes this one's state."""
+        # In settling all broadcast the same buffers: not only those that a newcomer has seen to change.
+        return {"changing": sorted(self.changing)}
+
+    def take_over(self, state: dict[str, Any]) -> None:
+        """Take what a peer's `handover` gave, after all else."""
+        self.changing.update(state["changing"])
+
+    # A step that is repeated.
 
     def repeat(self) -> None:
         """Undo an attempt, and compute it again up to the micro-batch that Lightning itself repeats."""
@@ -168,8 +231,8 @@ class ShardSteps:
         return (combine(torch.stack([value, *others])) if others else value), True
 
     def recorded(self, operate: Callable[[], Any], alone: Any) -> Any:
-        """The result of a collective within a step."""
-        return operate()
+        """The result of a collective within a step; a dead replica's batch takes part in none."""
+        return alone if self.aside else operate()
 
     @contextmanager
     def random(self, shard: int, index: int) -> Iterator[None]:

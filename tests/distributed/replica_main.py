@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -73,6 +73,8 @@ class Model(L.LightningModule):
         time.sleep(self.settings.get("sleep", 0.0))
         loss = (self(batch[0]) - batch[1]).square().mean()
         self.log("loss", loss, sync_dist=True)
+        if self.settings.get("gather"):
+            self.log("spread", cast(Tensor, self.all_gather(loss.detach())).std(correction=0))
         self.faults.note(batch[2].tolist())
         if not self.trainer.strategy._fit.steps.aside:
             self.faults.at("forward")

@@ -297,7 +297,7 @@ def test_the_lighthouse_killed(server: Server, undisturbed: Outcome, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"batch_norm": True}])
+@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"batch_norm": True}, {"gather": True}])
 def test_also_with(settings: dict[str, Any], server: Server, tmp_path: Path) -> None:
     outcome = check(run(server, tmp_path, steps=STEPS, faults=(Fault(1, 13, "allreduce"),), **settings, **REAL))
     assert killed(outcome) == [1]

@@ -11,11 +11,15 @@ import torch
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
+from lightning_eff.training.limits import Limits
 from lightning_eff.training.meeting_place import LeftBehindError
 from lightning_eff.training.replicas import Replicas
 from tests.training.replica_world import Dead, Manager, World
 
 STEPS = 12
+LIMITS = Limits(
+    heartbeat_timeout=60.0, quorum_timeout=60.0, heal_timeout=60.0, start_grace=0.05, max_aborts=1000, min_replicas=1
+)
 
 
 class Replica:
@@ -54,7 +58,7 @@ class Replica:
     def live(self, name: str) -> None:
         state = {"value": float(self.index), "run": 0.0}
         manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
-        replicas = Replicas(self.index, self.count, manager, 1, 0.05, 1000, 0, 60.0, 60.0, lambda: 0, 60.0)
+        replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0)
 
         def total(group: Any, value: float, size: int) -> float:
             tensor = torch.full((size,), value)
@@ -100,7 +104,7 @@ class InParts(Replica):
     def live(self, name: str) -> None:
         state = {"value": float(self.index), "run": 0.0, "batch": 0.0}
         manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
-        replicas = Replicas(self.index, self.count, manager, 1, 0.05, 1000, 0, 60.0, 60.0, lambda: 0, 60.0)
+        replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0)
 
         def total(group: Any, value: float, size: int) -> float:
             tensor = torch.full((size,), value)
