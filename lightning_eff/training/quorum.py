@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -76,6 +77,7 @@ class QuorumManager(Manager):
         except BaseException:
             self.peer_state.shutdown()
             raise
+        self._client: Any = _Client(self._client)
         self._executor: Any = _Background()  # torchft's own keeps the process from ending while a quorum is asked for
         self._broken_off = False
 
@@ -164,6 +166,35 @@ class QuorumManager(Manager):
         """Of this replica's manager."""
         assert self._manager is not None
         return str(self._manager.address())
+
+
+class _Client:
+    """torchft's client, with quorums numbered so that a number comes once in a run.
+
+    The lighthouse counts from 1, and a lighthouse that was started again does so again. torchft would take the new
+    quorum for the old one of that number, or its members would find each other's old addresses in the store. (A replica
+    that was in no quorum between two of the same number and members still takes one for the other: its peers do not
+    reach it then within `connect_timeout`, and the next quorum has another number.)
+
+    Args:
+        client: of this replica's manager.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._last: tuple[int, list[str]] | None = None
+        self._number = -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def _quorum(self, **arguments: Any) -> Any:
+        answer = self._client._quorum(**arguments)
+        found = {name: getattr(answer, name) for name in dir(answer) if not name.startswith("_")}
+        quorum = (answer.quorum_id, answer.replica_ids)
+        if quorum != self._last:
+            self._last, self._number = quorum, (answer.max_step << 24) + answer.quorum_id
+        return SimpleNamespace(**{**found, "quorum_id": self._number})
 
 
 class _Background:

@@ -314,6 +314,9 @@ def test_a_link_that_is_cut_and_mended(network: Any, tmp_path: Path) -> None:
     def start(replica: int) -> subprocess.Popen[bytes]:
         settings = {
             "replica": replica,
+            "process": 0,
+            "processes": 1,
+            "name": str(replica),
             "life": lives[replica],
             "faults": [],
             "folder": str(tmp_path),
