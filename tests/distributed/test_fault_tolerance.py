@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -243,7 +244,8 @@ def test_a_replica_that_is_stopped_and_goes_on(server: Server, undisturbed: Outc
             stopped[pids[1]] = time.monotonic()
         for pid, since in stopped.items():
             if pid in pids.values() and time.monotonic() - since > 8.0:
-                os.kill(pid, signal.SIGCONT)
+                with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+                    os.kill(pid, signal.SIGCONT)
 
     outcome = check(
         run(
