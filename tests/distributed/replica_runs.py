@@ -286,7 +286,7 @@ def run(
 
 
 def _logs(folder: Path) -> str:
-    return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(folder.glob("replica-*.log")))
+    return "\n".join(f"--- {p.name}\n{p.read_text()[-30000:]}" for p in sorted(folder.glob("replica-*.log")))
 
 
 def orphans(sessions: set[int], patience: float = 12.0) -> list[str]:
