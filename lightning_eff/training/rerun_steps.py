@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -226,36 +225,20 @@ class RerunSteps(ShardSteps):
             if other != kind:
                 self._complaint = f"on a dead replica's batch it has come to {name_of(other)}"
 
-    @contextmanager
-    def _outside(self) -> Iterator[None]:
+    def _load(self, shard: int, index: int) -> Any:
         """Data are loaded, and their workers are forked, as if not in the midst of training_step."""
         dtype = torch.get_default_dtype()
         torch.set_default_dtype(self._dtype)
         try:
             with torch.autocast("cpu", enabled=False), torch.enable_grad():
-                yield
+                return super()._load(shard, index)
         finally:
             torch.set_default_dtype(dtype)
 
     def _run_aside(self, shard: int, index: int) -> list[int]:
         """Run another shard until it has to wait for this one; what it has come to is returned."""
-        trainer, module = self.trainer, self.module
-        strategy, loop = trainer.strategy, trainer.fit_loop.epoch_loop
-        with self._outside():
-            batch = self.loader.batch(shard, index)
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = strategy.batch_to_device(module._on_before_batch_transfer(batch, dataloader_idx=0))
-        arguments = loop._build_kwargs(OrderedDict(), batch, index)
-        name, module._current_fx_name = module._current_fx_name, "training_step"
-        results, loop._results = loop._results, type(self._real_results)(training=True)
         self._stopped_at = []
-        try:
-            with self.random(shard, index), strategy.precision_plugin.train_step_context(), torch.enable_grad():
-                module.training_step(*arguments.values())
-                self._stop(END)
-        except Leave:
-            pass
-        finally:
-            loop._results = results
-            module._current_fx_name = name
+        with self._beside(shard, index) as training_step, suppress(Leave):
+            training_step()
+            self._stop(END)
         return self._stopped_at

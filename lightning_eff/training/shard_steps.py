@@ -264,25 +264,44 @@ class ShardSteps:
 
     def _run(self, shard: int, index: int) -> None:
         """Forward and backward on the module itself: nothing is reduced, nothing is logged."""
+        plugin = self.trainer.strategy.precision_plugin
+        with self._beside(shard, index) as training_step:
+            self.aside = True
+            try:
+                with self.approximately():
+                    output = training_step()
+                    loss = output["loss"] if isinstance(output, dict) else output
+                    if loss is not None:
+                        plugin.backward(loss / self.trainer.accumulate_grad_batches, self.module, None)
+            finally:
+                self.aside = False
+
+    @contextmanager
+    def _beside(self, shard: int, index: int) -> Iterator[Callable[[], Any]]:
+        """Around passes on a shard's batch beside Lightning's loop, of which nothing is logged.
+
+        Gives what calls the module's ``training_step`` on it.
+        """
         trainer, module = self.trainer, self.module
         strategy, loop = trainer.strategy, trainer.fit_loop.epoch_loop
-        batch = trainer.precision_plugin.convert_input(self.loader.batch(shard, index))
+        batch = trainer.precision_plugin.convert_input(self._load(shard, index))
         batch = strategy.batch_to_device(module._on_before_batch_transfer(batch, dataloader_idx=0))
         arguments = loop._build_kwargs(OrderedDict(), batch, index)
+
+        def training_step() -> Any:
+            with self.random(shard, index), strategy.precision_plugin.train_step_context(), torch.enable_grad():
+                return module.training_step(*arguments.values())
+
         name, module._current_fx_name = module._current_fx_name, "training_step"
         results, loop._results = loop._results, type(loop._results)(training=True)
-        self.aside = True
         try:
-            with self.approximately():
-                with self.random(shard, index), strategy.precision_plugin.train_step_context(), torch.enable_grad():
-                    output: Any = module.training_step(*arguments.values())
-                loss = output["loss"] if isinstance(output, dict) else output
-                if loss is not None:
-                    strategy.precision_plugin.backward(loss / trainer.accumulate_grad_batches, module, None)
+            yield training_step
         finally:
-            self.aside = False
             loop._results = results
             module._current_fx_name = name
+
+    def _load(self, shard: int, index: int) -> Any:
+        return self.loader.batch(shard, index)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import pytest
 
 from tests.cli.test_launch import listeners
 from tests.distributed.replica_runs import Fault, Lighthouse, Outcome, Server, run
-from tests.distributed.test_fault_tolerance import check
+from tests.distributed.test_fault_tolerance import assert_same_run, check
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
 STEPS = 24
+OF_EPOCH = 8  # 240 samples in batches of 4 on four processes are 15 micro-batches: the last step has one
 REAL = {"replicas": 2, "processes": 2, "steps": STEPS, "accumulate": 2, "workers": 1, "sleep": 0.01, "limit": 180.0}
 
 
@@ -25,20 +25,6 @@ def check_all(outcome: Outcome) -> Outcome:
     assert {line["step"] for line in outcome.others} == set(weights)
     assert all(line["weights"] == weights[line["step"]] for line in outcome.others)
     return outcome
-
-
-def assert_same(outcome: Outcome, undisturbed: Outcome) -> None:
-    losses, expected = outcome.losses(), undisturbed.losses()
-    for step, loss in expected.items():
-        assert losses[step] == pytest.approx(loss, rel=1e-5, abs=1e-5), f"step {step}"
-    seen: dict[int, set[int]] = {}
-    for file in outcome.folder.glob("samples-*.jsonl"):
-        for line in file.read_text().splitlines():
-            step, samples = json.loads(line)
-            seen.setdefault(step, set()).update(samples)
-    # 240 samples in batches of 4 on four processes: an epoch has 15 micro-batches, the last step of it only one
-    of_epoch = [sample for step in range(1, 9) for sample in seen[step]]
-    assert sorted(of_epoch) == list(range(240)), "samples lost or seen twice"
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +57,13 @@ def test_a_fault_in(case: str, server: Server, undisturbed: Outcome, tmp_path: P
     outcome = check_all(run(server, tmp_path, faults=_CASES[case], **REAL))
     # Not by how they ended: a process that has lost its mate may be seen to end before the mate is.
     assert outcome.logs().count("fault: ") == len(_CASES[case]), outcome.logs()
-    assert_same(outcome, undisturbed)
+    assert_same_run(outcome, undisturbed, of_epoch=OF_EPOCH)
 
 
 def test_two_replicas_of_two_are_four_of_one(server: Server, undisturbed: Outcome, tmp_path: Path) -> None:
     """The same batches, dropout and means."""
     four = run(server, tmp_path, **{**REAL, "replicas": 4, "processes": 1})
-    assert_same(four, undisturbed)
+    assert_same_run(four, undisturbed, of_epoch=OF_EPOCH)
 
 
 @pytest.mark.slow

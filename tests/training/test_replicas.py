@@ -22,6 +22,13 @@ LIMITS = Limits(
 )
 
 
+def total(group: Any, value: float, size: int) -> float:
+    """The sum over the replicas, by an operation that is told from others by its size."""
+    tensor = torch.full((size,), value)
+    group.allreduce([tensor], None).wait()
+    return float(tensor[0])
+
+
 class Replica:
     """Trains a number: adds to it, at each step, what all replicas give; and agrees on things between steps."""
 
@@ -59,11 +66,6 @@ class Replica:
         state = {"value": float(self.index), "run": 0.0}
         manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
         replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0)
-
-        def total(group: Any, value: float, size: int) -> float:
-            tensor = torch.full((size,), value)
-            group.allreduce([tensor], None).wait()
-            return float(tensor[0])
 
         while replicas.step < STEPS:
             if replicas.begin() and self.world.finished:
@@ -105,11 +107,6 @@ class InParts(Replica):
         state = {"value": float(self.index), "run": 0.0, "batch": 0.0}
         manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
         replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0)
-
-        def total(group: Any, value: float, size: int) -> float:
-            tensor = torch.full((size,), value)
-            group.allreduce([tensor], None).wait()
-            return float(tensor[0])
 
         while replicas.step < STEPS:
             if replicas.begin() and self.world.finished:
