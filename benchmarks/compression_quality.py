@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.rows import CONSOLE, show, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPT, GPTConfig
-from lightning_eff.functional.compression import (
+from lightning_eff.compression import (
     BF16,
     FP16,
     ArcTopK,
@@ -31,7 +31,7 @@ from lightning_eff.functional.compression import (
     TopK,
     predict,
 )
-from lightning_eff.functional.compression.in_process import InProcessRanks
+from lightning_eff.compression.in_process import InProcessRanks
 
 CONFIG = GPTConfig(block_size=96, n_layer=2, n_head=4, n_embd=96)
 RANKS, BATCH = 2, 8  # sequences of a rank

@@ -29,7 +29,7 @@ from benchmarks.grades import step_time
 from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
 from benchmarks.runs import QUIET, quiet_lightning
 from lightning_eff.callbacks import GradES
-from lightning_eff.functional.backward_flops import backward_flops
+from lightning_eff.structure.flops import backward_flops
 
 LOGS = Path("logs") / "benchmarks"
 VALIDATE_EVERY = 20

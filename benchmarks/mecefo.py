@@ -30,7 +30,7 @@ from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPT, GPTConfig
 from lightning_eff.functional.mecefo import MeCeFO, divisors
-from lightning_eff.training.shards import ShardedLoader
+from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 
 # --- cost ------------------------------------------------------------------------------------------------------------
 

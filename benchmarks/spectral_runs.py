@@ -24,8 +24,8 @@ from examples.digits.data import DigitsDataModule
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import Attention, GPTConfig, rotate
 from examples.gpt.module import GPTModule
+from lightning_eff.callbacks.spectral_alignment.probe import AlignmentProbe, watched_layers
 from lightning_eff.functional.spectral_alignment import majority_fraction
-from lightning_eff.training.alignment_probe import AlignmentProbe, watched_layers
 
 EVERY = 10  # steps between two observations that are recorded
 INTERVALS = (10, 20)  # each has singular vectors of its own, since they follow the weights from one to the next

@@ -28,10 +28,10 @@ from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from lightning_eff.callbacks import SpectralAlignmentMonitor, TrainingGuard
-from lightning_eff.callbacks.training_guard import TrainingDivergedError
+from lightning_eff.callbacks.training_guard.callback import TrainingDivergedError
+from lightning_eff.callbacks.training_guard.rollback import capture, restore
+from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
 from lightning_eff.training.alarms import Alarm
-from lightning_eff.training.run_snapshots import RunSnapshots, tensor_bytes
-from lightning_eff.training.run_state import capture, restore
 
 # --- rescue ----------------------------------------------------------------------------------------------------------
 

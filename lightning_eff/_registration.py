@@ -54,7 +54,7 @@ ENTRIES = (
     *(Entry(name, _COMPRESSED, {"compressor": compressor}, what) for name, (compressor, what) in _COMPRESSORS.items()),
     Entry(
         "ft",
-        "lightning_eff.strategies.fault_tolerant:FaultTolerantDDPStrategy",
+        "lightning_eff.strategies.fault_tolerant.strategy:FaultTolerantDDPStrategy",
         {},
         "which outlives its replicas",
         {"ddp": "popen"},  # a replica is started by `lightning-eff launch`

@@ -1,8 +1,7 @@
-"""The methods as Lightning callbacks."""
+"""What a user adds to the Trainer, and what its arguments take."""
 
-from lightning_eff.callbacks.checkpoint_averaging import CheckpointAveraging
+from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
-from lightning_eff.callbacks.ema import EMA
 from lightning_eff.callbacks.grades import GradES
 from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_eff.functional.arguments import check
+from lightning_eff.arguments import check
 from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
 from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
 from lightning_eff.training.gradient_scaler import applied_scale, gradient_scaler, unscales_itself

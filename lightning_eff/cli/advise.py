@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lightning_eff.arguments import readable_size
 from lightning_eff.cli import need_jsonargparse, tables
-from lightning_eff.functional.arguments import readable_size
-from lightning_eff.functional.compression import all_compressors
-from lightning_eff.functional.compression.advice import DENSE, Forecast, advise, forecasts
-from lightning_eff.functional.compression.plan import bucket_cap_mb
-from lightning_eff.functional.compression.rehearsal import Compute
-from lightning_eff.functional.link import Link, Sample, fit_link, measure_link
+from lightning_eff.compression import all_compressors
+from lightning_eff.compression.forecast.advice import DENSE, Forecast, advise, forecasts
+from lightning_eff.compression.forecast.link import Link, Sample, fit_link, measure_link
+from lightning_eff.compression.forecast.rehearsal import Compute
+from lightning_eff.compression.plan import bucket_cap_mb
 
 _DESCRIPTION = """\
 Measure the link between the ranks by all-reduces, rehearse every compressor on gradients of the model's shapes, and

@@ -26,7 +26,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check
+from lightning_eff.arguments import check
 from lightning_eff.functional.gradients import statistics_dtype
 
 Scheme = Literal["uniform", "linear", "exponential", "wsm", "loss", "step"]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lightning_eff.functional.arguments import check
+from lightning_eff.arguments import check
 
 Evaluate = Callable[[Sequence[float]], float]
 

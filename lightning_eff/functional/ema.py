@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check
+from lightning_eff.arguments import check
 
 MAX_WIDTH = 1 / math.sqrt(12)
 """Upper bound of ``sigma_rel``: that of the uniform average over the whole run, gamma = 0."""

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.arguments import check, is_count
 from lightning_eff.functional.gradients import is_dtensor, local_grads, statistics_dtype
 from lightning_eff.kernels.tensor_stats import tensor_stats
 

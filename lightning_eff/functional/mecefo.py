@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eff.functional.arguments import check, is_count
-from lightning_eff.functional.block_parts import BlockParts, find_block_parts
+from lightning_eff.arguments import check, is_count
 from lightning_eff.functional.mecefo_skipped import SkippedParameters
+from lightning_eff.structure.parts import BlockParts, find_block_parts
 
 
 class Divisors(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_eff.functional.block_parts import BlockParts
+from lightning_eff.structure.parts import BlockParts
 
 
 class SkippedParameters:

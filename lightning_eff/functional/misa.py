@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.arguments import check, is_count
 
 Mode = Literal["paper", "official"]
 Sampling = Literal["importance", "uniform", "cyclic"]

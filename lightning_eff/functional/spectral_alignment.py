@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.arguments import check, is_count
 
 __all__ = [
     "CollapseConfig",

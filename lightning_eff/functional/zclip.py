@@ -21,9 +21,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.arguments import check, is_count
 from lightning_eff.functional.gradients import global_grad_norm, local_grads, scale_, statistics_dtype
-from lightning_eff.kernels import choose, grad_norm
+from lightning_eff.kernels import choose
+from lightning_eff.kernels import zclip as kernel
 
 Mode = Literal["zscore", "percentile"]
 ClipOption = Literal["adaptive_scaling", "mean"]
@@ -234,7 +235,7 @@ def _follow_level(state: ZClipState, since: Tensor, before: Tensor) -> None:
 def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
     """The update for norms of one level."""
     config = state.config
-    if choose("grad_norm.zclip_decide", norm.device).implementation == "triton":
+    if choose("zclip.decide", norm.device).implementation == "triton":
         _decide_in_one_launch(norm, state, on_nonfinite)
         return state["coefficient"]
     mean, var, count, streak = (state[name] for name in ("mean", "var", "count", "streak"))
@@ -311,7 +312,7 @@ def _decide_in_one_launch(norm: Tensor, state: ZClipState, on_nonfinite: float) 
     """What :func:`zclip_update` says, by the kernel that the tests hold to it."""
     config = state.config
     relearn_after = math.inf if config.relearn_after is None else max(config.relearn_after, config.warmup_steps)
-    constants = grad_norm.ZClipConstants(
+    constants = kernel.Constants(
         alpha=config.alpha,
         one_minus_alpha=1 - config.alpha,
         z_thresh=config.z_thresh,
@@ -323,7 +324,7 @@ def _decide_in_one_launch(norm: Tensor, state: ZClipState, on_nonfinite: float) 
         relearn_after=relearn_after,
         norm_eps=NORM_EPS,
     )
-    grad_norm.zclip_decide(
+    kernel.decide(
         norm,
         state.values,
         state.norms,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.arguments import check, is_count
 from lightning_eff.functional.spectral_alignment import majority_fraction, sign_diversity
 from lightning_eff.kernels.alignment import MAX_BINS
 

@@ -1,6 +1,6 @@
 """Lightning strategies: by string once ``lightning_eff`` is imported, or by class where the defaults do not fit."""
 
-from lightning_eff.functional.compression import BF16, FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
+from lightning_eff.compression import BF16, FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
 from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_eff.strategies.fault_tolerant import FaultTolerantDDPStrategy
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_eff.functional import compression
-from lightning_eff.functional.compression import ArcTopK, Compressor, predict
-from lightning_eff.functional.compression.exchange import Memory
-from lightning_eff.functional.compression.plan import bucket_cap_mb
-from lightning_eff.functional.compression.reduction import CompressedReduction, Traffic, hook
-from lightning_eff.functional.structure import clean_named_parameters
+from lightning_eff import compression
+from lightning_eff.compression import ArcTopK, Compressor, predict
+from lightning_eff.compression.comm_hook import CompressedReduction, Traffic, hook
+from lightning_eff.compression.exchange import Memory
+from lightning_eff.compression.plan import bucket_cap_mb
+from lightning_eff.structure.blocks import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import TrainableChange
 

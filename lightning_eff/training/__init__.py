@@ -1,1 +1,1 @@
-"""What the callbacks and strategies share around Lightning's Trainer."""
+"""What two or more methods share around Lightning's Trainer."""

@@ -12,7 +12,7 @@ from math import isfinite
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_eff.functional.arguments import check
+from lightning_eff.arguments import check
 
 
 @dataclass(frozen=True)

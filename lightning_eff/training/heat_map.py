@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_eff.functional.arguments import check, is_count
+from lightning_eff.arguments import check, is_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_eff.callbacks import CompressionMonitor, TensorBoardLayout
-from lightning_eff.functional.compression import predict
+from lightning_eff.compression import predict
 from lightning_eff.strategies import BF16, ArcTopK, CompressedDDPStrategy, Compressor
 from tests.suite.models import Net
 from tests.suite.runs import build_trainer

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from examples.gpt.model import GPT, GPTConfig
 from lightning_eff.cli import main
-from lightning_eff.functional.compression import all_compressors
+from lightning_eff.compression import all_compressors
 from tests.cli import run_without
 from tests.leaks import REPOSITORY
 
@@ -233,8 +233,8 @@ TOLERANCE = 0.25
 
 def _measured_steps(width, layers, names):
     """Seconds of DDP's fastest step with each compressor, on a model whose computation is next to nothing."""
-    from lightning_eff.functional.compression.plan import bucket_cap_mb
-    from lightning_eff.functional.compression.reduction import CompressedReduction, hook
+    from lightning_eff.compression.comm_hook import CompressedReduction, hook
+    from lightning_eff.compression.plan import bucket_cap_mb
 
     seconds = {}
     for name in names:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from lightning_eff.cli import main
-from lightning_eff.cli.launch import _threads, _visible_devices
+from lightning_eff.cli.launch.run import _threads, _visible_devices
 from lightning_eff.cli.lighthouse import is_loopback, split_address
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchft has wheels for Linux only")
@@ -312,13 +312,13 @@ def test_no_such_script(capsys):
 
 
 def test_without_torchft(monkeypatch, capsys):
-    monkeypatch.setattr("lightning_eff.cli.launch.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_eff.cli.launch.run.find_spec", lambda name: None)
     assert main(["launch", "--replicas", "1", __file__]) == 1
     assert "pip install 'lightning-eff[ft]' (wheels for Linux on x86-64" in capsys.readouterr().err
 
 
 def test_a_lighthouse_that_cannot_be_reached(monkeypatch, capsys):
-    monkeypatch.setattr("lightning_eff.cli.launch._LIGHTHOUSE_WAIT", 0.2)
+    monkeypatch.setattr("lightning_eff.cli.launch.run._LIGHTHOUSE_WAIT", 0.2)
     with socket.socket() as taken:  # bound, and listening to nobody
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from lightning_eff.functional.backward_flops import backward_flops
 from lightning_eff.functional.grades import (
     MEMORY,
     GradESConfig,
@@ -19,6 +18,7 @@ from lightning_eff.functional.grades import (
     settled_units,
     units_to_reopen,
 )
+from lightning_eff.structure.flops import backward_flops
 from tests.operators import OperatorCounter
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from examples.gpt.model import GPT, GPTConfig
-from lightning_eff.functional.block_parts import find_block_parts
 from lightning_eff.functional.mecefo import (
     Divisors,
     MeCeFO,
@@ -19,6 +18,7 @@ from lightning_eff.functional.mecefo import (
     leading_right_singular_vectors,
     low_rank_linear,
 )
+from lightning_eff.structure.parts import find_block_parts
 
 CONFIG = GPTConfig(block_size=16, n_layer=3, n_head=2, n_embd=8)
 

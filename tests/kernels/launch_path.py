@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lightning_eff.kernels import alignment, grad_norm, row_pack, row_sketch, tensor_stats
+from lightning_eff.kernels import alignment, grad_norm, row_pack, row_sketch, tensor_stats, zclip
 from lightning_eff.kernels.dispatch import Choice
 
 
@@ -57,11 +57,11 @@ def main() -> None:
         row_pack.scatter_rows_(matrices, buffer, selected, [1], errors, torch.tensor(1))
         alignment.alignment_stats(matrices[0], torch.ones(shape[1]))
     values, norm = torch.zeros(17, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    constants = grad_norm.ZClipConstants(*[1.0] * 10)
+    constants = zclip.Constants(*[1.0] * 10)
     for warmup_steps, percentile, to_mean in itertools.product((1, 25), (False, True), (False, True)):
         ring = torch.zeros(warmup_steps, dtype=torch.float64)
         modes = {"percentile": percentile, "to_mean": to_mean, "skip_spikes": to_mean}
-        grad_norm.zclip_decide(norm, values, ring, constants, **modes)
+        zclip.decide(norm, values, ring, constants, **modes)
     print(" ".join(sorted(compiled)))
 
 

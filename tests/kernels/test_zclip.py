@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_eff.callbacks import ZClip
 from lightning_eff.functional.zclip import FIELDS, ZClipConfig, ZClipState, zclip_grad_norm_, zclip_update
-from lightning_eff.kernels import grad_norm
+from lightning_eff.kernels import zclip
 from tests.functional.test_zclip import GOLDEN
 
 NORMS = (1.0, 1.2, 0.8, 1.0, 1.1, 5.0)
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("triton_kernels")
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each of the kernels' launchers was called: proof that the path goes through them."""
-    from lightning_eff.kernels.grad_norm import kernel, zclip_kernel
+    from lightning_eff.kernels.grad_norm import kernel
+    from lightning_eff.kernels.zclip import kernel as zclip_kernel
 
     counts = dict.fromkeys(("sum_of_squares", "decide", "scale_"), 0)
 
@@ -40,7 +41,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_the_values_are_laid_out_as_the_functional_says() -> None:
-    assert grad_norm.ZCLIP_VALUES == FIELDS
+    assert zclip.VALUES == FIELDS
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -150,14 +151,14 @@ def test_decide_refuses_what_it_would_misread(device: torch.device) -> None:
         torch.zeros(4, dtype=torch.float64, device=device),
     )
     norm = torch.ones((), device=device)
-    constants = grad_norm.ZClipConstants(*[1.0] * 10)
+    constants = zclip.Constants(*[1.0] * 10)
     modes = {"percentile": False, "to_mean": False, "skip_spikes": False}
     with pytest.raises(ValueError, match=r"values of shape \(16,\)"):
-        grad_norm.zclip_decide(norm, values[:16], ring, constants, **modes)
+        zclip.decide(norm, values[:16], ring, constants, **modes)
     with pytest.raises(ValueError, match=r"ring of shape \(4,\), torch.float32"):
-        grad_norm.zclip_decide(norm, values, ring.float(), constants, **modes)
+        zclip.decide(norm, values, ring.float(), constants, **modes)
     with pytest.raises(ValueError, match=r"norm of shape \(2,\)"):
-        grad_norm.zclip_decide(torch.ones(2, device=device), values, ring, constants, **modes)
+        zclip.decide(torch.ones(2, device=device), values, ring, constants, **modes)
 
 
 def test_lists_that_kernels_cannot_take_go_the_old_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eff.callbacks import ZClip
-from lightning_eff.functional.compression import all_compressors, predict
-from lightning_eff.functional.compression.in_process import InProcessRanks
-from lightning_eff.functional.compression.reduction import CompressedReduction, hook
+from lightning_eff.compression import all_compressors, predict
+from lightning_eff.compression.comm_hook import CompressedReduction, hook
+from lightning_eff.compression.in_process import InProcessRanks
 from lightning_eff.strategies import BF16, FP16, ArcTopK, CompressedDDPStrategy, Compressor, Int8, PowerSGD, RandK, TopK
 from lightning_eff.training.rank_state import KEY
 from lightning_eff.training.trainable import set_trainable

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_eff.functional.compression.in_process import InProcessRanks
+from lightning_eff.compression.in_process import InProcessRanks
 from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 
 CARD = Path(__file__).parents[2] / "docs" / "methods" / "compressed_allreduce.md"
@@ -44,7 +44,7 @@ def test_the_card_s_compressor():
 
 def test_the_card_s_table_of_bytes():
     """Bytes for 1000 x 1000 on two ranks, as the card rounds them."""
-    from lightning_eff.functional.compression import all_compressors
+    from lightning_eff.compression import all_compressors
 
     text = CARD.read_text()
     for name, compressor in all_compressors().items():

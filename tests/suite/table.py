@@ -144,12 +144,12 @@ _ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": 1e3
 _GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks", "undone_steps", "lr_factor"))
 _GRADES_WAITS = (
     "AdamW on the CPU reads its count of steps for each parameter, and for a frozen one no longer: that hides "
-    "the callback's own reads, which tests/callbacks/test_grades.py counts"
+    "the callback's own reads, which tests/callbacks/grades/test_grades.py counts"
 )
 
 _MISA_WAITS = (
     "AdamW on the CPU reads its count of steps for each parameter, and of a closed one none: that hides the callback's "
-    "own reads, which tests/callbacks/test_misa.py counts"
+    "own reads, which tests/callbacks/misa/test_misa.py counts"
 )
 
 _SPECTRAL_TAGS = tuple(
@@ -250,7 +250,7 @@ ROWS = (
         {
             "rules": [
                 {
-                    "class_path": "lightning_eff.training.alarm_rules.ExplodingLoss",
+                    "class_path": "lightning_eff.callbacks.training_guard.rules.ExplodingLoss",
                     "init_args": {"factor": 2.0, "deviations": 3.0, "window": 3, "patience": 2},
                 }
             ],

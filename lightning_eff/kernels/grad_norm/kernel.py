@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, TABLE_ARGUMENTS, CompileCase, typed_pointer
-from lightning_eff.kernels.grad_norm import zclip_kernel
 from lightning_eff.kernels.tables import CHUNK, TensorList, address_table, chunk_table
 
 BLOCK = 4096
@@ -160,6 +159,5 @@ def compile_cases() -> list[CompileCase]:
     return [
         CompileCase(_partials, "partials", {**TABLE_ARGUMENTS, "partials": "*fp32"}, sizes, 8, 4 + 2 + 2),
         CompileCase(_finish, "finish", finish_arguments, {"BLOCK": FINISH_BLOCK}, 8),
-        *zclip_kernel.compile_cases(),
         CompileCase(_scale, "scale", scale_arguments, scale_sizes, 4, 4 + 2 + 2),
     ]

@@ -1,0 +1,220 @@
+"""What GradES knows of the matrices that it watches, during one fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_eff.callbacks.grades.units import FreezableUnits
+from lightning_eff.functional.grades import (
+    GradESConfig,
+    GradESState,
+    MatrixMetric,
+    Metric,
+    grades_signal,
+    grades_update,
+    neighbour_signal,
+    settled_units,
+    units_to_reopen,
+)
+from lightning_eff.training.heat_map import HeatMap
+from lightning_eff.training.host_copy import HostCopy
+
+Unfreeze = Literal["loss", "neighbours"]
+
+
+class UnitWatch:
+    """Measures the units, keeps their state and their picture, and says which are to be frozen or re-opened.
+
+    Args:
+        units: those of the model that is trained now.
+        config: when a unit has converged.
+        metric: what is measured.
+        unfreeze: what speaks for re-opening; None: nothing.
+        heat_map: whether there is a picture.
+        device: where the state lies.
+    """
+
+    def __init__(
+        self,
+        units: FreezableUnits,
+        config: GradESConfig,
+        metric: Metric,
+        unfreeze: Unfreeze | None,
+        heat_map: bool,
+        device: torch.device,
+    ) -> None:
+        self.units = units
+        self.frozen: dict[str, int] = {}
+        """Name of each frozen unit -> the step at which it was frozen."""
+        self.map = HeatMap(units.names) if heat_map else None
+        self._state = GradESState(len(units.names), config).to(device)
+        self._metric = MatrixMetric(units.tensors(), metric)
+        self._unfreeze = unfreeze
+        self._scale: Tensor | None = None  # of the gradients that are kept
+        self._elements = torch.tensor([units.elements(m.parameters) for m in units.matrices], device=device)
+        numbers = {matrix.block: number for number, matrix in enumerate(units.matrices)}
+        self._blocks = torch.tensor([numbers[matrix.block] for matrix in units.matrices], device=device)
+
+    def check(self, optimizer: int, scale: Tensor | None, *, armed: bool, step: int) -> bool:
+        """Measure the units of one optimizer that are not frozen; False if there is none.
+
+        Args:
+            optimizer: its number.
+            scale: what the gradients are multiplied by, 0-d; None for nothing.
+            armed: whether the grace period is over.
+            step: for the picture.
+        """
+        owners = zip(self.units.names, self.units.optimizer, strict=True)
+        members = [unit for unit, (name, owner) in enumerate(owners) if owner == optimizer and name not in self.frozen]
+        if not members:
+            return False
+        state = self._state
+        metric = self._metric.measure(members)
+        if scale is not None and self._metric.metric != "weight_change":
+            if self._scale is not None:  # the difference of gradients of two scales says nothing
+                metric = torch.where(scale == self._scale.to(scale), metric, torch.nan)
+            metric = metric / scale
+            self._scale = scale.detach().clone()
+        ratio = grades_update(metric, state, armed=armed)
+        if self._unfreeze == "neighbours":
+            grades_signal(neighbour_signal(state, ratio, self._blocks), state)
+        if self.map is not None:
+            self.map.add(step, metric / (state["level"] if state.config.tau_mode == "relative" else self._elements))
+        return True
+
+    def hear_loss(self, loss: Tensor) -> None:
+        """Take the loss, 0-d and equal on all ranks, as what speaks for re-opening."""
+        grades_signal(loss, self._state)
+
+    def decide(self) -> HostCopy:
+        """Send to the host which units have converged, the most settled lowest, and which are to be re-opened."""
+        settled = settled_units(self._state)
+        reopen = units_to_reopen(self._state) if self._unfreeze is not None else torch.zeros_like(settled)
+        return HostCopy(torch.stack([settled, reopen.to(settled.dtype)]))
+
+    def chosen(self, decision: HostCopy, limit: int) -> tuple[list[int], list[int]]:
+        """The units to be frozen, the most settled first if not all may be, and those to be re-opened."""
+        settled, reopen = decision.read().tolist()
+        opened = [unit for unit, flag in enumerate(reopen) if flag]
+        ready = sorted((value, unit) for unit, value in enumerate(settled) if value == value)  # without NaN
+        room = max(0, limit - len(self.frozen) + len(opened))
+        return sorted(unit for _, unit in ready[:room]), opened
+
+    def mark(self, step: int, frozen: list[int], opened: list[int]) -> None:
+        """Note that units were frozen and re-opened; what is kept of the frozen ones is freed."""
+        self._state.mark(frozen, opened)
+        self._metric.forget(frozen)
+        for unit in opened:
+            del self.frozen[self.units.names[unit]]
+        self.frozen |= {self.units.names[unit]: step for unit in frozen}
+
+    def count(self) -> str:
+        """In words."""
+        return f"{len(self.frozen)} of {len(self.units.names)} matrices"
+
+    def describe(self, step: int, frozen: list[int], opened: list[int]) -> tuple[str, str]:
+        """An event in one line, and the names in it."""
+        units = (("froze", frozen), ("re-opened", opened))
+        events = [(verb, [self.units.names[unit] for unit in of]) for verb, of in units if of]
+        counts = ", ".join(f"{verb} {len(names)}" for verb, names in events)
+        lists = "".join(f"\n\n{verb}: {', '.join(names)}" for verb, names in events)
+        return f"GradES, step {step}: {counts}; {self.count()} are frozen", lists
+
+    def why_none(self) -> str:
+        """Why no unit has settled, in words. Waits for the device, once."""
+        config = self._state.config
+        relative = config.tau_mode == "relative"
+        rows = torch.stack([self._state["metric"], self._state["level"]]).T.tolist()
+        seen = [(*row, name) for row, name in zip(rows, self.units.names, strict=True) if all(row)]
+        if not seen:
+            return "none of them ever had a gradient"
+        value, name = min((metric / level if relative else metric, name) for metric, level, name in seen)
+        return (
+            f"{name}, the most settled, was at {value:.3g}{' of its level' if relative else ''} at its last check, and "
+            f"a matrix is frozen that is below tau={config.tau:g} for patience={config.patience} checks"
+        )
+
+    def scalars(self, each: bool) -> dict[str, float | Tensor]:
+        """What is logged; with ``each`` also the metric of every matrix."""
+        roles = Counter(matrix.role for matrix in self.units.matrices)
+        frozen = Counter(matrix.role for matrix in self.units.matrices if matrix.name in self.frozen)
+        values: dict[str, float | Tensor] = {
+            "frozen_ratio": len(self.frozen) / len(self.units.names),
+            "frozen_params": float(self.units.elements(self.units.closed(self.frozen))),
+            **{f"frozen_{role}": float(frozen[role]) for role in roles},
+        }
+        if each:
+            metric = self._state["metric"].float()
+            for unit, name in enumerate(self.units.names):
+                values[f"metric/{name}"] = metric[unit]
+                values[f"metric_per_element/{name}"] = metric[unit] / self._elements[unit]
+        return values
+
+    def copies(self) -> dict[str, Tensor]:
+        """What the metric compares with: this rank's, on the host."""
+        return self._metric.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the copies; equal on all ranks."""
+        return {
+            "names": list(self.units.names),
+            "values": self._state.values.to("cpu", torch.float64, copy=True),
+            "frozen": dict(self.frozen),
+            "scale": None if self._scale is None else self._scale.to("cpu", copy=True),
+            "map": None if self.map is None else self.map.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], copies: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state, each unit by its name; new ones start anew, and a warning tells of lost ones."""
+        names = self.units.names
+        lost = [name for name in state["names"] if name not in names]
+        if lost:
+            warnings.warn(f"GradES watches {len(lost)} saved matrices no longer, such as {lost[0]!r}", stacklevel=2)
+        self._state.values.zero_()
+        for old, name in enumerate(state["names"]):
+            if name in names:
+                self._state.values[:, names.index(name)] = state["values"][:, old]
+        self.frozen = {name: step for name, step in state["frozen"].items() if name in names}
+        self._scale = state["scale"]
+        self._metric.load_state_dict(copies)
+        if self.map is not None and state["map"] is not None:
+            self.map.load_state_dict(state["map"])
+
+
+def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
+    """The loss that a training step has returned, its mean over the ranks; collective.
+
+    Raises:
+        MisconfigurationException: it has returned none.
+    """
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            "GradES(unfreeze='loss') needs training_step to return the loss, and it returned "
+            f"{type(outputs).__name__}: return it, or take unfreeze='neighbours'"
+        )
+    mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return mean
+
+
+def charts(each: bool) -> dict[str, list[Any]]:
+    """Of what `UnitWatch.scalars` gives, for TensorBoard."""
+    found: dict[str, list[Any]] = {
+        "frozen, and saved of the backward pass": [
+            "Multiline",
+            ["grades/frozen_ratio", "grades/backward_flops_saved"],
+        ],
+        "frozen matrices by role": ["Multiline", ["grades/frozen_(attention|ffn|other)"]],
+    }
+    if each:
+        found["metric per element"] = ["Multiline", ["grades/metric_per_element/.*"]]
+    return found

@@ -1,0 +1,125 @@
+"""Collects the alarms of a run: those of rules on its numbers, and those that callbacks sound."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_eff.callbacks.training_guard.late_values import LateValues, Row
+from lightning_eff.callbacks.training_guard.rules import AlarmRule
+from lightning_eff.training.alarms import Alarm
+
+
+class AlarmListener:
+    """Asks the rules about each step, and brings the alarms of all ranks together.
+
+    What it returns is the same on all ranks at the same step, so that a decision from it is one of all ranks.
+
+    Collectives: those of `LateValues`; where an alarm was sounded by a callback, a gather of its words.
+
+    Args:
+        rules: what is an alarm.
+        every: a step is judged up to so many steps later, >= 1.
+    """
+
+    def __init__(self, rules: Sequence[AlarmRule], every: int) -> None:
+        self.rules = list(rules)
+        self._values = LateValues(len(self.rules) + 1, every)
+        self._losses: list[Tensor] = []  # of the batches since the last step
+        self._heard: list[Alarm] = []  # on this rank, not yet handed out
+
+    def hear(self, alarm: Alarm) -> None:
+        """A callback sounds an alarm, perhaps on this rank alone."""
+        self._heard.append(alarm)
+
+    def add_loss(self, outputs: Any) -> None:
+        """What ``training_step`` has returned for a batch, as ``on_train_batch_end`` gets it."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, last: bool, every_step: bool) -> list[Alarm]:
+        """An optimizer has stepped: take its numbers, judge the earlier ones that have come in.
+
+        Args:
+            trainer: whose step has ended.
+            pl_module: the trained module.
+            last: no other step follows: judge everything now.
+            every_step: go on after a step with alarms.
+
+        Returns:
+            The alarms, earliest step first.
+        """
+        loss = self._mean_loss(pl_module)
+        self._losses = []
+        values = [rule.value(trainer, pl_module, loss) for rule in self.rules]
+        heard = float(bool(self._heard))
+        rows = self._values.record(trainer.global_step, [*values, heard], trainer.strategy.root_device)
+        if last:
+            rows += self._values.flush()
+        return self._judge(rows, every_step)
+
+    def _mean_loss(self, pl_module: LightningModule) -> Tensor | None:
+        if not self._losses:
+            return None
+        total = torch.stack([loss.float().mean() for loss in self._losses]).sum()
+        # In automatic optimization Lightning has divided each by the number of batches of a step.
+        return total if pl_module.automatic_optimization else total / len(self._losses)
+
+    def _judge(self, rows: list[Row], every_step: bool) -> list[Alarm]:
+        alarms: list[Alarm] = []
+        for step, (*values, heard) in rows:
+            for rule, value in zip(self.rules, values, strict=True):
+                message = None if value is None else rule.judge(step, value)
+                if message is not None:
+                    alarms.append(Alarm(rule.name, step, message))
+            if heard:
+                alarms += self._gather_heard()
+            if alarms and not every_step:
+                break
+        return sorted(alarms, key=lambda alarm: alarm.step)
+
+    def _gather_heard(self) -> list[Alarm]:
+        heard, self._heard = [asdict(alarm) for alarm in self._heard], []
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            lists: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(lists, heard)
+            heard = [alarm for of_rank in lists for alarm in of_rank]
+        return list(dict.fromkeys(Alarm(**alarm) for alarm in heard))
+
+    def begin(self) -> None:
+        """A fit begins: batches of one that was broken off do not count."""
+        self._losses = []
+
+    def rollback_state(self) -> dict[str, Any]:
+        """What goes back with a run: what the rules have seen, and what they have not yet seen."""
+        return {"rules": [rule.state_dict() for rule in self.rules], "values": self._values.state_dict()}
+
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Take it back, and forget the alarms of what is undone."""
+        if len(state["rules"]) == len(self.rules):
+            for rule, saved in zip(self.rules, state["rules"], strict=True):
+                rule.load_state_dict(saved)
+        else:
+            warnings.warn("TrainingGuard has other rules than in the checkpoint: they begin anew", stacklevel=4)
+        self._values.load_state_dict(state["values"])
+        self._heard, self._losses = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same, and the alarms that rank zero has heard and not handed out."""
+        return {**self.rollback_state(), "heard": [asdict(alarm) for alarm in self._heard]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.roll_back(state)
+        self._heard = [Alarm(**alarm) for alarm in state["heard"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_losses": []}

@@ -1,0 +1,1 @@
+"""`lightning-eff launch`: replicas as processes, supervised on each machine."""

@@ -1,0 +1,1 @@
+"""The compressors: what each of them sends in place of a gradient."""

@@ -1,0 +1,1 @@
+"""What compression would bring on a link: the link measured, the compressors rehearsed, the advice."""

@@ -1,0 +1,242 @@
+"""torchft's manager, as the fault-tolerant strategy uses it: every listener on one address."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torchft.manager
+from torch._C._distributed_c10d import AllreduceOptions
+from torch.distributed import ReduceOp
+from torchft.coordination import ManagerClient
+from torchft.manager import Manager
+
+from lightning_eff.strategies.fault_tolerant.process_group import Gloo, store_on
+from lightning_eff.strategies.fault_tolerant.transport import PeerState
+
+
+class QuorumManager(Manager):
+    """torchft's manager with every listener on one address, and a state that is never unpickled.
+
+    Quorums are synchronous: a replica that lags behind has the peer's state when `start_quorum` returns.
+
+    Args:
+        name: of this replica; ends with its index.
+        host: where its store, its manager and its state listen, and under which the peers reach them.
+        lighthouse: ``http://host:port``.
+        connect_timeout: to connect to the lighthouse and to peers.
+        timeout: of operations, see `Gloo`.
+        quorum_timeout: how long to wait for the others at the start of a step.
+        quorum_retries: how often a lighthouse that is gone is asked again within that time.
+        state: called when a peer needs the state of this replica.
+        load: called with a peer's state.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        lighthouse: str,
+        connect_timeout: timedelta,
+        timeout: timedelta,
+        quorum_timeout: timedelta,
+        quorum_retries: int,
+        state: Callable[[], dict[str, Any]],
+        load: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self.group = Gloo(host, connect_timeout, timeout)
+        self.peer_state = PeerState(host, timeout.total_seconds() / 2)
+        self._host_store = store_on(host)
+        try:
+            with _manager_servers_on(host):
+                super().__init__(
+                    pg=self.group,
+                    load_state_dict=load,
+                    state_dict=state,
+                    min_replica_size=1,
+                    use_async_quorum=False,
+                    timeout=timeout,
+                    quorum_timeout=quorum_timeout,
+                    connect_timeout=connect_timeout,
+                    rank=0,
+                    world_size=1,
+                    store_addr=host,
+                    store_port=self._host_store.port,
+                    lighthouse_addr=lighthouse,
+                    replica_id=name,
+                    hostname=host,
+                    checkpoint_transport=self.peer_state,
+                    quorum_retries=quorum_retries,
+                )
+        except BaseException:
+            self.peer_state.shutdown()
+            raise
+        self._client: Any = _Client(self._client)
+        self._executor: Any = _Background()  # torchft's own keeps the process from ending while a quorum is asked for
+        self._broken_off = False
+
+    def fail(self, error: Exception) -> None:
+        """Give up the step in flight; peers that wait for this replica notice at once."""
+        self.report_error(error)
+        self.group.abort()
+        self.should_commit()
+
+    def ask_for_quorum(self, newcomers: bool, timeout: float) -> None:
+        """Wait for the others; afterwards the group connects those who came.
+
+        Args:
+            newcomers: whether replicas that were no members before may come in.
+            timeout: seconds.
+
+        Raises:
+            TimeoutError, RuntimeError: no quorum, or no lighthouse.
+        """
+        try:
+            self.start_quorum(shrink_only=not newcomers, timeout=timedelta(seconds=timeout))
+        except BaseException:
+            self._quorum_future = None  # else the next call raises the same again
+            raise
+
+    def wait_quorum(self) -> None:
+        """As torchft has it, until `break_off`: where the lighthouse takes this replica for lost, it never answers."""
+        assert self._quorum_future is not None
+        while not wait([self._quorum_future], 0.2).done:
+            if self._broken_off:
+                raise ConnectionAbortedError("this replica asks for no quorum any more")
+        self._quorum_future.result()
+
+    def break_off(self) -> None:
+        """End a quorum that another thread waits for, and with it this replica's part in the run."""
+        assert self._manager is not None
+        self._broken_off = True
+        self._manager.shutdown()
+
+    def report_error(self, e: Exception) -> None:
+        """The step is lost. The traceback is left out: its frames would keep the connections open."""
+        super().report_error(e.with_traceback(None))
+
+    def all_reduce(self, tensor: torch.Tensor) -> Any:
+        """Start a sum over the replicas, in place; to be awaited by `finish`. Errors are reported, not raised.
+
+        torchft's own `allreduce` gives its futures to a thread with timers, which keep a group's connections open
+        after it was given up, so that the peers would notice only by their timeout.
+        """
+        if self.errored() is not None:
+            return None
+        options = AllreduceOptions()
+        options.reduceOp = cast(Any, ReduceOp.SUM)
+        try:
+            return self.group.allreduce([tensor], options)
+        except Exception as error:
+            self.report_error(error)
+            return None
+
+    def finish(self, works: list[Any]) -> None:
+        """Wait for what `all_reduce` has started."""
+        try:
+            while works:
+                work = works.pop(0)
+                if work is not None:
+                    work.wait()
+        except Exception as error:
+            works.clear()
+            self.report_error(error)
+
+    def set_step(self, step: int) -> None:
+        """The number of committed steps, after a checkpoint has been loaded."""
+        self.load_state_dict({"step": step, "batches_committed": 0})
+
+    def reset_failures(self) -> None:
+        """The group works again: without this, the next quorum would make a new one once more."""
+        self._commit_failures = 0
+
+    @property
+    def quorum_id(self) -> int:
+        """Of the last quorum that this replica was in."""
+        return int(self._quorum_id)
+
+    @property
+    def address(self) -> str:
+        """Of this replica's manager."""
+        assert self._manager is not None
+        return str(self._manager.address())
+
+
+class _Client:
+    """torchft's client, with quorums numbered so that a number comes once in a run.
+
+    The lighthouse counts from 1, and a lighthouse that was started again does so again. torchft would take the new
+    quorum for the old one of that number, or its members would find each other's old addresses in the store. (A replica
+    that was in no quorum between two of the same number and members still takes one for the other: its peers do not
+    reach it then within `connect_timeout`, and the next quorum has another number.)
+
+    Args:
+        client: of this replica's manager.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._last: tuple[int, list[str]] | None = None
+        self._number = -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def _quorum(self, **arguments: Any) -> Any:
+        answer = self._client._quorum(**arguments)
+        found = {name: getattr(answer, name) for name in dir(answer) if not name.startswith("_")}
+        quorum = (answer.quorum_id, answer.replica_ids)
+        if quorum != self._last:
+            self._last, self._number = quorum, (answer.max_step << 24) + answer.quorum_id
+        return SimpleNamespace(**{**found, "quorum_id": self._number})
+
+
+class _Background:
+    """Runs each call in a thread of its own, which ends with the process at the latest."""
+
+    def submit(self, function: Callable[..., Any], **arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(**arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name="quorum").start()
+        return future
+
+    def shutdown(self, wait: bool = True) -> None:
+        """There is nothing to end."""
+
+
+def note_of(address: str, timeout: float) -> str | None:
+    """What the replica with this manager says of itself (`PeerState.note`); None if it does not answer."""
+    limit = timedelta(seconds=timeout)
+    try:
+        return PeerState.said(ManagerClient(address, connect_timeout=limit)._checkpoint_metadata(0, timeout=limit))
+    except Exception:
+        return None
+
+
+@contextmanager
+def _manager_servers_on(host: str) -> Iterator[None]:
+    """torchft's manager would listen on every interface, and has no argument for it."""
+    server = torchft.manager.ManagerServer
+
+    def bound(**kwargs: Any) -> Any:
+        at = f"[{host}]" if ":" in host else host
+        kwargs["bind"] = f"{at}:{kwargs['bind'].rpartition(':')[2]}"
+        return server(**kwargs)
+
+    torchft.manager.ManagerServer = bound
+    try:
+        yield
+    finally:
+        torchft.manager.ManagerServer = server

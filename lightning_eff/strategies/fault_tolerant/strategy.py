@@ -1,0 +1,406 @@
+"""DDP that outlives its replicas: ``strategy="ddp_ft"``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_eff.arguments import check, is_count
+from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
+from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
+from lightning_eff.strategies.fault_tolerant.limits import Limits
+from lightning_eff.strategies.fault_tolerant.living_replicas import Fit, LivingReplicas
+from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
+from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
+from lightning_eff.strategies.fault_tolerant.mecefo import approximate, find_mecefo
+from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
+from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
+from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
+from lightning_eff.strategies.fault_tolerant.start import (
+    check_optimizers,
+    check_processes,
+    check_torchft,
+    check_trainer,
+    environment_count,
+)
+from lightning_eff.strategies.fault_tolerant.steps import ShardSteps, shares
+from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
+
+if TYPE_CHECKING:
+    from lightning_eff.functional.mecefo import MeCeFO
+    from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
+    from lightning_eff.strategies.fault_tolerant.replicas import Replicas
+
+OnFailure = Literal["takeover", "mecefo", "shrink"]
+
+
+class FaultTolerantDDPStrategy(LivingReplicas):
+    """Data parallel training that goes on when replicas die, and takes them back.
+
+    A replica is one process with one device, or several on one machine that live and die together. Each is started by
+    itself: ``lightning-eff launch --replicas 3 train.py`` on one machine, or torchrun or Slurm on each node with the
+    addresses given. torchft's lighthouse says who is alive. A step counts when all living replicas have it; one that
+    fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
+    a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
+
+    In manual optimization each ``step()`` of an optimizer is such a step. When one has failed ``training_step`` is run
+    again from its start, past those that all have: see the card for what that asks of it.
+
+    Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
+    ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
+    ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.
+
+    Args:
+        min_replicas: fewer than these wait; give it to the lighthouse as well.
+        max_replicas: into how many shards the data are cut, and how many replicas there can be. By default the
+            environment variable ``NUM_REPLICA_GROUPS``, which the launcher sets.
+        lighthouse: its address, ``http://HOST:PORT``; by default the environment variable ``TORCHFT_LIGHTHOUSE``.
+        on_failure: what becomes of a dead replica's shard. ``"takeover"``: a neighbour computes it besides its own, so
+            that batches, samples and loss are those of a run without the failure. ``"mecefo"``: the same, but the
+            neighbour's backward pass is approximated so that it costs less. ``"shrink"``: it is left out.
+        heartbeat_timeout: seconds after which the lighthouse takes a silent replica for dead. The lighthouse has its
+            own setting of this; here it says how patient a replica is that waits.
+        replica: index of this replica, from 0, the same after a restart; by default the environment variable
+            ``REPLICA_GROUP_ID``.
+        host: the address on which this replica listens, and under which the others reach it. By default the
+            environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
+        collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
+            wait for a peer that is stopped, or whose link is cut, without having died.
+        connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
+        quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
+            for ``min_replicas``.
+        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer.
+        quorum_retries: how often a lighthouse that does not answer is asked again.
+        start_grace: seconds for which the first step waits for all ``max_replicas``.
+        max_aborts: how often one step may fail in a row.
+        mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
+            shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
+        mecefo_refresh_every: committed steps for which the vectors behind them are kept.
+        mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
+        mecefo_ffn: the same for the feed-forward modules.
+        **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        ModuleNotFoundError: torchft is absent.
+        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, a GradScaler,
+            LBFGS, data that cannot be cut into shards, manual optimization with ``"mecefo"``.
+        ConnectionError: the lighthouse cannot be reached.
+
+    Example:
+        >>> from lightning_eff.strategies import FaultTolerantDDPStrategy
+        >>> strategy = FaultTolerantDDPStrategy(max_replicas=3, replica=0, lighthouse="http://127.0.0.1:29510")
+
+    Source: torchft (https://github.com/meta-pytorch/torchft) for membership; the takeover of a neighbour's work after
+    Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
+    """
+
+    rollback_refused = "its replicas would not go back together, and heal each other"  # see training/run_state.py
+
+    def __init__(
+        self,
+        min_replicas: int = 1,
+        max_replicas: int | None = None,
+        lighthouse: str | None = None,
+        on_failure: OnFailure = "takeover",
+        heartbeat_timeout: float = 5.0,
+        replica: int | None = None,
+        host: str | None = None,
+        collective_timeout: float = 60.0,
+        connect_timeout: float = 10.0,
+        quorum_timeout: float = 600.0,
+        heal_timeout: float = 300.0,
+        quorum_retries: int = 20,
+        start_grace: float = 60.0,
+        max_aborts: int = 10,
+        mecefo_rank: int | float = 0.25,
+        mecefo_refresh_every: int = 100,
+        mecefo_attention: list[str] | None = None,
+        mecefo_ffn: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_torchft()
+        check("on_failure", on_failure, on_failure in get_args(OnFailure), f"one of {get_args(OnFailure)}")
+        self.limits = Limits(
+            heartbeat_timeout=heartbeat_timeout,
+            collective_timeout=collective_timeout,
+            connect_timeout=connect_timeout,
+            quorum_timeout=quorum_timeout,
+            heal_timeout=heal_timeout,
+            start_grace=start_grace,
+            quorum_retries=quorum_retries,
+            max_aborts=max_aborts,
+            min_replicas=min_replicas,
+        )
+        if max_replicas is None:
+            max_replicas = environment_count("NUM_REPLICA_GROUPS", "max_replicas")
+        if replica is None:
+            replica = environment_count("REPLICA_GROUP_ID", "replica")
+        check("max_replicas", max_replicas, is_count(max_replicas), "an integer, at least 1")
+        check("min_replicas", min_replicas, min_replicas <= max_replicas, f"at most max_replicas, {max_replicas}")
+        check("replica", replica, 0 <= replica < max_replicas, f"at least 0 and below max_replicas, {max_replicas}")
+        for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook", "process_group"):
+            usual = not kwargs.get(refused)
+            check(refused, kwargs.get(refused), usual, "left out: ddp_ft has its own hook, buckets and groups")
+        kwargs.pop("process_group", None)  # LightningCLI gives every argument of DDP
+        self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
+        super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
+        self.lighthouse = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
+        self.on_failure: OnFailure = on_failure
+        self.host = host or os.environ.get("FT_HOST", "127.0.0.1")
+        self._mecefo_arguments = (mecefo_rank, mecefo_refresh_every, mecefo_attention, mecefo_ffn)
+        self._mecefo: MeCeFO | None = None
+
+        self._gradients: ShardGradients | None = None
+        self._trainer: Trainer | None = None
+        self._log: ReplicaLog | None = None
+
+    @property
+    def trainable_change_refused(self) -> str | None:
+        """Why parameters cannot be opened and closed during a run; see training/trainable.py."""
+        if self.on_failure != "mecefo":
+            return None
+        return (
+            "where attention alone is open, on_failure='mecefo' leaves a neighbour nothing to compute a gradient of: "
+            "take on_failure='takeover'"
+        )
+
+    # Setting up.
+
+    @override
+    def setup_distributed(self) -> None:
+        """No process group of torch's: torchft's is made anew with every change of membership."""
+        environment, size = self.cluster_environment, self.num_processes
+        assert environment is not None
+        check_processes(environment, self.num_nodes, size)
+        environment.set_world_size(size)
+        if self._group.size != size:  # a strategy may be set up again
+            self._group = ReplicaGroup(self.local_rank, size, environment.main_port, self.limits.collective_timeout)
+        self.set_world_ranks()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        assert self.model is not None
+        if fitting:
+            check_trainer(trainer, self.on_failure)
+            self._connect()
+        self.accelerator.setup(trainer)  # type: ignore[union-attr]
+        self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        if fitting:
+            self.configure_ddp()
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            assert self.replicas is not None
+            self._log = ReplicaLog(self.replicas, self.shrinks)
+            trainer.callbacks.insert(0, self._log)  # type: ignore[attr-defined]
+            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._place()[1]))
+        if fitting:
+            check_optimizers(self.optimizers)
+
+    def _connect(self) -> None:
+        from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
+
+        if self.lighthouse is None:
+            raise MisconfigurationException(
+                "ddp_ft needs a lighthouse: start with `lightning-eff launch --replicas N script.py`, or give "
+                "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
+            )
+        self._writes = self.is_global_zero
+        if self.on_failure == "mecefo":
+            self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
+        self.replicas = first = None if not self._group.leads else self._first(self.lighthouse)
+        if self._group.size > 1:
+            self.replicas = GroupMembership(
+                self._group, first, self.replica, self.max_replicas, self._state, self._load
+            )
+        self._gradients = ShardGradients(GradientSums(self._group, None if first is None else first.manager))
+        self._gradients.all_used = not self._wants_unused and self._mecefo is None
+
+    def _first(self, lighthouse: str) -> Replicas:
+        """What speaks with the other replicas, in one process of this one."""
+        from lightning_eff.strategies.fault_tolerant.replicas import connected
+
+        return connected(
+            self.replica,
+            self.max_replicas,
+            self.limits,
+            self.host,
+            lighthouse,
+            self._state,
+            self._load,
+            lambda: layout(self._fit.trainer),
+        )
+
+    @override
+    def configure_ddp(self) -> None:
+        if cast(LightningModule, self.lightning_module).automatic_optimization:
+            super().configure_ddp()  # in manual optimization `ManualSteps` reduces the gradients
+
+    @override
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        from lightning_eff.strategies.fault_tolerant.process_group import Nobody
+
+        # The buckets must be the same on a replica that comes later. DDP never rebuilds them if it is to find unused
+        # parameters.
+        return DistributedDataParallel(
+            model,
+            device_ids=self.determine_ddp_device_ids(),
+            process_group=Nobody(),
+            **self._ddp_kwargs,
+        )
+
+    @override
+    def _register_ddp_hooks(self) -> None:
+        from lightning_eff.strategies.fault_tolerant.comm_hook import average_over_shards
+
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(self._gradients, average_over_shards)
+
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        trainer = self._trainer
+        if trainer is None or self.replicas is None:
+            return dataloader
+        if not trainer.training:
+            limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+            return EvaluationShare(dataloader, self._place, limit if isinstance(limit, float) else 1.0)
+        assert self.replicas is not None and self._gradients is not None  # noqa: PT018
+        loader = ShardedLoader(
+            dataloader,
+            self.max_replicas,
+            seed=self._data_seed,
+            group_rank=self._group.rank,
+            group_size=self._group.size,
+            keep=max(1, trainer.accumulate_grad_batches),
+        )
+        loader.before_fetch = self._before_batch
+        kind = ShardSteps if trainer.lightning_module.automatic_optimization else ManualSteps
+        steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
+        steps.own([])
+        self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
+        return loader
+
+    @property
+    def _data_seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def on_train_start(self) -> None:
+        """Before the replicas meet: Lightning would set up the validation in the midst of them."""
+        trainer = self._fit.trainer
+        if trainer.enable_validation:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
+
+    def on_train_end(self) -> None:
+        """Nobody leaves while another may still need what it knows."""
+        if self._joined:
+            self._fit.replicas.finishing = True
+            self.barrier("end")
+
+    # State, for a peer and from a peer.
+
+    def _state(self) -> dict[str, Any]:
+        assert self._log is not None
+        return {**live_state(self._fit.trainer), "log": self._log.held(), **self._fit.steps.handover()}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._heals = True
+        try:
+            assert self._log is not None
+            self._log.take(state["log"])
+            load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
+            self._fit.steps.take_over(state)
+        finally:
+            self._heals = False
+        if isinstance(self.replicas, GroupMembership):
+            self.replicas.healed = state
+
+    # The step.
+
+    def _before_batch(self) -> None:
+        """Before each micro-batch is fetched: at the first of a step the replicas meet, and the data follow."""
+        fit, loop = self._fit, self._fit.trainer.fit_loop
+        if not fit.steps.window:
+            if not fit.replicas.joined:
+                fit.replicas.start_at(fit.trainer.global_step)
+            if fit.replicas.begin():
+                adopt_places(fit.trainer, self.broadcast(places(fit.trainer)))
+            self._share_out()
+            fit.steps.begin()
+        index = loop.epoch_loop.batch_progress.current.ready
+        fit.steps.window.append(index)
+        fit.steps.loader.seek(fit.trainer.current_epoch, index)
+        assert loop._data_fetcher is not None
+        loop._data_fetcher.fetched = index
+
+    def _share_out(self) -> None:
+        """Which shards this replica computes in the step to come."""
+        fit = self._fit
+        members = fit.replicas.members
+        fit.steps.own([] if self.shrinks else shares(self.max_replicas, members)[self.replica])
+        fit.gradients.divisor = len(members) if self.shrinks else self.max_replicas
+        fit.steps.seed = fit.replicas.seed
+        if self._mecefo is not None:
+            approximate(self._mecefo, fit.steps, fit.gradients, shares(self.max_replicas, members), fit.replicas.step)
+        self.set_world_ranks()
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around the micro-batches of a step before its last."""
+        with super().block_backward_sync(), self._fit.steps.without_sum():
+            yield
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._fit.steps.run(partial(super().training_step, *args, **kwargs))
+        self.set_world_ranks()
+        return output
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        usual = partial(super().backward, closure_loss, optimizer, *args, **kwargs)
+        return self._fit.steps.backward(closure_loss, usual, *args, **kwargs)
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        update = partial(super().optimizer_step, optimizer, model=model, **kwargs)
+        loss = self._fit.steps.optimizer_step(optimizer, closure, update)
+        self.set_world_ranks()
+        return loss
+
+    @override
+    def teardown(self) -> None:
+        trainer, module = self._trainer, self.lightning_module
+        if self._fitting is not None:
+            self._fitting.steps.close()
+        if trainer is not None and module is not None:
+            compute_together(module, None)
+            trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]
+        self._fitting = self._log = None
+        if self.replicas is not None:
+            self.replicas.leave()
+            self.replicas = None
+        super().teardown()
