@@ -1,8 +1,22 @@
-"""Checks of constructor arguments, with one form of message, and sizes for people."""
+"""Checks of arguments, with one form of message, and sizes for people.
+
+    ValueError: z_thresh=-1 is not allowed: it must be a number above 0
+
+A wrong type is met before a wrong range, and both are a ValueError: the argument, its value, what is allowed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, NoReturn, get_args
+
+
+def check(name: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raise a ValueError for an argument that is not allowed."""
+    if not ok:
+        refuse(name, value, allowed)
 
 
 def is_count(value: Any) -> bool:
@@ -10,10 +24,125 @@ def is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check(name: str, value: Any, ok: bool, allowed: str) -> None:
-    """Raise a ValueError for an argument that is not allowed."""
-    if not ok:
-        raise ValueError(f"{name}={value!r} is not allowed: it must be {allowed}")
+def refuse(name: str, value: Any, allowed: str) -> NoReturn:
+    """Raise the ValueError of an argument that is not allowed."""
+    shown = repr(value)
+    if len(shown) > 200:
+        shown = f"{shown[:200]}..."
+    raise ValueError(f"{name}={shown} is not allowed: it must be {allowed}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    optional: bool = False,
+    unit: str = "",
+) -> None:
+    """A finite number within bounds; no bool, and no number in a string.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        above: an open lower bound.
+        least: a closed lower bound.
+        below: an open upper bound.
+        most: a closed upper bound.
+        optional: whether None is allowed.
+        unit: what the number counts, for the message.
+
+    Example:
+        >>> check_number("alpha", 1.5, least=0, below=1)
+        Traceback (most recent call last):
+        ValueError: alpha=1.5 is not allowed: it must be a number of at least 0 and below 1
+    """
+    if value is None and optional:
+        return
+    bounds = (("above", above), ("of at least", least), ("below", below), ("at most", most))
+    words = " and ".join(f"{word} {bound:.6g}" for word, bound in bounds if bound is not None)
+    allowed = " ".join(filter(None, ["a", "" if words else "finite", "number", unit and f"of {unit}", words]))
+    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    ok = ok and (above is None or value > above) and (least is None or value >= least)
+    ok = ok and (below is None or value < below) and (most is None or value <= most)
+    check(name, value, ok, f"{allowed}, or None" if optional else allowed)
+
+
+def check_count(
+    name: str, value: Any, *, least: int = 1, most: int | None = None, optional: bool = False, unit: str = ""
+) -> None:
+    """An integer within closed bounds; no bool, and no float of an integer's value.
+
+    Example:
+        >>> check_count("every_n_steps", 0)
+        Traceback (most recent call last):
+        ValueError: every_n_steps=0 is not allowed: it must be an integer of at least 1
+    """
+    if value is None and optional:
+        return
+    words = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
+    allowed = f"{words} ({unit})" if unit else words
+    check(name, value, ok, f"{allowed}, or None" if optional else allowed)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False itself: a string "false" would be true.
+
+    Example:
+        >>> check_flag("heat_map", "false")
+        Traceback (most recent call last):
+        ValueError: heat_map='false' is not allowed: it must be True or False
+    """
+    check(name, value, isinstance(value, bool), "True or False")
+
+
+def check_choice(name: str, value: Any, choices: Any, *, optional: bool = False) -> None:
+    """One of the words of a ``Literal``, or of a sequence.
+
+    Example:
+        >>> from typing import Literal
+        >>> check_choice("action", "go", Literal["warn", "stop"])
+        Traceback (most recent call last):
+        ValueError: action='go' is not allowed: it must be one of 'warn', 'stop'
+    """
+    if value is None and optional:
+        return
+    words = choices if isinstance(choices, Sequence) else get_args(choices)
+    allowed = f"one of {', '.join(map(repr, words))}"
+    ok = isinstance(value, str) and value in words
+    check(name, value, ok, f"{allowed}, or None" if optional else allowed)
+
+
+def check_globs(name: str, value: Any) -> None:
+    """None, or a list of shell-style patterns that is not empty.
+
+    Example:
+        >>> check_globs("include", "*.weight")
+        Traceback (most recent call last):
+        ValueError: include='*.weight' is not allowed: it must be a list of patterns, such as ['*.weight'], or None
+    """
+    ok = value is None or (
+        isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(p, str) and p for p in value)
+    )
+    check(name, value, ok, "a list of patterns, such as ['*.weight'], or None")
+
+
+def check_text(name: str, value: Any, *, optional: bool = False) -> None:
+    """A string that is not empty.
+
+    Example:
+        >>> check_text("folder", "")
+        Traceback (most recent call last):
+        ValueError: folder='' is not allowed: it must be a string that is not empty
+    """
+    if value is None and optional:
+        return
+    ok = isinstance(value, str) and value != ""
+    check(name, value, ok, "a string that is not empty, or None" if optional else "a string that is not empty")
 
 
 def readable_size(size: float) -> str:

@@ -17,8 +17,8 @@ from typing_extensions import override
 from lightning_eff.arguments import check
 from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
 from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
-from lightning_eff.training.gradient_scaler import applied_scale, gradient_scaler, unscales_itself
 from lightning_eff.training.trainable import TrainableChange
+from lightning_eff.training.trainer import applied_scale, gradient_scaler, unscales_itself
 
 NonFinite = Literal["zero", "skip", "raise", "ignore"]
 
@@ -148,7 +148,7 @@ class ZClip(Callback):
                 f"ZClip does not support {type(trainer.strategy).__name__}, whose flattened or partitioned gradients "
                 "give each rank another norm: use ModelParallelStrategy (FSDP2) in its place"
             )
-        if self.nonfinite != "zero" and gradient_scaler(trainer) is not None:
+        if self.nonfinite != "zero" and gradient_scaler(trainer.strategy) is not None:
             warnings.warn(
                 f"ZClip(nonfinite={self.nonfinite!r}) has no effect with a GradScaler, which skips a step with "
                 "non-finite gradients itself",
@@ -174,7 +174,7 @@ class ZClip(Callback):
                 )
             self._states = [ZClipState(self.config) for _ in optimizers]
         self._unhook(trainer)  # a replica that takes a peer's state begins once more
-        if self.nonfinite == "skip" and gradient_scaler(trainer) is None:
+        if self.nonfinite == "skip" and gradient_scaler(trainer.strategy) is None:
             for index, optimizer in enumerate(optimizers):
                 if _can_fold(optimizer):
                     self._folded[index] = optimizer.register_step_post_hook(_end_folding)
@@ -187,7 +187,7 @@ class ZClip(Callback):
         if norm is None:  # training_step returned None
             return
         self._stepped = True
-        scaler, scale = gradient_scaler(trainer), applied_scale(trainer, optimizer)
+        scaler, scale = gradient_scaler(trainer.strategy), applied_scale(trainer, optimizer)
         if scale is not None:
             norm = norm / scale.to(norm)
         state = self._states[index]
@@ -213,9 +213,9 @@ class ZClip(Callback):
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """The norms that follow are of other parameters, unless a resumed run only restores what was open."""
-        if not (change.opened and self._stepped):
+        if not (change.unfrozen and self._stepped):
             return
-        opened = {id(parameter) for parameter in change.opened.values()}
+        opened = {id(parameter) for parameter in change.unfrozen.values()}
         for optimizer, state in zip(trainer.optimizers, self._states, strict=True):
             if any(id(parameter) in opened for group in optimizer.param_groups for parameter in group["params"]):
                 state.change_level()

@@ -23,6 +23,7 @@ from lightning_eff.compression.plan import bucket_cap_mb
 from lightning_eff.structure.blocks import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import TrainableChange
+from lightning_eff.training.trainer import gradient_scaler
 
 _REFUSED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
 
@@ -141,7 +142,7 @@ class CompressedDDPStrategy(DDPStrategy):
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """Forget the parameters that are no longer trained; the buckets have been made anew without them."""
-        for name in change.closed:
+        for name in change.frozen:
             self.memory.pop(name, None)
 
     @override
@@ -163,7 +164,7 @@ class CompressedDDPStrategy(DDPStrategy):
         return int(self.lightning_module.trainer.global_step)
 
     def _loss_scale(self) -> Tensor | None:
-        scaler = getattr(self.precision_plugin, "scaler", None)
+        scaler = gradient_scaler(self)
         if scaler is None or not scaler.is_enabled():
             return None
         scale: Tensor = scaler.scale(torch.ones((), device=self.root_device))  # its scale, without waiting for it

@@ -1,18 +1,16 @@
 """Alarms: what a monitor says when a run goes wrong, and how whoever acts on it hears of it.
 
-A monitor sounds an alarm; every callback that has a method ``on_alarm`` hears it:
-
-    def on_alarm(self, trainer, pl_module, alarm: Alarm) -> None: ...
+A monitor sounds an alarm; whoever has the hook ``on_alarm`` (``hooks.HearsAlarms``) hears it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check_count, check_number, check_text
+from lightning_eff.training.hooks import HearsAlarms, tell
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,13 @@ class Alarm:
     severity: float = 1.0
 
     def __post_init__(self) -> None:
-        check("source", self.source, isinstance(self.source, str) and self.source != "", "a word")
-        check("step", self.step, isinstance(self.step, int) and self.step >= 0, "an integer, at least 0")
-        in_range = isfinite(self.severity) and 0 <= self.severity <= 1
-        check("severity", self.severity, in_range, "a number from 0 to 1")
+        check_text("source", self.source)
+        check_count("step", self.step, least=0)
+        check_number("severity", self.severity, least=0, most=1)
 
 
-def sound(trainer: Trainer, pl_module: LightningModule, alarm: Alarm) -> bool:
-    """Let every callback with a method ``on_alarm`` hear an alarm, in the order of ``trainer.callbacks``.
+def sound(trainer: Trainer, alarm: Alarm) -> bool:
+    """Let everybody with a method ``on_alarm`` hear an alarm, the callbacks in the order of ``trainer.callbacks``.
 
     It may be sounded by one rank alone, and in any hook: a listener that acts has to agree with the other ranks first.
     Nothing here is collective, and nothing waits for the device.
@@ -54,7 +51,4 @@ def sound(trainer: Trainer, pl_module: LightningModule, alarm: Alarm) -> bool:
     Returns:
         Whether anybody listens. If not, the monitor warns by itself.
     """
-    listeners = [callback.on_alarm for callback in trainer.callbacks if hasattr(callback, "on_alarm")]  # type: ignore[attr-defined]
-    for listener in listeners:
-        listener(trainer, pl_module, alarm)
-    return bool(listeners)
+    return tell(trainer, HearsAlarms, alarm) > 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from lightning_eff.functional.gradients import is_dtensor
+from lightning_eff.training.wrapping import Wrapper
 
 _ATTRIBUTE = "_lightning_eff_absent_states"
 
@@ -97,31 +98,31 @@ def allow_absent_states(strategy: Strategy) -> None:
     ``ModelParallelStrategy`` (FSDP2) needs it. There PyTorch fills up what is missing, on saving with a step of zero
     gradients where the optimizer has no state at all yet, on loading for every parameter that can be trained, or fails.
     """
-    if isinstance(strategy, ModelParallelStrategy) and _ATTRIBUTE not in vars(strategy):
+    if isinstance(strategy, ModelParallelStrategy) and not hasattr(strategy, _ATTRIBUTE):
         setattr(strategy, _ATTRIBUTE, _AbsentStates(strategy))
 
 
 class _AbsentStates:
-    """Stands in front of two methods of one strategy, as attributes of the instance."""
+    """Stands in front of two methods of one strategy."""
 
     def __init__(self, strategy: ModelParallelStrategy) -> None:
         self.strategy = strategy
-        self.save: Callable[..., Any] = strategy.optimizer_state
-        self.load: Callable[..., Any] = strategy.load_checkpoint
-        strategy.optimizer_state = self.optimizer_state  # type: ignore[method-assign]
-        strategy.load_checkpoint = self.load_checkpoint  # type: ignore[method-assign]
+        Wrapper(strategy, "optimizer_state", self.optimizer_state)
+        Wrapper(strategy, "load_checkpoint", self.load_checkpoint)
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, save: Callable[..., Any], optimizer: Optimizer) -> dict[str, Any]:
         if optimizer.state:
-            return self.save(optimizer)  # type: ignore[no-any-return]
+            return save(optimizer)  # type: ignore[no-any-return]
         with _trainable(optimizer, set()):  # so that the step which is to make the state makes none
-            return self.save(optimizer)  # type: ignore[no-any-return]
+            return save(optimizer)  # type: ignore[no-any-return]
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, load: Callable[..., Any], checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         optimizers = self.strategy.optimizers
         self.strategy.optimizers = []
         try:
-            checkpoint: dict[str, Any] = self.load(checkpoint_path, weights_only=weights_only)
+            checkpoint: dict[str, Any] = load(checkpoint_path, weights_only=weights_only)
         finally:
             self.strategy.optimizers = optimizers
         path = Path(self.strategy.broadcast(checkpoint_path))

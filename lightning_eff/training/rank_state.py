@@ -28,6 +28,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_eff.training.trainer import replicas_are_equal
+from lightning_eff.training.whole_files import whole_file
+from lightning_eff.training.wrapping import Wrapper
+
 KEY = "lightning_eff_rank_state"  # in the checkpoint: which files belong to it
 
 # Lightning looks for "last*.ckpt" and for the number in "hpc_ckpt_3.ckpt": a folder of this name does not disturb it.
@@ -112,7 +116,7 @@ def rank_state_owners(strategy: Strategy) -> dict[str, RankState]:
 
 
 class _RankFiles:
-    """Stands in front of three methods of one strategy, as attributes of the instance."""
+    """Stands in front of three methods of one strategy."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -120,10 +124,7 @@ class _RankFiles:
         self.run = ""
         self.saved = 0
         self.latest: dict[str, str] = {}  # path of a checkpoint -> its id
-        self.before = {name: strategy.__dict__.get(name) for name in _WRAPPED}
-        self.original: dict[str, Callable[..., Any]] = {name: getattr(strategy, name) for name in _WRAPPED}
-        for name in _WRAPPED:
-            setattr(strategy, name, getattr(self, name))
+        self.wrappers = [Wrapper(strategy, name, getattr(self, name)) for name in _WRAPPED]
         setattr(strategy, _ATTRIBUTE, self)
 
     def begin(self) -> None:
@@ -145,19 +146,16 @@ class _RankFiles:
         if self.owners:
             return
         delattr(self.strategy, _ATTRIBUTE)
-        for name in _WRAPPED:
-            if getattr(self.strategy.__dict__[name], "__self__", None) is not self:
-                continue  # somebody has wrapped this wrapper, which without owners only calls on
-            if self.before[name] is None:
-                delattr(self.strategy, name)
-            else:
-                setattr(self.strategy, name, self.before[name])
+        for wrapper in self.wrappers:
+            wrapper.remove()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, save: Callable[..., Any], checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
+    ) -> None:
         path = str(filepath)
         identity, wrote = "", self.writes
         states: dict[str, Any] = {}
-        if self.owners and "optimizer_states" in checkpoint:  # else it is one of weights only
+        if "optimizer_states" in checkpoint:  # else it is one of weights only
             self.saved += 1
             identity = f"{self.run}-{self.saved}"
             if self.of_replicas:  # each of which has begun by itself, and any may have to end what another began
@@ -166,9 +164,7 @@ class _RankFiles:
             if wrote:
                 _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
             checkpoint[KEY] = {"id": identity, "world_size": self.world_size, "names": list(states)}
-        self.original["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
-        if not self.owners:
-            return
+        save(checkpoint, filepath, storage_options=storage_options)
         while True:
             writes = self.writes
             if identity and writes and not wrote:  # of the replica that has died over it only the files remain
@@ -186,8 +182,10 @@ class _RankFiles:
         self.strategy.barrier("rank state")  # only now is the checkpoint there, with the files of all ranks
         self.remove_files(path, keep - {""})
 
-    def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = self.original["load_checkpoint"](checkpoint_path, *args, **kwargs)
+    def load_checkpoint(
+        self, load: Callable[..., Any], checkpoint_path: _PATH, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = load(checkpoint_path, *args, **kwargs)
         entry: dict[str, Any] = checkpoint.get(KEY, {"names": ()})
         owners = [owner for owner in self.owners.values() if owner.name in entry["names"]]
         if not owners or not self.is_fitting:
@@ -206,8 +204,8 @@ class _RankFiles:
             owner.load(None if states is None else states[owner.name])
         return checkpoint
 
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        self.original["remove_checkpoint"](filepath)
+    def remove_checkpoint(self, remove: Callable[..., Any], filepath: _PATH) -> None:
+        remove(filepath)
         self.remove_files(str(filepath), set())
         for owner in self.owners.values():
             if owner.removed is not None:
@@ -264,7 +262,7 @@ class _RankFiles:
     @property
     def of_replicas(self) -> bool:
         """Each replica is a world of its own, and they are equal: one of them writes for all."""
-        return bool(getattr(self.strategy, "replicas_are_equal", False))
+        return replicas_are_equal(self.strategy)
 
     @property
     def writes(self) -> bool:
@@ -286,8 +284,5 @@ def _file(path: str, identity: str, rank: int) -> str:
 
 
 def _write(state: dict[str, Any], path: str) -> None:
-    fs = get_filesystem(path)
-    fs.makedirs(os.path.dirname(path), exist_ok=True)
-    with fs.open(f"{path}.part", "wb") as stream:
+    with whole_file(path) as part, get_filesystem(part).open(part, "wb") as stream:
         torch.save(state, stream)
-    fs.mv(f"{path}.part", path)

@@ -1,11 +1,8 @@
-"""Opening and closing parameters during a run, as one event for everyone who has to know.
+"""Freezing and unfreezing parameters during a run, as one event for everyone who has to know.
 
-`set_trainable` toggles ``requires_grad``, so that autograd computes no gradient for a closed parameter, and lets the
-strategy follow: DDP is wrapped anew, since it would wait for the gradients of closed parameters, or reduce them as
-zeros. Afterwards every callback, the LightningModule and the strategy that has a method ``on_trainable_change`` is
-told:
-
-    def on_trainable_change(self, trainer, pl_module, change: TrainableChange) -> None: ...
+`set_trainable` toggles ``requires_grad``, so that autograd computes no gradient for a frozen parameter, and lets the
+strategy follow: DDP is wrapped anew, since it would wait for the gradients of frozen parameters, or reduce them as
+zeros. Afterwards whoever has the hook ``on_trainable_change`` (``hooks.FollowsTrainable``) is told.
 """
 
 from __future__ import annotations
@@ -15,15 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.training.dtensor import reshard
+from lightning_eff.training.hooks import FollowsTrainable, tell
+from lightning_eff.training.trainer import ranks_agree
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
@@ -33,15 +31,15 @@ class TrainableChange:
     """What an event has changed: parameters by clean name, in the order of the model.
 
     Attributes:
-        opened: those that are trained from now on.
-        closed: those that no longer are; their ``grad`` is None.
+        unfrozen: those that are trained from now on.
+        frozen: those that no longer are; their ``grad`` is None.
     """
 
-    opened: dict[str, nn.Parameter]
-    closed: dict[str, nn.Parameter]
+    unfrozen: dict[str, nn.Parameter]
+    frozen: dict[str, nn.Parameter]
 
     def __bool__(self) -> bool:
-        return bool(self.opened or self.closed)
+        return bool(self.unfrozen or self.frozen)
 
 
 def check_trainable_support(trainer: Trainer) -> None:
@@ -54,30 +52,30 @@ def check_trainable_support(trainer: Trainer) -> None:
     # DeepSpeedStrategy is a DDPStrategy only by inheritance.
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
-            f"{type(strategy).__name__} does not support opening and closing parameters during a run, because it "
+            f"{type(strategy).__name__} does not support freezing and unfreezing parameters during a run, because it "
             "flattens or partitions them: use a single device, DDP or ModelParallelStrategy (FSDP2)"
         )
     reason = getattr(strategy, "trainable_change_refused", None)
     if reason is not None:
         raise MisconfigurationException(
-            f"{type(strategy).__name__} does not support opening and closing parameters during a run: {reason}"
+            f"{type(strategy).__name__} does not support freezing and unfreezing parameters during a run: {reason}"
         )
     if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         raise MisconfigurationException(
-            "DDPStrategy(static_graph=True) promises that the set of trained parameters never changes, and opening "
-            "and closing parameters changes it: remove static_graph"
+            "DDPStrategy(static_graph=True) promises that the set of trained parameters never changes, and freezing "
+            "and unfreezing parameters changes it: remove static_graph"
         )
 
 
 def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableChange:
-    """Open (True) and close (False) parameters; those not named stay as they are.
+    """Unfreeze (True) and freeze (False) parameters; those not named stay as they are.
 
     Call it on all ranks together, between two steps: in ``on_train_start``, ``on_train_batch_end`` or at the end of an
     epoch or a validation. Where nothing changes, nothing is done. The optimizer keeps its groups and its state: it
     passes over a parameter without gradient.
 
     Under DDP the model is wrapped anew, once, with the strategy's arguments and its communication hooks but without
-    the broadcast of the model: from then on only the gradients of open parameters are reduced. A hook that keeps
+    the broadcast of the model: from then on only the gradients of trained parameters are reduced. A hook that keeps
     state for each bucket (PyTorch's PowerSGD) has to begin anew on ``on_trainable_change``, as buckets differ then.
     FSDP2 follows ``requires_grad`` by itself. Under ``ddp_ft`` "all ranks" are the living replicas, and one that comes
     in later heals to the same set.
@@ -101,9 +99,7 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
     """
     check_trainable_support(trainer)
     strategy, module = trainer.strategy, trainer.lightning_module
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()  # after a validation it may show its gathered parameters, where a change would be lost
+    reshard(module)  # after a validation FSDP2 may show its gathered parameters, where a change would be lost
     parameters = clean_named_parameters(module)
     _check_names(parameters, trainable)
     wanted = {name: trainable.get(name, parameter.requires_grad) for name, parameter in parameters.items()}
@@ -113,55 +109,41 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
 
     changed = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad != wanted[name]}
     change = TrainableChange(
-        opened={name: parameter for name, parameter in changed.items() if wanted[name]},
-        closed={name: parameter for name, parameter in changed.items() if not wanted[name]},
+        unfrozen={name: parameter for name, parameter in changed.items() if wanted[name]},
+        frozen={name: parameter for name, parameter in changed.items() if not wanted[name]},
     )
     if not change:
         return change
     for name, parameter in changed.items():
         parameter.requires_grad_(wanted[name])
-    for parameter in change.closed.values():
+    for parameter in change.frozen.values():
         parameter.grad = None
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         _wrap_anew(strategy)
-    for listener in (strategy, *trainer.callbacks, module):  # type: ignore[attr-defined]
-        hook = getattr(listener, "on_trainable_change", None)
-        if hook is not None:
-            hook(trainer, module, change)
+    tell(trainer, FollowsTrainable, change)
     return change
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], trainable: Mapping[str, bool]) -> None:
-    for name, open_ in trainable.items():
+    for name, trained in trainable.items():
         if name not in parameters:
             close = ", ".join(get_close_matches(name, parameters)) or "; ".join(list(parameters)[:10])
             raise ValueError(
                 f"there is no parameter {name!r} (a tied one goes by its first name). Did you mean: {close}"
             )
-        if open_ and not (parameters[name].is_floating_point() or parameters[name].is_complex()):
+        if trained and not (parameters[name].is_floating_point() or parameters[name].is_complex()):
             raise ValueError(f"parameter {name!r} of dtype {parameters[name].dtype} cannot have a gradient")
 
 
 def _check_agreement(trainer: Trainer, wanted: Mapping[str, bool]) -> None:
     """Compare one number in place of all names: without it, ranks that differ would hang in the next step."""
-    strategy = trainer.strategy
-    replicas = getattr(strategy, "replicas_are_equal", False)  # each of them is a world of its own
-    if trainer.world_size == 1 and not replicas:
-        return
-    if getattr(strategy, "within_step", False):
+    if getattr(trainer.strategy, "within_step", False):
         raise RuntimeError(
-            "parameters are opened and closed between two optimizer steps, and this is in the midst of one: it might "
+            "parameters are frozen and unfrozen between two optimizer steps, and this is in the midst of one: it might "
             "be repeated, with other parameters than before"
         )
     digest = hashlib.sha256(repr(sorted(wanted.items())).encode()).digest()
-    number = int.from_bytes(digest[:7], "big")
-    bounds = torch.tensor([number, -number], device=strategy.root_device)
-    if replicas:
-        bounds = strategy.reduce(bounds, reduce_op="max")
-    else:
-        torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
-    highest, negative_lowest = bounds.tolist()
-    if highest != -negative_lowest:
+    if not ranks_agree(trainer.strategy, int.from_bytes(digest[:7], "big")):
         raise RuntimeError("the ranks do not agree on which parameters to train: decide from values equal on all ranks")
 
 

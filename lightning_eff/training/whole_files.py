@@ -1,18 +1,57 @@
-"""Checkpoints that appear when they are complete, whenever the writer is killed."""
+"""The one policy for the files that the suite writes: whole or absent, and a failing disk does not end a run.
+
+A file is written under another name beside its own, reaches the disk, and takes its name at the end: what is there is
+whole, whenever the writer is killed. What was begun is removed when writing fails, and the file of before stays.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A path to write to, whose file takes the name ``path`` when the block ends, and is removed if it fails.
+
+    Local paths and those of fsspec. Folders are made.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> with whole_file(f"{folder}/state") as part, open(part, "w") as file:
+        ...     _ = file.write("complete")
+        >>> os.listdir(folder)
+        ['state']
+    """
+    path = os.fspath(path)
+    part = f"{path}.part"
+    fs = get_filesystem(path)
+    fs.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    try:
+        yield part
+        if isinstance(fs, LocalFileSystem):
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        else:
+            fs.mv(part, path)
+    except BaseException:
+        with suppress(Exception):
+            fs.rm_file(part)
+        raise
 
 
 def write_whole(io: CheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-    """Save through a file beside it, which takes its place when it is on the disk.
+    """Save a checkpoint of Lightning so.
 
     Lightning writes to a temporary folder and moves the file, which is a copy where that is another file system.
     Plugins of other kinds (asynchronous, sharded) and remote file systems save as they do.
@@ -20,9 +59,39 @@ def write_whole(io: CheckpointIO, checkpoint: dict[str, Any], path: Any, storage
     if type(io) is not TorchCheckpointIO or not isinstance(get_filesystem(path), LocalFileSystem):
         io.save_checkpoint(checkpoint, path, storage_options=storage_options)
         return
-    path = os.fspath(path)
-    part = f"{path}.part"
-    io.save_checkpoint(checkpoint, part, storage_options=storage_options)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole_file(path) as part:
+        io.save_checkpoint(checkpoint, part, storage_options=storage_options)
+
+
+class Attempts:
+    """Writes files that a run can do without: a disk that fails is a warning, once for each spell of failures.
+
+    Args:
+        what: that is written, for the message, such as "the averaged weights".
+        consequence: what follows, to end the message.
+    """
+
+    def __init__(self, what: str, consequence: str) -> None:
+        self.what = what
+        self.consequence = consequence
+        self.failing = False
+        """Whether the last attempt has failed."""
+
+    def __call__(self, write: Callable[[], None]) -> bool:
+        """Try once; the next one tries again.
+
+        Returns:
+            Whether it was written.
+        """
+        try:
+            write()
+        except OSError as error:
+            if not self.failing:
+                rank_zero_warn(
+                    f"{self.what} could not be written ({error}): training goes on, {self.consequence}, and the next "
+                    "time is tried again"
+                )
+            self.failing = True
+            return False
+        self.failing = False
+        return True

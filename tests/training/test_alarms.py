@@ -29,13 +29,13 @@ def _trainer(*callbacks):
 
 def test_every_listener_hears_the_alarm():
     one, deaf, other = Listener(), L.Callback(), Listener()
-    trainer, module, alarm = _trainer(one, deaf, other), L.LightningModule(), Alarm("loss", 7, "too high", 0.5)
-    assert sound(trainer, module, alarm) is True
-    assert one.heard == other.heard == [(trainer, module, alarm)]
+    trainer, alarm = _trainer(one, deaf, other), Alarm("loss", 7, "too high", 0.5)
+    assert sound(trainer, alarm) is True
+    assert one.heard == other.heard == [(trainer, trainer.lightning_module, alarm)]
 
 
 def test_an_alarm_that_nobody_hears_says_so():
-    assert sound(_trainer(L.Callback()), L.LightningModule(), Alarm("loss", 7, "too high")) is False
+    assert sound(_trainer(L.Callback()), Alarm("loss", 7, "too high")) is False
 
 
 @pytest.mark.parametrize(

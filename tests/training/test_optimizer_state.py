@@ -164,7 +164,7 @@ class _Releases(L.Callback):
         if step in self.plan:
             names = {name: int(name.split(".")[1]) in self.plan[step] for name in clean_named_parameters(pl_module)}
             change = set_trainable(trainer, names)
-            release_state(trainer.optimizers, change.closed.values())
+            release_state(trainer.optimizers, change.frozen.values())
             self.closed = [name for name, trained in names.items() if not trained]
 
     def state_dict(self):

@@ -78,8 +78,8 @@ class _Toggles(L.Callback):
             set_trainable(trainer, dict.fromkeys(FROZEN, self.schedule[batch_idx]))
 
     def on_trainable_change(self, trainer, pl_module, change):
-        assert all(parameter.grad is None for parameter in change.closed.values())
-        self.heard.append((list(change.opened), list(change.closed)))
+        assert all(parameter.grad is None for parameter in change.frozen.values())
+        self.heard.append((list(change.unfrozen), list(change.frozen)))
 
 
 class _DropsGradients(_Toggles):
@@ -303,7 +303,7 @@ class _HookStrategy(DDPStrategy):
 def _with_a_strategy_of_its_own_hook():
     strategy = _HookStrategy(process_group_backend="gloo")
     strategy.heard = []
-    strategy.on_trainable_change = lambda trainer, module, change: strategy.heard.append(len(change.closed))
+    strategy.on_trainable_change = lambda trainer, module, change: strategy.heard.append(len(change.frozen))
     weights = _fit(_Toggles({1: False}), strategy=strategy, devices=2)
     return weights, strategy.registered, strategy.heard
 

@@ -28,10 +28,11 @@ from lightning_eff.callbacks.averaging import batch_norm
 from lightning_eff.callbacks.averaging.files import averaged_paths, averaged_state, remove_averaged, write_averaged
 from lightning_eff.callbacks.averaging.side_evaluation import AroundEvaluations, evaluate_beside
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
+from lightning_eff.callbacks.averaging.weight_swap import WeightSwap
+from lightning_eff.training.dtensor import local, reshard
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.update_count import UpdateCount
-from lightning_eff.training.weight_swap import WeightSwap, local, reshard
 
 ValidateWith = Literal["average", "current", "both"]
 Buffers = Literal["copy", "average"]
@@ -231,7 +232,7 @@ class AveragedWeights(Callback):
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """A parameter that is trained for the first time has been the same in every snapshot until now."""
-        for name, parameter in change.opened.items():
+        for name, parameter in change.unfrozen.items():
             if self._tensors.open(name, parameter):
                 self._add(name, local(parameter))
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.merging.safe_files import safetensors_bytes, save_safetensors
+from lightning_eff.training.dtensor import full, reshard
 from lightning_eff.training.rank_state import KEY as _RANK_STATE
-from lightning_eff.training.weight_swap import full, reshard
 
 KEY = "lightning_eff_average"  # in the averaged checkpoint: what it is the average of
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_eff.structure.blocks import clean_named_parameters
-from lightning_eff.training.weight_swap import local, reshard
+from lightning_eff.training.dtensor import local, reshard
 
 
 class TrainedTensors:

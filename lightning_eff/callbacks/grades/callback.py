@@ -19,11 +19,11 @@ from lightning_eff.callbacks.grades.units import FreezableUnits
 from lightning_eff.callbacks.grades.watch import Unfreeze, UnitWatch, charts, mean_loss
 from lightning_eff.functional.grades import GradESConfig, Metric, TauMode
 from lightning_eff.structure.flops import backward_flops
-from lightning_eff.training.gradient_scaler import applied_scale
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.optimizer_state import allow_absent_states, check_release_support, release_state
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
+from lightning_eff.training.trainer import applied_scale
 
 _COPIES = "lightning_eff_grades"  # in the checkpoint, where the ranks are equal
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_eff.structure.blocks import clean_named_parameters, find_blocks, select_matrices
-from lightning_eff.training.weight_swap import reshard
+from lightning_eff.training.dtensor import reshard
 
 
 class FreezableUnits:

@@ -18,7 +18,7 @@ from lightning_eff.callbacks.misa.units import Granularity, ModuleUnits, StepMea
 from lightning_eff.functional.gradients import squared_grad_norms
 from lightning_eff.functional.misa import Mode, Sampler, SamplerConfig, Sampling
 from lightning_eff.functional.momentum_tail import has_momentum_tail, momentum_tail_
-from lightning_eff.training.gradient_scaler import applied_scale
+from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.heat_map import HeatMap, Scale
 from lightning_eff.training.optimizer_state import (
     allow_absent_states,
@@ -27,8 +27,8 @@ from lightning_eff.training.optimizer_state import (
     state_bytes,
 )
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
+from lightning_eff.training.trainer import applied_scale
 from lightning_eff.training.update_count import UpdateCount
-from lightning_eff.training.weight_swap import reshard
 
 _MAPS = ("importance", "probability")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eff.structure.blocks import Matrix, clean_named_parameters, select_matrices
-from lightning_eff.training.weight_swap import reshard
+from lightning_eff.training.dtensor import reshard
 
 Granularity = Literal["module", "layer"]
 

@@ -245,7 +245,7 @@ class SpectralAlignmentMonitor(Callback):
             f"{self.config.threshold:.4g} of their inputs on one side of their weight's leading singular vector since "
             f"{self.config.patience} observations: {listed}"
         )
-        heard = sound(trainer, pl_module, Alarm("spectral_alignment", trainer.global_step, message, severity=share))
+        heard = sound(trainer, Alarm("spectral_alignment", trainer.global_step, message, severity=share))
         if self.action == "stop" or (self.action == "warn" and not heard):
             end = ". Training stops" if self.action == "stop" else ""
             rank_zero_warn(f"SpectralAlignmentMonitor at global step {trainer.global_step}: {message}{end}")

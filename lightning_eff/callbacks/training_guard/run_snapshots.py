@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.gradients import is_dtensor
+from lightning_eff.training.dtensor import local
 from lightning_eff.training.snapshots import Place, SnapshotWindow
-from lightning_eff.training.weight_swap import local
 
 
 @dataclass(frozen=True)

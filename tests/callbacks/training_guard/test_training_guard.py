@@ -62,7 +62,7 @@ class Sounder(L.Callback):
         if self.steps and trainer.global_step == self.steps[0]:
             step = self.steps.pop(0)
             if trainer.global_rank == self.rank:
-                sound(trainer, pl_module, Alarm(self.source, step, "it is broken", self.severity))
+                sound(trainer, Alarm(self.source, step, "it is broken", self.severity))
 
 
 class ScaleTo(L.Callback):
@@ -209,7 +209,7 @@ class Closes(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
             change = set_trainable(trainer, {"head.weight": False, "head.bias": False})
-            for parameter in change.closed.values():
+            for parameter in change.frozen.values():
                 trainer.optimizers[0].state.pop(parameter)
 
 
@@ -340,7 +340,7 @@ class TestGoingBack:
         class Late(L.Callback):
             def on_train_batch_end(self, trainer, pl_module, *_):
                 if trainer.global_step == 9:
-                    sound(trainer, pl_module, Alarm("test", 2, "it was broken"))
+                    sound(trainer, Alarm("test", 2, "it was broken"))
 
         guard = TrainingGuard(**{**GUARD, "keep": 3})
         with pytest.raises(TrainingDivergedError, match="no snapshot from before it, the oldest is of step 4"):

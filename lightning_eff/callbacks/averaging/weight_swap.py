@@ -6,10 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-
-from lightning_eff.functional.gradients import is_dtensor
+from torch import Tensor
 
 
 @dataclass
@@ -91,40 +88,3 @@ class WeightSwap:
                 if average is not None:
                     exchange.other.copy_(average)
                 self._exchanges.pop()
-
-
-def reshard(module: nn.Module) -> None:
-    """Let FSDP2 show its shards, which a forward pass without a backward pass leaves gathered.
-
-    A change of the shards would not be seen by a module that still holds its gathered weights.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds: a DTensor's shard, everything else as it is; shares memory with ``tensor``."""
-    with torch.no_grad():
-        detached = tensor.detach()
-        return detached.to_local() if is_dtensor(detached) else detached  # type: ignore[attr-defined, no-any-return]
-
-
-def full(tensor: Tensor, like: Tensor) -> Tensor:
-    """Put together what ``local`` has taken apart: ``tensor`` is this rank's part of one with the form of ``like``.
-
-    Collective, if ``like`` is a DTensor.
-    """
-    if not is_dtensor(like):
-        return tensor
-    from torch.distributed.tensor import DTensor
-
-    with torch.no_grad():
-        return DTensor.from_local(
-            tensor.to(like.device),
-            like.device_mesh,  # type: ignore[attr-defined]
-            like.placements,  # type: ignore[attr-defined]
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        ).full_tensor()

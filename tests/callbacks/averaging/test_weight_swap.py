@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_eff.training.weight_swap import WeightSwap
+from lightning_eff.callbacks.averaging.weight_swap import WeightSwap
 
 
 class _Interrupt(TorchDispatchMode):

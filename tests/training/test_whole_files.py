@@ -1,0 +1,49 @@
+import errno
+
+import pytest
+
+from lightning_eff.training.whole_files import Attempts, whole_file
+
+
+def test_a_failure_leaves_the_file_of_before_and_nothing_beside(tmp_path):
+    path = tmp_path / "deep" / "state"
+    with whole_file(path) as part, open(part, "w") as file:
+        file.write("first")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as part, open(part, "w") as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "first"
+    assert [found.name for found in path.parent.iterdir()] == ["state"]
+
+
+def test_remote_file_systems_too(tmp_path):
+    with whole_file("memory://whole/state") as part:
+        import fsspec
+
+        with fsspec.open(part, "wb") as file:
+            file.write(b"complete")
+    fs = fsspec.filesystem("memory")
+    assert [path.rpartition("/")[2] for path in fs.ls("/whole", detail=False)] == ["state"]
+    fs.rm("/whole", recursive=True)
+
+
+def test_a_failing_disk_is_said_once_for_each_spell():
+    attempts, full = Attempts("the average", "the previous one stays"), True
+
+    def write():
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.warns(UserWarning, match=r"the average could not be written .*No space left.*the previous one stays"):
+        assert attempts(write) is False
+    assert attempts(write) is False  # silent: warnings are errors here
+    full = False
+    assert attempts(write) is True
+    full = True
+    with pytest.warns(UserWarning, match="the average could not be written"):
+        assert attempts(write) is False
+
+
+def test_what_is_no_matter_of_a_disk_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        Attempts("x", "y")(lambda: 1 / 0)
