@@ -1,10 +1,11 @@
 # `make demo` and `make test` work on a fresh machine with Python 3.10 or newer and nothing else.
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format docs clean
+.PHONY: help install demo test test-all test-oldest lint format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +28,14 @@ test: install ## The test suite (CPU)
 test-all: install ## The test suite with soaks, shaped networks and kill matrices
 	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
 
+$(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(VENV)-oldest/bin/python || $(OLDEST_PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+test-oldest: $(VENV)-oldest/.installed ## The test suite with the oldest Python, PyTorch and Lightning that are accepted
+	$(VENV)-oldest/bin/python -m pytest $(ARGS)
+
 lint: install ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -41,4 +50,4 @@ docs: install ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove what was made here
-	rm -rf $(VENV) site logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest site logs .pytest_cache .mypy_cache .ruff_cache

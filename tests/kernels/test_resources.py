@@ -40,7 +40,8 @@ def test_kernels_compile_without_spills_and_with_wide_loads(
     for row in rows:
         assert row.spills == 0, row
         assert row.vectorised is not False, row
-    assert {row.op for row in rows if row.vectorised} == set(dispatch.OPS)
+    # ZClip's decision is some forty numbers in one program: there is nothing to stream.
+    assert {row.op for row in rows if row.vectorised} == set(dispatch.OPS) - {"zclip"}
 
 
 def test_the_measure_tells_a_naive_kernel_apart(tmp_path_factory: pytest.TempPathFactory) -> None:
