@@ -4,6 +4,7 @@ from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
 from lightning_eff.callbacks.grades import GradES
 from lightning_eff.callbacks.misa import MISA
+from lightning_eff.callbacks.preemption import Preemption
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_eff.callbacks.training_guard import TrainingGuard
@@ -15,6 +16,7 @@ __all__ = [
     "CheckpointAveraging",
     "CompressionMonitor",
     "GradES",
+    "Preemption",
     "SpectralAlignmentMonitor",
     "TensorBoardLayout",
     "TrainingGuard",
