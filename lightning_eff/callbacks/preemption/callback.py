@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_number, check_text
 from lightning_eff.callbacks.preemption.emergency import StepWatch, save_alone
-from lightning_eff.callbacks.preemption.notices import Notices, signal_number
+from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
 from lightning_eff.training.hooks import Order
 from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
@@ -63,7 +63,7 @@ class Preemption(Callback):
     Strategies: all; under ``ddp_ft`` a replica leaves the others, who go on, and saves nothing.
 
     Args:
-        signals: names of signals that end the run.
+        signals: names of signals that end the run; None for ``["SIGTERM"]``.
         file: its existence ends the run; None for none.
         notice: asked every ``poll_seconds`` in a thread; returns why the run has to end, in words, or None. For a
             cloud's metadata service, say.
@@ -108,8 +108,7 @@ class Preemption(Callback):
         poll_seconds: float = 5.0,
         timeout: float = 300.0,
     ) -> None:
-        names = ["SIGTERM"] if signals is None else signals
-        check("signals", signals, isinstance(names, list | tuple), "a list of names, such as ['SIGTERM'], or None")
+        numbers = signal_numbers(signals)
         check_text("file", file, optional=True)
         check("notice", notice, notice is None or callable(notice), "a function without arguments, or None")
         check_count("every_n_steps", every_n_steps)
@@ -118,14 +117,14 @@ class Preemption(Callback):
         check_flag("emergency", emergency)
         check_number("poll_seconds", poll_seconds, above=0)
         check_number("timeout", timeout, above=0)
-        self.signals = list(names)
+        self.signals = [number.name for number in numbers]
         self.max_time = max_time
         self.exit_code = exit_code
         self.requeue: Requeue = requeue
         self.emergency = emergency
         self.saved: str | None = None
         """Path of the checkpoint with which the run has ended."""
-        self._notices = Notices([signal_number(n) for n in names], file, notice, poll_seconds, _seconds(max_time))
+        self._notices = Notices(numbers, file, notice, poll_seconds, _seconds(max_time))
         self._vote = Vote(every_n_steps, timeout)
         self._watch = StepWatch()
         self._wrappers: list[Wrapper] = []

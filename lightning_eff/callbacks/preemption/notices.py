@@ -17,16 +17,18 @@ from lightning_eff.arguments import check
 SAME_SIGNAL_SECONDS = 1.0
 
 
-def signal_number(name: Any) -> signal.Signals:
-    """``"SIGTERM"`` -> its number.
+def signal_numbers(names: Any) -> list[signal.Signals]:
+    """``["SIGTERM"]`` -> their numbers; None for just that one.
 
     Raises:
         ValueError: there is no such signal here, or it cannot be handled.
     """
     known = signal.Signals.__members__
     usable = sorted(word for word in known if word.startswith("SIG") and word not in ("SIGKILL", "SIGSTOP"))
-    check("signals", name, isinstance(name, str) and name in usable, f"a list of some of {', '.join(usable)}")
-    return known[name]
+    listed = ["SIGTERM"] if names is None else names
+    ok = isinstance(listed, list | tuple) and all(isinstance(name, str) and name in usable for name in listed)
+    check("signals", names, ok, f"a list of some of {', '.join(usable)}, or None for ['SIGTERM']")
+    return [known[name] for name in listed]
 
 
 class Notices:
