@@ -60,7 +60,7 @@ def _imports(path: Path, modules: dict[str, Path]) -> tuple[set[str], set[str]]:
 
 
 def _room(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def _method(module: str) -> tuple[str, ...] | None:
