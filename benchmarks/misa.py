@@ -34,7 +34,7 @@ from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from lightning_eff.callbacks import MISA
 from lightning_eff.functional.misa import Sampler, SamplerConfig, debiased, probabilities
-from lightning_eff.structure.blocks import select_matrices
+from lightning_eff.structure import select_matrices
 from lightning_eff.training.optimizer_state import state_bytes
 
 SIZES = {

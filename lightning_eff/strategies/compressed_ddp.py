@@ -20,7 +20,7 @@ from lightning_eff.compression import ArcTopK, Compressor, predict
 from lightning_eff.compression.comm_hook import CompressedReduction, Traffic, hook
 from lightning_eff.compression.exchange import Memory
 from lightning_eff.compression.plan import bucket_cap_mb
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.trainer import gradient_scaler

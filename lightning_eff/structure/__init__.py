@@ -1,15 +1,11 @@
 """A model's repeated blocks, their matrices and parts, found by shape; and what a backward pass costs."""
 
-from lightning_eff.structure.blocks import (
-    Block,
-    Matrix,
-    clean_named_modules,
-    clean_named_parameters,
-    find_blocks,
-    select_matrices,
-)
+from lightning_eff.structure.blocks import Block, Matrix, find_blocks
 from lightning_eff.structure.flops import backward_flops
+from lightning_eff.structure.matrices import coverage, describe_selection, select_matrices
 from lightning_eff.structure.parts import BlockParts, find_block_parts
+from lightning_eff.structure.select import listed, select
+from lightning_eff.structure.tree import clean_named_modules, clean_named_parameters
 
 __all__ = [
     "Block",
@@ -18,7 +14,11 @@ __all__ = [
     "backward_flops",
     "clean_named_modules",
     "clean_named_parameters",
+    "coverage",
+    "describe_selection",
     "find_block_parts",
     "find_blocks",
+    "listed",
+    "select",
     "select_matrices",
 ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_eff.structure.blocks import clean_named_modules, find_blocks
+from lightning_eff.structure.blocks import find_blocks
 from lightning_eff.structure.roles import Role
+from lightning_eff.structure.select import select
+from lightning_eff.structure.tree import clean_named_modules
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,8 @@ def _pure(path: str, modules: dict[str, nn.Module], roles: dict[str, Role], role
 
 
 def _matching(modules: dict[str, nn.Module], patterns: str | Sequence[str], argument: str) -> list[str]:
-    hits: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hit = [name for name in modules if name and fnmatchcase(name, pattern)]
-        if not hit:
-            names = ", ".join(list(modules)[1:41])
-            raise ValueError(f"{argument}={pattern!r} matches no module. There are: {names}")
-        hits += hit
-    return [name for name in dict.fromkeys(hits) if not any(_below(name, other) and name != other for other in hits)]
+    hits = select([name for name in modules if name], patterns, argument, "module")
+    return [name for name in hits if not any(_below(name, other) and name != other for other in hits)]
 
 
 def _below(name: str, path: str) -> bool:

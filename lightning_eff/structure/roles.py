@@ -7,6 +7,7 @@ f different from d goes up and down, (f, f, f) has a gate.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _HINTS: tuple[tuple[str, Role], ...] = (
     ("attention", "attention"),
     ("mlp", "ffn"),
     ("ffn", "ffn"),
+    ("feed_forward", "ffn"),
+    ("feedforward", "ffn"),
 )
 
 
@@ -50,8 +53,10 @@ class Shape:
 def roles_of(shapes: Sequence[Shape], chains: Collection[str] = ()) -> list[Role]:
     """The role of each matrix of one block.
 
-    The smallest module whose matrices fit a pattern decides; names decide only for what fits none (such as latent
-    attention). Four square matrices are taken for an attention unless they follow each other in a chain.
+    The smallest module whose matrices fit a pattern decides. Names decide only for what fits none (such as latent
+    attention) and has the block's width on a side; what is left then is looked at once more. Four square matrices are
+    taken for an attention unless they follow each other in a chain, and two or three beside one for a feed-forward
+    network as wide as the model.
 
     Args:
         shapes: the matrices in the order of definition.
@@ -62,21 +67,61 @@ def roles_of(shapes: Sequence[Shape], chains: Collection[str] = ()) -> list[Role
         ['attention', 'attention', 'ffn', 'ffn']
     """
     roles: dict[int, Role] = {}
+    _by_shape(shapes, chains, roles)
+    linear = [shape for shape in shapes if shape.linear]
+    sides = Counter(side for shape in linear for side in {shape.inputs, shape.outputs})
+    width = max(sides, key=lambda side: (sides[side], -side), default=0)
+    for index, shape in enumerate(shapes):
+        hint = _hint(shape)
+        if index not in roles and shape.linear and hint != "other" and width in (shape.inputs, shape.outputs):
+            roles[index] = hint
+    _by_shape(shapes, chains, roles, width)
+    left = [index for index, shape in enumerate(shapes) if index not in roles and shape.linear]
+    square = all(shapes[index].inputs == shapes[index].outputs == width for index in left)
+    chained = _common_path([shapes[index] for index in left]) in chains if left else True
+    if "attention" in roles.values() and "ffn" not in roles.values() and len(left) in (2, 3) and square and not chained:
+        roles |= dict.fromkeys(left, "ffn")  # type: ignore[arg-type]
+    return [roles.get(index, "other") for index in range(len(shapes))]
+
+
+def _by_shape(
+    shapes: Sequence[Shape], chains: Collection[str], roles: dict[int, Role], width: int | None = None
+) -> None:
+    """Give roles to what has none and fits a pattern, the matrices of the deepest modules first.
+
+    With a ``width`` only to matrices that have it on a side.
+    """
     ancestors = {".".join(parts[:n]) for s in shapes for parts in [s.path.split(".")] for n in range(len(parts) + 1)}
-    for path in sorted(ancestors, key=lambda name: (-name.count(".") if name else 1, name)):  # children first
-        inside = [
-            index
-            for index, shape in enumerate(shapes)
-            if index not in roles and shape.linear and (not path or f"{shape.path}.".startswith(f"{path}."))
-        ]
+    for path in sorted(ancestors, key=lambda name: (-name.count(".") if name else 1, name)):
+        below = [i for i, shape in enumerate(shapes) if not path or f"{shape.path}.".startswith(f"{path}.")]
+        inside = [index for index in below if index not in roles and shapes[index].linear]
+        inside = [i for i in inside if width in (None, shapes[i].inputs, shapes[i].outputs)]
+        convolves = any(not shapes[index].linear for index in below)
         for cut in (0, *range(2, len(inside) - 1)):  # all of them, or two neighbours without modules of their own
             parts = [part for part in (inside[:cut], inside[cut:]) if part]
             found = [_match([shapes[index] for index in part], chains) for part in parts]
+            if (
+                convolves
+                and len(inside) == 2
+                and (found == ["attention"] or not _is_plain([shapes[i] for i in inside]))
+            ):
+                break  # the two projections of a state space model, around its convolution
+            if "ffn" in found and _stands_alone(parts[found.index("ffn")], shapes):
+                continue
             if None not in found and len(set(found)) == len(found):
                 for part, role in zip(parts, found, strict=True):
                     roles |= dict.fromkeys(part, role)  # type: ignore[arg-type]
                 break
-    return [roles.get(index) or (_hint(shape) if shape.linear else "other") for index, shape in enumerate(shapes)]
+
+
+def _stands_alone(part: Sequence[int], shapes: Sequence[Shape]) -> bool:
+    """Whether a feed-forward network works on a width that nothing else in its block has: it is none."""
+    inside = [{shapes[index].inputs, shapes[index].outputs} for index in part]
+    width = set.intersection(*inside)
+    if _is_plain([shapes[index] for index in part]):
+        return False  # such as one over the positions of a sequence
+    others = [shape for index, shape in enumerate(shapes) if index not in part and shape.linear]
+    return bool(others) and not any(width & {shape.inputs, shape.outputs} for shape in others)
 
 
 def _match(shapes: list[Shape], chains: Collection[str]) -> Role | None:
@@ -87,8 +132,14 @@ def _match(shapes: list[Shape], chains: Collection[str]) -> Role | None:
         if _is_ffn(shapes, width):
             return "ffn"
         if _is_attention(shapes, width) and _common_path(shapes) not in chains:
-            return "attention"
+            # A gated channel mixing as wide as the model has the shapes of a query, a fused key and value, an output.
+            return "ffn" if len(shapes) == 3 and all(_hint(shape) == "ffn" for shape in shapes) else "attention"
     return "attention" if _is_cross_attention(shapes) else None
+
+
+def _is_plain(shapes: Sequence[Shape]) -> bool:
+    """Whether all matrices go between the same two widths."""
+    return len({frozenset((shape.inputs, shape.outputs)) for shape in shapes}) == 1
 
 
 def _is_ffn(shapes: list[Shape], width: int) -> bool:
@@ -146,4 +197,6 @@ def _common_path(shapes: list[Shape]) -> str:
 
 def _hint(shape: Shape) -> Role:
     path = shape.path.lower()
+    if re.search(r"(^|[._])(gate|router)$", path):  # which expert it is
+        return "other"
     return next((role for word, role in _HINTS if word in path), "other")

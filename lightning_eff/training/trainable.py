@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.hooks import FollowsTrainable, tell
 from lightning_eff.training.trainer import ranks_agree

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_eff.structure.blocks import clean_named_parameters, find_blocks, select_matrices
+from lightning_eff.structure import clean_named_parameters, describe_selection, find_blocks, select_matrices
 
 
 def _tree(**children):
@@ -340,7 +340,7 @@ def test_patterns():
     ("patterns", "message"),
     [
         (SimpleNamespace(include="*.q_proj.*", exclude=None), r"include='\*.q_proj.\*'.*transformer.wte.weight, "),
-        (SimpleNamespace(include=None, exclude=["*.mlp.*", "nothing"]), "exclude='nothing'.*Candidates: transformer"),
+        (SimpleNamespace(include=None, exclude=["*.mlp.*", "nothing"]), "exclude='nothing'.*There are: transformer"),
         (SimpleNamespace(include="*.mlp.*", exclude="*"), "exclude leaves nothing.*Candidates: transformer.wte"),
     ],
 )
@@ -349,10 +349,128 @@ def test_a_pattern_that_selects_nothing_lists_candidates(patterns, message):
         select_matrices(_nano_gpt(), patterns.include, patterns.exclude)
 
 
-def test_a_model_without_repetition_says_so():
-    model = nn.Sequential(_linear(4, 8), nn.ReLU(), _linear(8, 2))
+def test_without_repetition_all_hidden_matrices_are_taken():
+    model = nn.Sequential(nn.Embedding(9, 4), _linear(4, 8), nn.ReLU(), _linear(8, 8), nn.ReLU(), _linear(8, 2))
 
     assert find_blocks(model) == []
-    with pytest.raises(ValueError, match=r"no repeated blocks were found.*include. Candidates: 0.weight, 2.weight"):
-        select_matrices(model)
-    assert len(select_matrices(model, include="*")) == 2
+    selected = select_matrices(model)
+    assert [matrix.name for matrix in selected] == ["1.weight", "3.weight"]
+    assert {(matrix.role, matrix.block) for matrix in selected} == {("other", "")}
+    assert describe_selection(model, selected) == "2 matrices, 65 % of the trained weights; outside: 0.weight, 5.weight"
+    assert len(select_matrices(model, include="*")) == 4
+    with pytest.raises(ValueError, match="no matrix is selected: the model has none"):
+        select_matrices(nn.Sequential(nn.BatchNorm1d(3)))
+
+
+def test_blocks_that_are_a_small_part_are_not_taken_for_the_model():
+    tower = _tree(first=_linear(8, 64), second=_linear(64, 64), third=_linear(64, 8))
+    small = _stack(lambda: _Block(up=_linear(8, 32), down=_linear(32, 8)), 2)
+    model = _tree(tower=tower, small=small, head=_linear(8, 2))
+
+    assert len(find_blocks(model)) == 2  # 1,024 of 6,144 hidden weights
+    assert [m.name for m in select_matrices(model)] == [
+        *("tower.first.weight", "tower.second.weight", "tower.third.weight"),
+        *("small.0.up.weight", "small.0.down.weight", "small.1.up.weight", "small.1.down.weight"),
+    ]
+    for parameter in tower.parameters():  # what is not trained does not count
+        parameter.requires_grad_(False)
+    assert len(select_matrices(model)) == 4
+
+
+def test_a_stack_of_one_is_a_stack():
+    model = _tree(embed=nn.Embedding(9, 8), layers=_stack(lambda: _Block(up=_linear(8, 32), down=_linear(32, 8)), 1))
+
+    assert [block.name for block in find_blocks(model)] == ["layers.0"]
+
+
+def test_bare_experts_are_matrices_and_states_tables_and_biases_are_none():
+    def block():
+        experts = nn.Module()
+        experts.gate_up_proj = nn.Parameter(torch.zeros(4, 32, 8))
+        experts.down_proj = nn.Parameter(torch.zeros(4, 8, 16))
+        experts.down_proj_bias = nn.Parameter(torch.zeros(4, 8))
+        mixer = _tree(in_proj=_linear(8, 24), out_proj=_linear(12, 8))
+        mixer.A_log = nn.Parameter(torch.zeros(12, 5))
+        mixer.time_mix = nn.Parameter(torch.zeros(1, 1, 8))
+        return _Block(mixer=mixer, experts=experts)
+
+    names = [matrix.name for matrix in find_blocks(_stack(block, 2))[0].matrices]
+    assert names == [
+        "0.mixer.in_proj.weight",
+        "0.mixer.out_proj.weight",
+        "0.experts.gate_up_proj",
+        "0.experts.down_proj",
+    ]
+
+
+def test_stages_of_one_block_and_of_many():
+    class Stage(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            for index in range(blocks):
+                setattr(self, f"b{index}", _Bottleneck())
+
+    model = _tree(stem=_conv_block(3, 4), s1=Stage(1), s2=Stage(1), s3=Stage(3), head=_linear(4, 2))
+    assert [block.name for block in find_blocks(model)] == ["s1.b0", "s2.b0", "s3.b0", "s3.b1", "s3.b2"]
+    mixed = _tree(blocks=nn.Sequential(nn.Sequential(_Bottleneck()), nn.Sequential(_Bottleneck(), _Bottleneck())))
+    assert [block.name for block in find_blocks(mixed)] == ["blocks.0.0", "blocks.1.0", "blocks.1.1"]
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+
+
+def test_a_stem_and_a_head_of_one_class_are_no_blocks():
+    features = nn.Sequential(_conv_block(3, 4), _Bottleneck(), _Bottleneck(), _Bottleneck(), _conv_block(4, 8))
+
+    assert [block.name for block in find_blocks(_tree(features=features))] == [f"features.{i}" for i in (1, 2, 3)]
+
+
+def test_everything_beside_a_frozen_base_layer_is_its_adapter():
+    class Adapted(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.base_layer = _linear(inputs, outputs).requires_grad_(False)
+            self.lora_A = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, inputs))})
+            self.lora_B = nn.ParameterDict({"a": nn.Parameter(torch.zeros(outputs, 2))})
+            self.lora_E = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, 1))})
+
+    matrices = find_blocks(_nano_gpt(Adapted))[0].matrices
+    assert [matrix.role for matrix in matrices] == ["attention", "attention", "ffn", "ffn"]
+    assert [len(matrix.parameters) for matrix in matrices] == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("block", "roles"),
+    [
+        (lambda: _Block(attn=_square(4), up=_linear(8, 8), down=_linear(8, 8)), {"attention": 4, "ffn": 2}),
+        (lambda: _Block(attention=_square(7), inner=_linear(8, 32), outer=_linear(32, 8)), {"attention": 7, "ffn": 2}),
+        (
+            lambda: _Block(
+                attention=_square(4),
+                feed_forward=_tree(key=_linear(8, 16), receptance=_linear(8, 8), value=_linear(16, 8)),
+            ),
+            {"attention": 4, "ffn": 3},
+        ),
+        (  # a state space model: its two projections have the shapes of a fused attention
+            lambda: _Block(mixer=_tree(in_proj=_linear(8, 20), conv1d=nn.Conv1d(12, 12, 4), out_proj=_linear(16, 8))),
+            {"other": 3},
+        ),
+        (  # a network that computes a bias of positions, below the attention
+            lambda: _Block(
+                attention=_tree(bias_mlp=nn.Sequential(_linear(2, 64), nn.ReLU(), _linear(64, 4)), qkv=_square(4)),
+                up=_linear(8, 32),
+                down=_linear(32, 8),
+            ),
+            {"attention": 4, "ffn": 2, "other": 2},
+        ),
+    ],
+)
+def test_roles(block, roles):
+    assert _roles(_tree(layers=_stack(block, 2))) == [roles] * 2
+
+
+def _square(count):
+    return _tree(**{f"m{index}": _linear(8, 8) for index in range(count)})

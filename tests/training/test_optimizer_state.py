@@ -5,7 +5,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.optimizer_state import (
     allow_absent_states,
     check_release_support,

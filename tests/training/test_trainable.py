@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.utils.data import DataLoader
 
 from lightning_eff.strategies.fault_tolerant.strategy import FaultTolerantDDPStrategy
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
 from tests.operators import OperatorCounter
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import local, reshard
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_eff.structure.blocks import clean_named_parameters, find_blocks, select_matrices
+from lightning_eff.structure import clean_named_parameters, find_blocks, select_matrices
 from lightning_eff.training.dtensor import reshard
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eff.structure.blocks import Matrix, clean_named_parameters, select_matrices
+from lightning_eff.structure import Matrix, clean_named_parameters, select_matrices
 from lightning_eff.training.dtensor import reshard
 
 Granularity = Literal["module", "layer"]

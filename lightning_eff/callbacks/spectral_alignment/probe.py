@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_eff.functional.gradients import is_dtensor, statistics_dtype
 from lightning_eff.functional.spectral_alignment import leading_singular_pair
 from lightning_eff.kernels.alignment import AlignmentStats, alignment_stats
-from lightning_eff.structure.blocks import clean_named_modules, find_blocks
+from lightning_eff.structure import clean_named_modules, find_blocks
 
 FIRST_ITERATIONS = 16
 """Power iterations from a random vector; later ones begin with the last vector."""

@@ -32,7 +32,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_eff.callbacks.training_guard.checkpoint_files import ranked_checkpoints
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshot
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import local, reshard
 from lightning_eff.training.trainable import set_trainable
 

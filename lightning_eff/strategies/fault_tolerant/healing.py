@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loops.loop import _Loop
 
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.rank_state import rank_state_owners
 from lightning_eff.training.trainable import set_trainable
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from lightning_eff.callbacks import MISA, CheckpointAveraging, ZClip
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.optimizer_state import state_bytes
 from tests.distributed.faults import InjectedError, fail_at
 from tests.operators import OperatorCounter

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.structure import clean_named_parameters
 
 
 class StepSnapshot:
