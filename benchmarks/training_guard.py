@@ -84,7 +84,7 @@ FAILURES: dict[str, tuple[type[GPTModule], float, list[type[L.Callback]]]] = {
 }
 
 # Intervals for runs of some hundred steps; the rules, their thresholds and `spectral`'s are the defaults.
-SHORT: dict[str, Any] = dict(every_n_steps=20, margin=20, check_every_n_steps=5)
+SHORT: dict[str, Any] = dict(every_n_steps=20, margin=20, read_every_n_steps=5)
 
 
 def _guard(**arguments: Any) -> list[L.Callback]:
@@ -249,9 +249,9 @@ def cost(rounds: int, steps: int) -> None:
     model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
     variants = {
         "none": lambda: [],
-        "guard, no snapshot": lambda: [TrainingGuard("stop", check_every_n_steps=5)],
+        "guard, no snapshot": lambda: [TrainingGuard("stop", read_every_n_steps=5)],
         "guard, a snapshot in 10 steps": lambda: [
-            TrainingGuard(every_n_steps=10, margin=1, check_every_n_steps=5, keep=2)
+            TrainingGuard(every_n_steps=10, margin=1, read_every_n_steps=5, keep=2)
         ],
     }
 

@@ -250,19 +250,19 @@ ROWS = (
         {
             "rules": [
                 {
-                    "class_path": "lightning_eff.callbacks.training_guard.rules.ExplodingLoss",
-                    "init_args": {"factor": 2.0, "deviations": 3.0, "window": 3, "patience": 2},
+                    "class_path": "lightning_eff.callbacks.ExplodingLoss",
+                    "init_args": {"factor": 2.0, "deviations": 3.0, "over_n_steps": 3, "patience": 2},
                 }
             ],
             "every_n_steps": 1,
             "keep": 8,
             "margin": 2,
-            "check_every_n_steps": 1,
+            "read_every_n_steps": 1,
             "lr_steps": 6,
         },
         crash_steps=(3, 9),  # before the alarm at step 7, and after the run has gone back from step 8 to step 5
         exceptions={
-            "waits_for_nothing": "with check_every_n_steps=1 it reads the numbers of the step before in each",
+            "waits_for_nothing": "with read_every_n_steps=1 it reads the numbers of the step before in each",
             "draws_no_random_numbers": "a rollback puts random numbers back, and more batches are drawn after it",
         },
         bad_arguments=(
@@ -272,8 +272,10 @@ ROWS = (
             {"keep": 1},
             {"margin": 0},
             {"margin": 6},
-            {"check_every_n_steps": 0},
-            {"device": "tape"},
+            {"read_every_n_steps": 0},
+            {"storage": "tape"},
+            {"folder": ""},
+            {"draw_anew": "false"},
             {"lr_factor": 0.0},
             {"lr_factor": 1.5},
             {"lr_steps": 0},
@@ -284,7 +286,7 @@ ROWS = (
     ),
     Row(
         TrainingGuard,
-        {"device": "disk"},
+        {"storage": "disk"},
         name="TrainingGuard-idle",
         crash_steps=(7,),
         changes_training=False,
