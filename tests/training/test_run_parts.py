@@ -13,15 +13,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_eff.training.logged import epoch_means, logged_values, set_epoch_means, set_logged_values
 from lightning_eff.training.random_state import draw_anew, random_state, set_random_state
 from lightning_eff.training.run_parts import (
-    epoch_means,
     group_values,
-    logged_values,
     model_tensors,
-    set_epoch_means,
     set_group_values,
-    set_logged_values,
     set_model_tensors,
     set_optimizer_states,
 )

@@ -28,7 +28,6 @@ from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLos
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
 from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.hooks import Order
-from lightning_eff.training.run_parts import is_last_batch
 from lightning_eff.training.snapshots import Place
 from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks
 
@@ -226,7 +225,7 @@ class TrainingGuard(Callback):
         if trainer.global_step == self._step:
             return  # no optimizer has stepped
         self._step = step = trainer.global_step
-        alarms = self._listener.after_step(trainer, pl_module, _is_last_step(trainer), self.action == "warn")
+        alarms = self._listener.after_step(trainer, pl_module, every_step=self.action == "warn")
         if self._in_a_row and self.forget_after is not None and step >= self._last_alarm + self.forget_after:
             self._in_a_row, self._last_alarm, self._last_restored = 0, -1, -1
         if alarms:
@@ -397,12 +396,3 @@ _COUNTS = ("alarms", "rollbacks", "undone_steps", "_in_a_row", "_last_alarm", "_
 
 def _words(alarm: Alarm) -> str:
     return f"{alarm.source} at step {alarm.step}: {alarm.message}"
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    """Whether no other step follows in which the numbers of this one could be read."""
-    loop = trainer.fit_loop
-    if loop.max_steps != -1 and trainer.global_step >= loop.max_steps:
-        return True
-    last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs  # type: ignore[operator]
-    return last_epoch and is_last_batch(trainer)

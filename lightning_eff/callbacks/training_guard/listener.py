@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_eff.callbacks.training_guard.late_values import LateValues, Row
 from lightning_eff.callbacks.training_guard.rules import AlarmRule
 from lightning_eff.training.alarms import Alarm
+from lightning_eff.training.run_parts import is_last_batch
 from lightning_eff.training.trainer import loss_of
 
 
@@ -46,13 +47,12 @@ class AlarmListener:
         if loss is not None:
             self._losses.append(loss)
 
-    def after_step(self, trainer: Trainer, pl_module: LightningModule, last: bool, every_step: bool) -> list[Alarm]:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, *, every_step: bool) -> list[Alarm]:
         """An optimizer has stepped: take its numbers, judge the earlier ones that have come in.
 
         Args:
             trainer: whose step has ended.
             pl_module: the trained module.
-            last: no other step follows: judge everything now.
             every_step: go on after a step with alarms.
 
         Returns:
@@ -63,7 +63,7 @@ class AlarmListener:
         values = [rule.value(trainer, pl_module, loss) for rule in self.rules]
         heard = float(bool(self._heard))
         rows = self._values.record(trainer.global_step, [*values, heard], trainer.strategy.root_device)
-        if last:
+        if _is_last_step(trainer):
             rows += self._values.flush()
         return self._judge(rows, every_step)
 
@@ -119,3 +119,12 @@ class AlarmListener:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_losses": []}
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether no other step follows in which the numbers of this one could be read."""
+    loop = trainer.fit_loop
+    if loop.max_steps != -1 and trainer.global_step >= loop.max_steps:
+        return True
+    last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs  # type: ignore[operator]
+    return last_epoch and is_last_batch(trainer)

@@ -28,13 +28,12 @@ from lightning_eff.callbacks.training_guard.checkpoint_files import ranked_check
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshot
 from lightning_eff.structure.blocks import clean_named_parameters
 from lightning_eff.training.hooks import HasRunState
+from lightning_eff.training.logged import epoch_means, set_epoch_means
 from lightning_eff.training.random_state import draw_anew
 from lightning_eff.training.run_parts import (
     catch_up_with_epochs,
-    epoch_means,
     epochs_ended,
     load_training_state,
-    set_epoch_means,
     training_state,
 )
 from lightning_eff.training.trainer import callbacks_of

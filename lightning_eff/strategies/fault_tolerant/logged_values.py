@@ -7,7 +7,7 @@ from copy import deepcopy
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import nn
 
-from lightning_eff.training.run_parts import logged_values, set_logged_values
+from lightning_eff.training.logged import logged_values, set_logged_values
 
 
 class LoggedValues:

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_eff.structure.blocks import clean_named_parameters
+from lightning_eff.training.logged import hook_in_hand, set_hook_in_hand
 from lightning_eff.training.random_state import host_random_state, set_host_random_state
 from lightning_eff.training.run_parts import (
     group_values,
-    hook_in_hand,
     manual_steps,
     scheduler_states,
     set_group_values,
-    set_hook_in_hand,
     set_manual_steps,
     set_scheduler_states,
 )
