@@ -1,6 +1,7 @@
 """What TrainingGuard saves, and what it costs.
 
     python -m benchmarks.training_guard rescue  # runs of the example GPT that fail, without the guard and with it
+    python -m benchmarks.training_guard draws   # runs that random draws break, again and again
     python -m benchmarks.training_guard plot    # their curves, as docs/images/training_guard.png
     python -m benchmarks.training_guard cost    # step time with the guard over without; what a snapshot takes
 
@@ -16,6 +17,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -27,11 +29,15 @@ from benchmarks.runs import QUIET, quiet_lightning
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
-from lightning_eff.callbacks import SpectralAlignmentMonitor, TrainingGuard
-from lightning_eff.callbacks.training_guard.callback import TrainingDivergedError
+from lightning_eff.callbacks import (
+    Alarm,
+    NonFiniteLoss,
+    SpectralAlignmentMonitor,
+    TrainingDivergedError,
+    TrainingGuard,
+)
 from lightning_eff.callbacks.training_guard.rollback import capture, restore
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
-from lightning_eff.training.alarms import Alarm
 
 # --- rescue ----------------------------------------------------------------------------------------------------------
 
@@ -84,7 +90,7 @@ FAILURES: dict[str, tuple[type[GPTModule], float, list[type[L.Callback]]]] = {
 }
 
 # Intervals for runs of some hundred steps; the rules, their thresholds and `spectral`'s are the defaults.
-SHORT: dict[str, Any] = dict(every_n_steps=20, margin=20, check_every_n_steps=5)
+SHORT: dict[str, Any] = dict(every_n_steps=20, margin=20, read_every_n_steps=5)
 
 
 def _guard(**arguments: Any) -> list[L.Callback]:
@@ -208,6 +214,72 @@ def plot() -> None:
     CONSOLE.print(path)
 
 
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+class Gamble(GPTModule):
+    """Draws a number in front of each batch, and one that is too low makes a weight NaN."""
+
+    chance = 0.0
+    bad = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if torch.rand(()) < self.chance:
+            self.bad += 1
+            self.model.blocks[0].mlp.down.weight.data.view(-1)[0] = float("nan")
+
+
+# For faults that come often: snapshots close to each other, and a count that begins anew soon.
+OFTEN: dict[str, Any] = dict(
+    every_n_steps=2, keep=8, margin=3, read_every_n_steps=1, max_rollbacks=10, forget_after=10, lr_factor=1.0
+)
+
+
+def gamble(chance: float, draw_anew: bool, seed: int, steps: int) -> dict[str, Any]:
+    """One run of a GPT of 30,000 parameters in which each step breaks the weights with a chance."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning_eff").setLevel(logging.ERROR)
+    L.seed_everything(seed, verbose=False)
+    model = Gamble(GPTConfig(block_size=16, n_layer=1, n_head=2, n_embd=32), lr=1e-3, warmup_steps=10)
+    model.chance = chance
+    data = TextDataModule(block_size=16, batch_size=2, val_windows=2, seed=seed)
+    guard = TrainingGuard(rules=[NonFiniteLoss()], draw_anew=draw_anew, **OFTEN)
+    trainer = L.Trainer(devices=1, max_steps=steps, callbacks=[guard], limit_val_batches=0, **QUIET)
+    with suppress(TrainingDivergedError):
+        trainer.fit(model, data)
+    saved = trainer.global_step == steps and all(bool(p.isfinite().all()) for p in model.parameters())
+    return {"bad": model.bad, "saved": saved, "rollbacks": guard.rollbacks, "undone_steps": guard.undone_steps}
+
+
+def draws(steps: int, runs: int) -> None:
+    """How many runs the guard saves from bad draws, with the same random numbers after a rollback and with others."""
+    rows = []
+    for chance in (0.005, 0.02, 0.06):
+        for draw_anew in (False, True):
+            found = [gamble(chance, draw_anew, seed, steps) for seed in range(runs)]
+            met = [run for run in found if run["bad"]]
+            saved = [run for run in met if run["saved"]]
+            rows.append(
+                {
+                    "chance_a_step": chance,
+                    "draw_anew": draw_anew,
+                    "steps": steps,
+                    "runs": runs,
+                    "runs_with_a_bad_draw": len(met),
+                    "of_these_saved": len(saved),
+                    "mean_rollbacks_of_the_saved": round(statistics.fmean(r["rollbacks"] for r in saved), 2)
+                    if saved
+                    else "",
+                    "mean_undone_steps_of_the_saved": (
+                        round(statistics.fmean(r["undone_steps"] for r in saved), 1) if saved else ""
+                    ),
+                }
+            )
+            CONSOLE.print(rows[-1])
+    show("Runs that random draws break", rows)
+    CONSOLE.print(write_rows("training_guard_draws", rows))
+
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -238,7 +310,7 @@ class TimesATake(L.Callback):
             self.seconds.append(time.perf_counter() - start)
         self.bytes = tensor_bytes(state)
         start = time.perf_counter()
-        restore(trainer, snapshots.read(6))
+        restore(trainer, snapshots.read(6), number=1)
         self.restore_seconds = time.perf_counter() - start
 
 
@@ -249,9 +321,9 @@ def cost(rounds: int, steps: int) -> None:
     model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
     variants = {
         "none": lambda: [],
-        "guard, no snapshot": lambda: [TrainingGuard("stop", check_every_n_steps=5)],
+        "guard, no snapshot": lambda: [TrainingGuard("stop", read_every_n_steps=5)],
         "guard, a snapshot in 10 steps": lambda: [
-            TrainingGuard(every_n_steps=10, margin=1, check_every_n_steps=5, keep=2)
+            TrainingGuard(every_n_steps=10, margin=1, read_every_n_steps=5, keep=2)
         ],
     }
 
@@ -291,15 +363,18 @@ def cost(rounds: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("rescue", "plot", "cost"))
-    parser.add_argument("--steps", type=int, help="steps of a run (rescue: 300, cost: 20)")
+    parser.add_argument("part", choices=("rescue", "draws", "plot", "cost"))
+    parser.add_argument("--steps", type=int, help="steps of a run (rescue: 300, draws: 200, cost: 20)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="rescue: seeds")
     parser.add_argument("--failures", nargs="+", default=list(FAILURES), choices=FAILURES, help="rescue: only these")
+    parser.add_argument("--runs", type=int, default=20, help="draws: runs of each kind")
     parser.add_argument("--rounds", type=int, default=9, help="cost: how often each variant is measured")
     arguments = parser.parse_args()
     quiet_lightning()
     if arguments.part == "rescue":
         rescue(arguments.steps or 300, arguments.seeds, arguments.failures)
+    elif arguments.part == "draws":
+        draws(arguments.steps or 200, arguments.runs)
     elif arguments.part == "plot":
         plot()
     else:

@@ -7,18 +7,33 @@ from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.preemption import Preemption
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
-from lightning_eff.callbacks.training_guard import TrainingGuard
+from lightning_eff.callbacks.training_guard import (
+    AlarmRule,
+    ExplodingLoss,
+    GradientSpikes,
+    NonFiniteLoss,
+    TrainingDivergedError,
+    TrainingGuard,
+)
 from lightning_eff.callbacks.zclip import ZClip
+from lightning_eff.training.alarms import Alarm, sound
 
 __all__ = [
     "EMA",
     "MISA",
+    "Alarm",
+    "AlarmRule",
     "CheckpointAveraging",
     "CompressionMonitor",
+    "ExplodingLoss",
     "GradES",
+    "GradientSpikes",
+    "NonFiniteLoss",
     "Preemption",
     "SpectralAlignmentMonitor",
     "TensorBoardLayout",
+    "TrainingDivergedError",
     "TrainingGuard",
     "ZClip",
+    "sound",
 ]

@@ -281,12 +281,16 @@ class ZClip(Callback):
         for state, saved in zip(self._states, state_dict["optimizers"], strict=True):
             state.load_state_dict(saved)
 
-    def step_state(self) -> dict[str, Any]:
-        """What belongs to the step in hand, see ``training/live_state.py``."""
-        return {"stepped": self._stepped}
+    def run_state(self) -> dict[str, Any]:
+        """The statistics by reference, and whether a step has been made in this fit."""
+        tensors = [{"values": s.values, "norms": s.norms, "since": s.since} for s in self._states]
+        return {"optimizers": tensors, "stepped": self._stepped}
 
-    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Go on within a step where a peer stands."""
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        """Go on from it; the tensors move to the gradients' device at the next norm."""
+        self._states = [ZClipState(self.config, **tensors) for tensors in state["optimizers"]]
         self._stepped = state["stepped"]
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:

@@ -185,11 +185,13 @@ class CompressedDDPStrategy(DDPStrategy):
             return
         self._restored = state["memory"]
 
-    def rollback_state(self) -> dict[str, Any]:
-        """What goes back with a run, see ``training/run_state.py``: this rank's error memory."""
+    def run_state(self) -> dict[str, Any]:
+        """What goes back with a run: this rank's error memory."""
         return {"memory": self.memory}
 
-    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
         """Go back to it."""
         if self._reduction is not None:
             self._reduction.memory = state["memory"]

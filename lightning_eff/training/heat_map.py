@@ -169,16 +169,17 @@ class HeatMap:
                 logger.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
         return path
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on exactly, tensors on the host."""
+    def state_dict(self, *, by_reference: bool = False) -> dict[str, Any]:
+        """All that is needed to go on exactly: copies on the host, or the map's own tensors."""
         used = slice(len(self.steps))
+        sums, counts = self._sums[used], self._counts[used]
         return {
             "names": list(self.names),
             "columns": self.columns,
             "steps": list(self.steps),
             "counters": [self._end, self._each, self._filling],
-            "sums": self._sums[used].to("cpu", copy=True),
-            "counts": self._counts[used].to("cpu", copy=True),
+            "sums": sums if by_reference else sums.to("cpu", copy=True),
+            "counts": counts if by_reference else counts.to("cpu", copy=True),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

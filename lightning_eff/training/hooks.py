@@ -40,12 +40,13 @@ class FollowsTrainable(Protocol):
 
 @runtime_checkable
 class ReadsWeights(Protocol):
-    """Reads weights later than it was asked to (an asynchronous save); the strategy too."""
+    """Reads weights later than it was asked to (an asynchronous save); the strategy and the module too."""
 
     def before_weights_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Weights are about to be written in place outside of an optimizer step: finish reading them first.
 
-        Whoever does so tells it: averages that take the weights' place, a rollback, a heal.
+        Whoever writes them tells it, on every rank that does: averages that take the weights' place, a rollback, a
+        heal (both by ``run_parts.load_training_state``). The old weights are still there when it is called.
         """
 
 
@@ -54,16 +55,26 @@ class HasRunState(Protocol):
     """Has more, or other, state in the middle of a run than ``state_dict`` gives a checkpoint; all three may.
 
     For a rollback, which goes back to it between two steps, and for a replica of ``ddp_ft`` that takes a peer's,
-    between two steps or within one. Without these hooks a callback's ``state_dict`` and ``load_state_dict`` are used.
+    between two steps or within one. Without these hooks a callback's ``state_dict`` and ``load_state_dict`` are used;
+    after a heal it also gets ``on_train_start``, as in a resume. What a callback keeps in files beside a checkpoint
+    (``RankState``) or adds in ``on_save_checkpoint`` belongs to its ``run_state``: the two go no other way.
     """
 
     def run_state(self) -> dict[str, Any]:
-        """Nested dicts and lists of tensors and plain values, by reference: the caller copies before the next step."""
+        """Nested dicts and lists of tensors and plain values, by reference: the caller copies before the next step.
+
+        Nothing waits for the device: a tensor is given where it is, and no number is read.
+        """
 
     def load_run_state(
         self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
     ) -> None:
-        """Go on from it. ``within_step``: in the midst of a step, in place of a peer that had made it."""
+        """Go on from it; its tensors are for the taking, and may be on another device.
+
+        The weights, the optimizers and ``global_step`` are those of the state already, and the same parameters are
+        trained. ``within_step``: in the midst of a step, in place of a peer that had made it, whose end
+        (``on_train_batch_end``) is still to come.
+        """
 
 
 @runtime_checkable

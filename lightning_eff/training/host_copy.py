@@ -11,7 +11,10 @@ from torch import Tensor
 class HostCopy:
     """A copy of a tensor that is queued behind the work so far, and waited for where it is read.
 
-    Read a step later it costs no waiting to speak of, as the device has long come that far.
+    Reading it one step later does not block, as the device has long come that far.
+
+    Attributes:
+        source: the tensor on the device, for whoever keeps state: it is to be written no more.
 
     Example:
         >>> values = torch.tensor([1.0, 2.0])
@@ -23,6 +26,7 @@ class HostCopy:
 
     def __init__(self, tensor: Tensor) -> None:
         tensor = tensor.detach()
+        self.source = tensor
         self._event: Any = None
         if tensor.is_cuda:
             self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

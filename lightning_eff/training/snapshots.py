@@ -99,7 +99,7 @@ class SnapshotWindow:
 
     def hold(self) -> HeldWindow:
         """The window as it is now, for `go_back`: no copy, but as long as it lives, its memory is not written again."""
-        held = HeldWindow(list(self.steps), [dict(snapshot) for snapshot in self._snapshots])
+        held = HeldWindow(list(self.steps), [dict(snapshot) for snapshot in self._snapshots], self._copied)
         self._held.add(held)
         return held
 
@@ -166,6 +166,13 @@ class HeldWindow:
 
     steps: list[int]
     snapshots: list[dict[str, Tensor]]
+    copied: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of the window; waits until the snapshots are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return {"steps": list(self.steps), "snapshots": list(self.snapshots)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldWindow:
         return self

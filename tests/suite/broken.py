@@ -133,6 +133,29 @@ class DrawsFromRandom(Probe):
         random.random()
 
 
+class SeedsEachStep(Probe):
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any):
+        torch.manual_seed(trainer.global_step)
+
+
+class WaitsForItsState(Probe):
+    def run_state(self):
+        return {"steps": [step.item() for step in self.steps]}
+
+    def load_run_state(self, trainer, pl_module, state, *, within_step):
+        self.steps = [torch.tensor(step) for step in state["steps"]]
+
+
+class CopiesItsState(Probe):
+    """What its state is in a checkpoint, on the host."""
+
+    def run_state(self):
+        return self.state_dict()
+
+    def load_run_state(self, trainer, pl_module, state, *, within_step):
+        self.load_state_dict(state)
+
+
 class Idle(L.Callback):
     """Changes nothing."""
 

@@ -70,6 +70,14 @@ class Probe(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"steps": [step.clone() for step in self.steps], "norms": [norm.clone() for norm in self.norms]}
 
+    def run_state(self) -> dict[str, Any]:
+        return {"steps": list(self.steps), "norms": list(self.norms)}
+
+    def load_run_state(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        self.load_state_dict(state)
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps = [step.clone() for step in state_dict["steps"]]

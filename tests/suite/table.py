@@ -143,11 +143,13 @@ def _misa_tags() -> tuple[str, ...]:
 _ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9, "max_grad_norm": 1e3}
 
 _GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks", "undone_steps", "lr_factor"))
+_GUARD_COPIES = "the few numbers that its rules have not read yet are copied, on the device"
 _GRADES_WAITS = (
     "AdamW on the CPU reads its count of steps for each parameter, and for a frozen one no longer: that hides "
     "the callback's own reads, which tests/callbacks/grades/test_grades.py counts"
 )
 
+_MISA_COPIES = "the sampler's few numbers are copied, which lie on the host anyway"
 _MISA_WAITS = (
     "AdamW on the CPU reads its count of steps for each parameter, and of a closed one none: that hides the callback's "
     "own reads, which tests/callbacks/misa/test_misa.py counts"
@@ -251,20 +253,21 @@ ROWS = (
         {
             "rules": [
                 {
-                    "class_path": "lightning_eff.callbacks.training_guard.rules.ExplodingLoss",
-                    "init_args": {"factor": 2.0, "deviations": 3.0, "window": 3, "patience": 2},
+                    "class_path": "lightning_eff.callbacks.ExplodingLoss",
+                    "init_args": {"factor": 2.0, "deviations": 3.0, "over_n_steps": 3, "patience": 2},
                 }
             ],
             "every_n_steps": 1,
             "keep": 8,
             "margin": 2,
-            "check_every_n_steps": 1,
+            "read_every_n_steps": 1,
             "lr_steps": 6,
         },
         crash_steps=(3, 9),  # before the alarm at step 7, and after the run has gone back from step 8 to step 5
         exceptions={
-            "waits_for_nothing": "with check_every_n_steps=1 it reads the numbers of the step before in each",
-            "draws_no_random_numbers": "a rollback puts random numbers back, and more batches are drawn after it",
+            "waits_for_nothing": "with read_every_n_steps=1 it reads the numbers of the step before in each",
+            "draws_no_random_numbers": "a rollback draws anew, and more batches are drawn after it",
+            "a_snapshot_waits_for_nothing": _GUARD_COPIES,
         },
         bad_arguments=(
             {"action": "panic"},
@@ -273,8 +276,10 @@ ROWS = (
             {"keep": 1},
             {"margin": 0},
             {"margin": 6},
-            {"check_every_n_steps": 0},
-            {"device": "tape"},
+            {"read_every_n_steps": 0},
+            {"storage": "tape"},
+            {"folder": ""},
+            {"draw_anew": "false"},
             {"lr_factor": 0.0},
             {"lr_factor": 1.5},
             {"lr_steps": 0},
@@ -285,8 +290,9 @@ ROWS = (
     ),
     Row(
         TrainingGuard,
-        {"device": "disk"},
+        {"storage": "disk"},
         name="TrainingGuard-idle",
+        exceptions={"a_snapshot_waits_for_nothing": _GUARD_COPIES},
         crash_steps=(7,),
         changes_training=False,
         tags=_GUARD_TAGS,
@@ -390,7 +396,7 @@ ROWS = (
         crash_steps=(1, 2, 7),  # in the first interval, at its end before the new state is there, and in the second
         tags=_misa_tags(),
         refused_models={"gan": "belong to 2 optimizers"},
-        exceptions={"waits_for_nothing": _MISA_WAITS},
+        exceptions={"waits_for_nothing": _MISA_WAITS, "a_snapshot_waits_for_nothing": _MISA_COPIES},
         bad_arguments=(
             {"budget": 0.0},
             {"budget": 1.5},
@@ -416,7 +422,7 @@ ROWS = (
         crash_steps=(1, 5),
         tags=_misa_tags(),
         refused_models={"gan": "belong to 2 optimizers"},
-        exceptions={"waits_for_nothing": _MISA_WAITS},
+        exceptions={"waits_for_nothing": _MISA_WAITS, "a_snapshot_waits_for_nothing": _MISA_COPIES},
     ),
     Row(
         Preemption,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 import pytest
 
 import lightning_eff.callbacks
@@ -36,7 +37,9 @@ def test_every_exception_names_a_rule():
 
 
 def test_every_callback_of_the_package_is_a_row():
-    assert set(lightning_eff.callbacks.__all__) <= {row.callback.__name__ for row in ROWS}
+    exported = [getattr(lightning_eff.callbacks, name) for name in lightning_eff.callbacks.__all__]
+    callbacks = {each for each in exported if isinstance(each, type) and issubclass(each, L.Callback)}
+    assert callbacks <= {row.callback for row in ROWS}
 
 
 def test_rows_have_names_of_their_own():

@@ -208,27 +208,23 @@ class AveragedWeights(Callback):
         self._statistics = {}
         self._due = self._next_due(self._count())
 
-    def rollback_state(self) -> dict[str, Any]:
-        """What goes back with the run, see ``training/run_state.py``."""
-        return {**self._updates.state_dict(), "trained": sorted(self._tensors.names), "state": self._held_state()}
+    def run_state(self) -> dict[str, Any]:
+        """The average by reference, so that a heal needs no other copy of it, and when the next collection is due."""
+        counts = self._updates.state_dict()
+        return {**counts, "trained": sorted(self._tensors.names), "state": self._held_state(), "due": self._due}
 
     def _held_state(self) -> dict[str, Any]:
         return self._state()
 
-    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Go back to that state, in the middle of a fit."""
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        """Go on from it; within a step, what is due after this step is yet to be collected."""
+        self._restored = None
         self._updates.load_state_dict(state)
         self._begin(pl_module, state)
-
-    def step_state(self) -> dict[str, Any]:
-        """What belongs to the step in hand, see ``training/live_state.py``."""
-        return {"due": self._due}
-
-    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Go on within a step where a peer stands: what is due after this step is yet to be collected."""
-        restored, self._restored = self._restored, None
-        self._begin(pl_module, restored)
-        self._due = state["due"]
+        if within_step:
+            self._due = state["due"]
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """A parameter that is trained for the first time has been the same in every snapshot until now."""

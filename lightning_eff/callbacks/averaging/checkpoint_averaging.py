@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check, is_count, readable_size
 from lightning_eff.callbacks.averaging.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
 from lightning_eff.functional.averaging import Curve, scheme_weights, weighted_average
-from lightning_eff.training.snapshots import Place, SnapshotWindow
+from lightning_eff.training.snapshots import HeldWindow, Place, SnapshotWindow
 
 WindowScheme = Literal["uniform", "linear", "exponential", "wsm", "step"]
 
@@ -177,11 +177,12 @@ class CheckpointAveraging(AveragedWeights):
 
     @override
     def _restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-        if "held" in state:
-            self.window.go_back(state["held"])
+        held = state.get("held")
+        if isinstance(held, HeldWindow):
+            self.window.go_back(held)
             self._collected = state["collected"]
             return True
-        fits = self.window.load_state_dict(state, tensors)
+        fits = self.window.load_state_dict(held or state, tensors)  # a peer's comes as tensors
         self._collected = state["collected"] if fits else 0
         return fits
 

@@ -210,9 +210,15 @@ class GradES(Callback):
         device = trainer.strategy.root_device
         self._watch = UnitWatch(units, self.config, self.metric, self.unfreeze, self.heat_map, device)
         self._restore()
+        if self._watch.frozen:
+            self._take_up(trainer)
+
+    def _take_up(self, trainer: Trainer) -> None:
+        """Go on with what is frozen in the state that was taken."""
+        assert self._watch is not None
         if self.stop_when_frozen and len(self._watch.frozen) >= self._limit:
             self._stop(trainer, "are frozen already")
-        elif self._watch.frozen:
+        else:
             self._close(trainer)
 
     def _restore(self) -> None:
@@ -352,12 +358,15 @@ class GradES(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._watch is None:
             return dict(self._saved)
+        return self._state(self._watch.state_dict())
+
+    def _state(self, watch: dict[str, Any]) -> dict[str, Any]:
         return {
             "step": self._step,
             "attempts": list(self._attempts),
             "slots": self._slots,
             "decided": self._decision is not None,
-            "watch": self._watch.state_dict(),
+            "watch": watch,
         }
 
     @override
@@ -375,8 +384,7 @@ class GradES(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # A replica of a fault-tolerant run gives its state to a peer, whether it writes files or not.
-        if self._rank_state is None and (trainer.is_global_zero or hasattr(trainer.strategy, "replicas_are_equal")):
+        if self._rank_state is None and trainer.is_global_zero:
             checkpoint[_COPIES] = self._copies()
 
     @override
@@ -384,24 +392,29 @@ class GradES(Callback):
         if self._rank_state is None:
             self._load_copies(checkpoint.get(_COPIES))
 
-    def step_state(self) -> dict[str, Any]:
-        """What belongs to the step in hand, see ``training/live_state.py``."""
-        decision = None if self._decision is None else self._decision.read()
-        return {"flags": [self._stepped, self._checked, self._armed], "decision": decision}
+    def run_state(self) -> dict[str, Any]:
+        """All that `load_run_state` needs, by reference."""
+        watch = self._watch
+        return {
+            "state": self.state_dict() if watch is None else self._state(watch.state_dict(by_reference=True)),
+            "copies": self._saved_copies if watch is None else watch.copies(by_reference=True),
+            "flags": [self._stepped, self._checked, self._armed],
+            "decision": None if self._decision is None else self._decision.source,
+        }
 
-    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Go on within a step where a peer stands; the same parameters are closed here as there."""
-        self._restore()
-        self._stepped, self._checked, self._armed = state["flags"]
-        self._decision = None if state["decision"] is None else HostCopy(state["decision"])
-
-    def rollback_state(self) -> dict[str, Any]:
-        """All that :meth:`roll_back` needs to go on from here in the middle of a fit."""
-        return {"state": self.state_dict(), "copies": self._copies()}
-
-    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Go on from a state of this fit, on all ranks together."""
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        """Go on from a state of this run, on all ranks together."""
         self._load_copies(state["copies"])
         self.load_state_dict(state["state"])
         self._restore()
-        self._close(trainer)
+        if within_step:  # the same parameters are frozen here as there; what is due comes at the end of the step
+            assert self._watch is not None
+            self._stepped, self._checked, self._armed = state["flags"]
+            decision = state["decision"]
+            self._decision = None if decision is None else HostCopy(decision.to(trainer.strategy.root_device))
+            units = self._watch.units
+            self._closed = {name: units.parameters[name] for name in sorted(units.closed(self._watch.frozen))}
+        else:
+            self._take_up(trainer)

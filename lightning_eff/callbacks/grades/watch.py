@@ -158,18 +158,22 @@ class UnitWatch:
                 values[f"metric_per_element/{name}"] = metric[unit] / self._elements[unit]
         return values
 
-    def copies(self) -> dict[str, Tensor]:
-        """What the metric compares with: this rank's, on the host."""
-        return self._metric.state_dict()
+    def copies(self, *, by_reference: bool = False) -> dict[str, Tensor]:
+        """What the metric compares with: this rank's, on the host or where it is."""
+        return dict(self._metric.copies) if by_reference else self._metric.state_dict()
 
-    def state_dict(self) -> dict[str, Any]:
-        """All but the copies; equal on all ranks."""
+    def state_dict(self, *, by_reference: bool = False) -> dict[str, Any]:
+        """All but the copies; equal on all ranks. On the host, or the tensors themselves, which nothing waits for."""
+        values, scale = self._state.values, self._scale
+        if not by_reference:
+            values = values.to("cpu", torch.float64, copy=True)
+            scale = None if scale is None else scale.to("cpu", copy=True)
         return {
             "names": list(self.units.names),
-            "values": self._state.values.to("cpu", torch.float64, copy=True),
+            "values": values,
             "frozen": dict(self.frozen),
-            "scale": None if self._scale is None else self._scale.to("cpu", copy=True),
-            "map": None if self.map is None else self.map.state_dict(),
+            "scale": scale,
+            "map": None if self.map is None else self.map.state_dict(by_reference=by_reference),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], copies: Mapping[str, Tensor]) -> None:

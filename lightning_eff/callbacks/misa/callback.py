@@ -343,6 +343,9 @@ class MISA(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        return self._state(by_reference=False)
+
+    def _state(self, by_reference: bool) -> dict[str, Any]:
         if self._restored is not None:
             return self._restored
         return {
@@ -350,8 +353,8 @@ class MISA(Callback):
             "sampler": None if self._sampler is None else self._sampler.state_dict(),
             "active": list(self._active),
             "due": self._due,
-            "measured": self._measured.state_dict(),
-            "maps": {name: heat_map.state_dict() for name, heat_map in self._maps.items()},
+            "measured": self._measured.state_dict(by_reference=by_reference),
+            "maps": {name: heat_map.state_dict(by_reference=by_reference) for name, heat_map in self._maps.items()},
             **self._updates.state_dict(),
         }
 
@@ -375,24 +378,18 @@ class MISA(Callback):
             self._maps[name].load_state_dict(state["maps"][name])
         return True
 
-    def step_state(self) -> dict[str, Any]:
-        """Nothing more than the state, see ``training/live_state.py``."""
-        return {}
+    def run_state(self) -> dict[str, Any]:
+        """The state, by reference."""
+        return self._state(by_reference=True)
 
-    def load_step_state(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Within a step an interval is not ended yet: that comes with the step's end, on all replicas together."""
-        restored, self._restored = self._restored, None
-        self._take(restored or {"names": None})
-
-    def rollback_state(self) -> dict[str, Any]:
-        """For TrainingGuard, see `roll_back`."""
-        return self.state_dict()
-
-    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Go back in the middle of a fit to a state of the same fit."""
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        """Go on from a state of this run. Within a step the trained matrices are those of the peer already."""
+        self._restored = None
         self._updates.load_state_dict(state)
-        self._take(state)
-        self._apply(trainer)
+        if self._take(state) and not within_step:
+            self._apply(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_units": None, "_module": None}

@@ -119,9 +119,10 @@ class StepMeans:
         """NaN without a step. Waits for the device."""
         return (self._sums / self._steps).tolist()  # type: ignore[no-any-return]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that is needed to go on exactly, on the host."""
-        return {"sums": self._sums.to("cpu", copy=True), "steps": self._steps.to("cpu", copy=True)}
+    def state_dict(self, *, by_reference: bool = False) -> dict[str, Tensor]:
+        """All that is needed to go on exactly: copies on the host, or the tensors themselves."""
+        state = {"sums": self._sums, "steps": self._steps}
+        return state if by_reference else {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a saved state of as many units."""

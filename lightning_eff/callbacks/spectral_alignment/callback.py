@@ -319,7 +319,19 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # No copies, and no waiting for the device when a guard takes a snapshot: tensors are replaced, never changed.
+        return self._as_dict(by_reference=False)
+
+    def run_state(self) -> dict[str, Any]:
+        """The state by reference: nothing waits for the device when a guard takes a snapshot."""
+        return self._as_dict(by_reference=True)
+
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        """Go on from it."""
+        self.load_state_dict(state)
+
+    def _as_dict(self, by_reference: bool) -> dict[str, Any]:
         return {
             "layers": list(self.layers),
             "vectors": dict(self._vectors),
@@ -328,7 +340,7 @@ class SpectralAlignmentMonitor(Callback):
             "alarmed": self._alarmed,
             "steps": self._steps,
             "observations": self._observations,
-            "heat_map": None if self._map is None else self._map.state_dict(),
+            "heat_map": None if self._map is None else self._map.state_dict(by_reference=by_reference),
         }
 
     @override

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count, readable_size
+from lightning_eff.arguments import (
+    check,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+    check_text,
+    readable_size,
+)
 from lightning_eff.callbacks.training_guard.checkpoint_files import forget_undone_checkpoints
 from lightning_eff.callbacks.training_guard.listener import AlarmListener
 from lightning_eff.callbacks.training_guard.rate_factor import RateFactor
@@ -20,7 +27,9 @@ from lightning_eff.callbacks.training_guard.rollback import capture, check_optim
 from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLoss, NonFiniteLoss
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
 from lightning_eff.training.alarms import Alarm
+from lightning_eff.training.hooks import Order
 from lightning_eff.training.snapshots import Place
+from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks
 
 Action = Literal["warn", "stop", "rollback"]
 
@@ -36,18 +45,19 @@ class TrainingGuard(Callback):
     """Listens to alarms and acts on them, on all ranks together: warns, stops, or goes back to before the alarm.
 
     A rollback restores the newest snapshot from before the alarm, goes on with the batches that follow (those in
-    between are skipped), and lowers the learning rate for a while. ``global_step`` goes back with the weights, so that
-    ``max_steps`` and the schedulers count the steps that were not undone; batches, epochs and the loggers' steps go on.
+    between are skipped), draws other random numbers, and lowers the learning rate for a while. ``global_step`` goes
+    back with the weights, so that ``max_steps`` and the schedulers count the steps that were not undone; batches,
+    epochs and the loggers' steps go on.
 
     Alarms come from rules on the loss, from other callbacks (SpectralAlignmentMonitor, or any that calls
-    :func:`~lightning_eff.training.alarms.sound`) and from rules of your own, a few lines each
-    (:class:`~lightning_eff.callbacks.training_guard.rules.AlarmRule`).
+    :func:`~lightning_eff.callbacks.sound`) and from rules of your own, a few lines each
+    (:class:`~lightning_eff.callbacks.AlarmRule`).
 
     Runs in: ``on_train_batch_end``, behind all other callbacks but checkpoints.
     Reads: the loss, after each optimizer step; the state of the run, every ``every_n_steps``.
     Changes: nothing without an alarm; a rollback changes the whole state of the training.
     Collectives: with several ranks one small asynchronous all-reduce a step; on an alarm, a gather of its words.
-    Host syncs: none in a step; one read of a few numbers every ``check_every_n_steps``, a step after they were sent.
+    Host syncs: none in a step; one read of a few numbers every ``read_every_n_steps``, a step after they were sent.
     Strategies: one device, DDP and its kin, FSDP2; ``"warn"`` and ``"stop"`` any.
 
     Args:
@@ -59,12 +69,12 @@ class TrainingGuard(Callback):
         keep: snapshots that are kept, >= 2. Each is as large as the weights, the optimizer's state and the averages of
             other callbacks together, on each rank; the size is said when it is known.
         margin: a snapshot must be at least so many steps older than the alarm, >= 1, for an alarm speaks late. Where
-            none is, at the start of a run, the oldest one is taken. ``margin + check_every_n_steps + 1`` must not be
+            none is, at the start of a run, the oldest one is taken. ``margin + read_every_n_steps + 1`` must not be
             more than ``(keep - 1) * every_n_steps``.
-        check_every_n_steps: the loss of a step is judged up to so many steps later, >= 1.
-        device: where the snapshots are: ``"cpu"`` (host memory, pinned for a GPU), ``"disk"`` (mapped files under
+        read_every_n_steps: the loss of a step is judged up to so many steps later, >= 1.
+        storage: where the snapshots are: ``"cpu"`` (host memory, pinned for a GPU), ``"disk"`` (mapped files under
             ``folder``) or ``"model"`` (beside the weights).
-        folder: for ``device="disk"`` and for the checkpoint of ``"stop"``; by default the Trainer's
+        folder: for ``storage="disk"`` and for the checkpoint of ``"stop"``; by default the Trainer's
             ``default_root_dir``, and for the checkpoint that of ModelCheckpoint.
         lr_factor: the learning rates are multiplied by it after a rollback, in (0, 1]. A rollback while it is in force
             multiplies again.
@@ -72,6 +82,9 @@ class TrainingGuard(Callback):
         max_rollbacks: the run is given up at the next alarm after so many rollbacks, >= 1.
         forget_after: the count begins anew when a run is so many steps past its last alarm, >= 1; None: never.
         min_severity: alarms of a lower severity than this are only warned of, in [0, 1].
+        draw_anew: after a rollback random numbers (dropout, augmentation, the order of the next epoch) are others than
+            in the steps that were undone, on ranks that draw alike still alike. They follow from the restored random
+            state and the number of rollbacks. False: the same numbers come again, and with them what they broke.
 
     Logs: ``training_guard/alarms``; with ``"rollback"`` also ``training_guard/rollbacks``,
     ``training_guard/undone_steps`` and ``training_guard/lr_factor``. All count from the beginning of the run.
@@ -82,8 +95,9 @@ class TrainingGuard(Callback):
         ValueError: an argument out of its range.
         MisconfigurationException: in ``setup``, for a rule that misses something, and, with
             ``"rollback"``, a strategy, an optimizer or a callback whose state cannot be put back.
-        TrainingDivergedError: on all ranks, after ``max_rollbacks`` or where no snapshot is from before the alarm. The
-            newest good state is restored and saved first; the error says where.
+        TrainingDivergedError: on all ranks, after ``max_rollbacks``, or where no snapshot is from before the alarm.
+            The state of the newest snapshot from before it is restored and saved first, without one the oldest that
+            there is; the error says which and where.
 
     Example:
         >>> import lightning as L
@@ -94,6 +108,8 @@ class TrainingGuard(Callback):
     Source: ours. That going back and skipping batches passes a spike: Chowdhery et al., "PaLM", arXiv 2204.02311, 5.1.
     """
 
+    order = Order.LAST  # what other callbacks do in a hook is done when a snapshot is taken or put back
+
     def __init__(
         self,
         action: Action = "rollback",
@@ -101,49 +117,52 @@ class TrainingGuard(Callback):
         every_n_steps: int = 100,
         keep: int = 3,
         margin: int = 50,
-        check_every_n_steps: int = 10,
-        device: Place = "cpu",
+        read_every_n_steps: int = 10,
+        storage: Place = "cpu",
         folder: str | None = None,
         lr_factor: float = 0.5,
         lr_steps: int | None = 200,
         max_rollbacks: int = 3,
         forget_after: int | None = 1000,
         min_severity: float = 0.0,
+        draw_anew: bool = True,
     ) -> None:
-        check("action", action, action in get_args(Action), f"one of {get_args(Action)}")
-        are_rules = rules is None or all(isinstance(rule, AlarmRule) for rule in rules)
-        check("rules", rules, are_rules, "None or a list of AlarmRule objects")
-        check("every_n_steps", every_n_steps, is_count(every_n_steps), "an integer, at least 1")
-        check("keep", keep, is_count(keep) and keep >= 2, "an integer, at least 2")
-        check("margin", margin, is_count(margin), "an integer, at least 1")
-        check("check_every_n_steps", check_every_n_steps, is_count(check_every_n_steps), "an integer, at least 1")
-        reach = (keep - 1) * every_n_steps - check_every_n_steps - 1
-        in_reach = f"at most (keep - 1) * every_n_steps - check_every_n_steps - 1 = {reach}: else no snapshot is so old"
+        check_choice("action", action, Action)
+        are_rules = rules is None or (isinstance(rules, list) and all(isinstance(rule, AlarmRule) for rule in rules))
+        check("rules", rules, are_rules, "a list of AlarmRule objects, or None")
+        check_count("every_n_steps", every_n_steps)
+        check_count("keep", keep, least=2)
+        check_count("margin", margin)
+        check_count("read_every_n_steps", read_every_n_steps)
+        reach = (keep - 1) * every_n_steps - read_every_n_steps - 1
+        in_reach = f"at most (keep - 1) * every_n_steps - read_every_n_steps - 1 = {reach}: else no snapshot is so old"
         check("margin", margin, action != "rollback" or margin <= reach, in_reach)
-        check("device", device, device in get_args(Place), f"one of {get_args(Place)}")
-        check("lr_factor", lr_factor, 0 < lr_factor <= 1, "in (0, 1]")
-        check("lr_steps", lr_steps, lr_steps is None or is_count(lr_steps), "None or an integer, at least 1")
-        check("max_rollbacks", max_rollbacks, is_count(max_rollbacks), "an integer, at least 1")
-        usable = forget_after is None or is_count(forget_after)
-        check("forget_after", forget_after, usable, "None or an integer, at least 1")
-        check("min_severity", min_severity, 0 <= min_severity <= 1, "a number from 0 to 1")
+        check_choice("storage", storage, Place)
+        check_text("folder", folder, optional=True)
+        check_number("lr_factor", lr_factor, above=0, most=1)
+        check_count("lr_steps", lr_steps, optional=True)
+        check_count("max_rollbacks", max_rollbacks)
+        check_count("forget_after", forget_after, optional=True)
+        check_number("min_severity", min_severity, least=0, most=1)
+        check_flag("draw_anew", draw_anew)
         self.action: Action = action
         self.every_n_steps = every_n_steps
         self.margin = margin
-        self.check_every_n_steps = check_every_n_steps
+        self.read_every_n_steps = read_every_n_steps
         self.folder = folder
         self.lr_factor = lr_factor
         self.lr_steps = lr_steps
         self.max_rollbacks = max_rollbacks
         self.forget_after = forget_after
         self.min_severity = min_severity
+        self.draw_anew = draw_anew
 
         self.alarms = 0
         self.rollbacks = 0
         self.undone_steps = 0
-        self._snapshots = RunSnapshots(keep, device)
+        self._snapshots = RunSnapshots(keep, storage)
         self._listener = AlarmListener(
-            [NonFiniteLoss(), ExplodingLoss()] if rules is None else rules, check_every_n_steps
+            [NonFiniteLoss(), ExplodingLoss()] if rules is None else rules, read_every_n_steps
         )
         self._rates = RateFactor()
         self._rates_until: int | None = None
@@ -158,20 +177,25 @@ class TrainingGuard(Callback):
         self._told = False  # how much memory the snapshots take
         self._fresh = self.state_dict()
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether an alarm takes the run back to an earlier state, see ``hooks.py``."""
+        return self.action == "rollback"
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if self.action == "rollback":
+        if self.rolls_back:
             check_rollback_support(trainer, pl_module)
         for rule in self._listener.rules:
             rule.setup(trainer, pl_module)
         self._snapshots.window.folder = self.folder or trainer.default_root_dir
-        _move_last(trainer, self)
+        sort_callbacks(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.action == "rollback":
+        if self.rolls_back:
             check_optimizers(trainer)
             self._rates.attach(trainer.optimizers)
         if not self._resumed and trainer.global_step == 0:
@@ -190,7 +214,7 @@ class TrainingGuard(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.action == "rollback" and not self._snapshots.steps:
+        if self.rolls_back and not self._snapshots.steps:
             self._take(trainer)
 
     @override
@@ -201,16 +225,16 @@ class TrainingGuard(Callback):
         if trainer.global_step == self._step:
             return  # no optimizer has stepped
         self._step = step = trainer.global_step
-        alarms = self._listener.after_step(trainer, pl_module, _is_last_step(trainer), self.action == "warn")
+        alarms = self._listener.after_step(trainer, pl_module, every_step=self.action == "warn")
         if self._in_a_row and self.forget_after is not None and step >= self._last_alarm + self.forget_after:
             self._in_a_row, self._last_alarm, self._last_restored = 0, -1, -1
         if alarms:
             self._act(trainer, alarms)
-        elif self.action == "rollback" and step >= self._due:
+        elif self.rolls_back and step >= self._due:
             self._take(trainer)
         if self._rates_until is not None and self._step >= self._rates_until:
             self._rates.factor, self._rates_until = 1.0, None
-        if trainer._logger_connector.should_update_logs:
+        if logs_now(trainer):
             self._log(pl_module)
 
     def _act(self, trainer: Trainer, alarms: list[Alarm]) -> None:
@@ -218,7 +242,7 @@ class TrainingGuard(Callback):
         if self.action == "warn":
             for alarm in alarms:
                 self._warn(alarm, self._step)
-        elif self.action == "rollback":
+        elif self.rolls_back:
             self._roll_back(trainer, alarms[0])
         elif not self._stopped:
             self._stopped = True
@@ -251,7 +275,7 @@ class TrainingGuard(Callback):
         if not trainer.strategy.reduce_boolean_decision(fits, all=True):
             raise MisconfigurationException(
                 f"TrainingGuard(keep={window.length}) keeps {needed}, and {readable_size(free or 0)} are free here: "
-                "take a smaller keep= or another device= ('cpu', 'disk', 'model')"
+                "take a smaller keep= or another storage= ('cpu', 'disk', 'model')"
             )
         rank_zero_info(f"TrainingGuard keeps {needed}")
 
@@ -261,23 +285,25 @@ class TrainingGuard(Callback):
             limit = min(limit, self._last_restored - 1)
         old = [step for step in self._snapshots.steps if step <= limit]
         target = old[-1] if old else self._snapshots.steps[0]
-        if target >= alarm.step:
-            raise TrainingDivergedError(
-                f"{_words(alarm)}, and TrainingGuard has no snapshot from before it, the oldest is of step {target}: "
-                "a larger keep= or every_n_steps= reaches further back"
-            )
-        now, given_up = self._step, self._in_a_row >= self.max_rollbacks
-        snapshot = self._snapshots.read(target)
-        restore(trainer, snapshot)
+        now, too_late = self._step, target >= alarm.step
+        snapshot, counts = self._snapshots.read(target), self._counts()
+        restore(trainer, snapshot, number=self.rollbacks + 1 if self.draw_anew else None)
+        self._take_counts(counts)  # what has happened has happened
+        self._listener.begin()
         self._snapshots.drop_after(target)
         self._step = target
         self._due = (target // self.every_n_steps + 1) * self.every_n_steps
-        if given_up:
+        if too_late or self._in_a_row >= self.max_rollbacks:
             path = self._save(trainer)
+            why = (
+                f"TrainingGuard has no snapshot from before it, the oldest is of step {target}: a larger keep= or "
+                "every_n_steps= reaches further back"
+                if too_late
+                else f"TrainingGuard(max_rollbacks={self.max_rollbacks}) gives up"
+            )
             raise TrainingDivergedError(
-                f"{_words(alarm)}, after {self._in_a_row} rollbacks in a row, and TrainingGuard(max_rollbacks="
-                f"{self.max_rollbacks}) gives up. The state of step {target} is restored and saved in {path}: resume "
-                "from it with other settings"
+                f"{_words(alarm)}, after {self._in_a_row} rollbacks in a row, and {why}. The state of step {target} is "
+                f"restored and saved in {path}: resume from it with other settings"
             )
         self.rollbacks += 1
         self._in_a_row += 1
@@ -302,10 +328,9 @@ class TrainingGuard(Callback):
 
     def _log(self, pl_module: LightningModule) -> None:
         values: dict[str, float] = {"alarms": self.alarms}
-        if self.action == "rollback":
+        if self.rolls_back:
             values |= {"rollbacks": self.rollbacks, "undone_steps": self.undone_steps, "lr_factor": self._rates.factor}
-        for name, value in values.items():
-            pl_module.log(f"training_guard/{name}", float(value), on_step=True, on_epoch=False, batch_size=1)
+        log_values(pl_module, "training_guard", values)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -316,22 +341,21 @@ class TrainingGuard(Callback):
         self._rates.detach()
         self._snapshots.clear()
 
-    def rollback_state(self) -> dict[str, Any]:
-        """What goes back with the run: what the rules have seen. The counts of what has happened go on."""
-        return self._listener.rollback_state()
+    def run_state(self) -> dict[str, Any]:
+        """What the rules have seen, and the counts, which the guard itself keeps in a rollback."""
+        return self.state_dict()
 
-    def roll_back(self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any]) -> None:
-        """Take it back."""
-        self._listener.roll_back(state)
+    def load_run_state(
+        self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
+    ) -> None:
+        """Go on from it; within a step, that step's end is yet to be seen."""
+        self._load(state)
+        if not within_step:
+            self._step = trainer.global_step
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **self._listener.state_dict(),
-            **{name: getattr(self, name) for name in _COUNTS},
-            "warned": dict(self._warned),
-            "rate_factor": self._rates.factor,
-        }
+        return {**self._listener.state_dict(), **self._counts()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -339,9 +363,16 @@ class TrainingGuard(Callback):
         self._resumed = True
 
     def _load(self, state: dict[str, Any]) -> None:
+        self._listener.load_state_dict(state)
+        self._take_counts(state)
+
+    def _counts(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**counts, "warned": dict(self._warned), "rate_factor": self._rates.factor}
+
+    def _take_counts(self, state: dict[str, Any]) -> None:
         for name in _COUNTS:
             setattr(self, name, state[name])
-        self._listener.load_state_dict(state)
         self._warned = dict(state["warned"])
         self._rates.factor = state["rate_factor"]
 
@@ -351,7 +382,7 @@ class TrainingGuard(Callback):
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
-        if self.action != "rollback":
+        if not self.rolls_back:
             return {"alarms": ["Multiline", ["training_guard/alarms"]]}
         return {
             "alarms, rollbacks": ["Multiline", ["training_guard/alarms", "training_guard/rollbacks"]],
@@ -365,21 +396,3 @@ _COUNTS = ("alarms", "rollbacks", "undone_steps", "_in_a_row", "_last_alarm", "_
 
 def _words(alarm: Alarm) -> str:
     return f"{alarm.source} at step {alarm.step}: {alarm.message}"
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    """Whether no other step follows in which the numbers of this one could be read."""
-    loop = trainer.fit_loop
-    if loop.max_steps != -1 and trainer.global_step >= loop.max_steps:
-        return True
-    last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs  # type: ignore[operator]
-    return last_epoch and loop.epoch_loop._num_ready_batches_reached()
-
-
-def _move_last(trainer: Trainer, guard: Callback) -> None:
-    """Reorder so that what other callbacks do in a hook is done when a snapshot is taken or put back."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    others = [callback for callback in callbacks if callback is not guard]
-    savers = [callback for callback in others if isinstance(callback, Checkpoint)]
-    # A new list: the Trainer is iterating over the old one.
-    trainer.callbacks = [*(c for c in others if c not in savers), guard, *savers]  # type: ignore[attr-defined]

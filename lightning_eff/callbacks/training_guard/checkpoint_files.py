@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_eff.training.trainer import callbacks_of
+
 
 def ranked_checkpoints(trainer: Trainer) -> list[list[str]]:
     """The checkpoints that each ModelCheckpoint ranks now."""
@@ -61,4 +63,4 @@ def forget_undone_checkpoints(trainer: Trainer, ranked: list[list[str]], step: i
 
 
 def _callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]

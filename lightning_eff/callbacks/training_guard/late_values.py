@@ -81,7 +81,7 @@ class LateValues:
         self._settle()
         block = self._block[: len(self._steps)]
         sent = block.clone()  # the next block is written over this one
-        self._landing = _Landing(self._steps, sent, HostCopy(sent))
+        self._landing = _Landing(self._steps, HostCopy(sent))
         self._steps = []
 
     def _land(self) -> list[Row]:
@@ -107,7 +107,7 @@ class LateValues:
             "steps": list(self._steps),
             "block": self._block[: len(self._steps)].clone() if self._steps else torch.zeros(0),
             "landing_steps": [] if landing is None else list(landing.steps),
-            "landing": torch.zeros(0) if landing is None else landing.sent.clone(),
+            "landing": torch.zeros(0) if landing is None else landing.copy.source.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ class LateValues:
             self._block[: len(block)] = block
             self._steps = list(state["steps"])
         if state["landing_steps"] and landing.shape[1] == width:
-            self._landing = _Landing(list(state["landing_steps"]), landing.clone(), HostCopy(landing))
+            self._landing = _Landing(list(state["landing_steps"]), HostCopy(landing.clone()))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.state_dict()
@@ -136,5 +136,4 @@ class _Landing:
     """A block on its way to the host."""
 
     steps: list[int]
-    sent: Tensor
     copy: HostCopy

@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_eff.callbacks.training_guard.late_values import LateValues, Row
 from lightning_eff.callbacks.training_guard.rules import AlarmRule
 from lightning_eff.training.alarms import Alarm
+from lightning_eff.training.run_parts import is_last_batch
+from lightning_eff.training.trainer import loss_of
 
 
 class AlarmListener:
@@ -41,17 +43,16 @@ class AlarmListener:
 
     def add_loss(self, outputs: Any) -> None:
         """What ``training_step`` has returned for a batch, as ``on_train_batch_end`` gets it."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            self._losses.append(loss.detach())
+        loss = loss_of(outputs)
+        if loss is not None:
+            self._losses.append(loss)
 
-    def after_step(self, trainer: Trainer, pl_module: LightningModule, last: bool, every_step: bool) -> list[Alarm]:
+    def after_step(self, trainer: Trainer, pl_module: LightningModule, *, every_step: bool) -> list[Alarm]:
         """An optimizer has stepped: take its numbers, judge the earlier ones that have come in.
 
         Args:
             trainer: whose step has ended.
             pl_module: the trained module.
-            last: no other step follows: judge everything now.
             every_step: go on after a step with alarms.
 
         Returns:
@@ -62,7 +63,7 @@ class AlarmListener:
         values = [rule.value(trainer, pl_module, loss) for rule in self.rules]
         heard = float(bool(self._heard))
         rows = self._values.record(trainer.global_step, [*values, heard], trainer.strategy.root_device)
-        if last:
+        if _is_last_step(trainer):
             rows += self._values.flush()
         return self._judge(rows, every_step)
 
@@ -95,31 +96,35 @@ class AlarmListener:
         return list(dict.fromkeys(Alarm(**alarm) for alarm in heard))
 
     def begin(self) -> None:
-        """A fit begins: batches of one that was broken off do not count."""
-        self._losses = []
+        """A fit begins, or a run has gone back: what was heard before, and of batches before, does not count."""
+        self._losses, self._heard = [], []
 
-    def rollback_state(self) -> dict[str, Any]:
-        """What goes back with a run: what the rules have seen, and what they have not yet seen."""
-        return {"rules": [rule.state_dict() for rule in self.rules], "values": self._values.state_dict()}
+    def state_dict(self) -> dict[str, Any]:
+        """What the rules have seen and what they have not yet seen, and alarms heard here and not yet handed out."""
+        return {
+            "rules": [rule.state_dict() for rule in self.rules],
+            "values": self._values.state_dict(),
+            "heard": [asdict(alarm) for alarm in self._heard],
+        }
 
-    def roll_back(self, state: Mapping[str, Any]) -> None:
-        """Take it back, and forget the alarms of what is undone."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
         if len(state["rules"]) == len(self.rules):
             for rule, saved in zip(self.rules, state["rules"], strict=True):
                 rule.load_state_dict(saved)
         else:
             warnings.warn("TrainingGuard has other rules than in the checkpoint: they begin anew", stacklevel=4)
         self._values.load_state_dict(state["values"])
-        self._heard, self._losses = [], []
-
-    def state_dict(self) -> dict[str, Any]:
-        """The same, and the alarms that rank zero has heard and not handed out."""
-        return {**self.rollback_state(), "heard": [asdict(alarm) for alarm in self._heard]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.roll_back(state)
-        self._heard = [Alarm(**alarm) for alarm in state["heard"]]
+        self._losses, self._heard = [], [Alarm(**alarm) for alarm in state["heard"]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_losses": []}
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether no other step follows in which the numbers of this one could be read."""
+    loop = trainer.fit_loop
+    if loop.max_steps != -1 and trainer.global_step >= loop.max_steps:
+        return True
+    last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs  # type: ignore[operator]
+    return last_epoch and is_last_batch(trainer)

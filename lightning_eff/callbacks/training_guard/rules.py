@@ -25,7 +25,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_count, check_number
+from lightning_eff.training.hooks import CountsSpikes, all_with
 
 
 class AlarmRule:
@@ -85,7 +86,7 @@ class NonFiniteLoss(AlarmRule):
     name = "nonfinite_loss"
 
     def __init__(self, patience: int = 2) -> None:
-        check("patience", patience, is_count(patience), "an integer, at least 1")
+        check_count("patience", patience)
         self.patience = patience
         self._since = 0
 
@@ -108,30 +109,30 @@ class NonFiniteLoss(AlarmRule):
 class ExplodingLoss(AlarmRule):
     """The loss is far above its best level so far, for several steps in a row.
 
-    The level is the lowest median of ``window`` losses in a row since the run began, so that a slow rise does not move
-    it, and the spread is their median absolute deviation there. Both bounds must be passed: the first is blind to the
-    noise of a loss near zero, the second to a rise that does not matter.
+    The level is the lowest median of ``over_n_steps`` losses in a row since the run began, so that a slow rise does
+    not move it, and the spread is their median absolute deviation there. Both bounds must be passed: the first is blind
+    to the noise of a loss near zero, the second to a rise that does not matter.
 
     Args:
         factor: alarm above ``level + (factor - 1) * |level|``, > 1: 1.5 is half again of a positive loss.
         deviations: and above ``level + deviations * spread``, >= 0; the spread is in standard deviations of a normal
             distribution (1.4826 times the median absolute deviation).
-        window: losses that make a level, >= 2; there is no alarm before the first level.
+        over_n_steps: losses in a row that make a level, >= 2; there is no alarm before the first level.
         patience: steps in a row, >= 1.
     """
 
     name = "exploding_loss"
 
-    def __init__(self, factor: float = 1.5, deviations: float = 6.0, window: int = 50, patience: int = 5) -> None:
-        check("factor", factor, 1 < factor < inf, "above 1 and finite")
-        check("deviations", deviations, 0 <= deviations < inf, "at least 0 and finite")
-        check("window", window, is_count(window) and window > 1, "an integer, at least 2")
-        check("patience", patience, is_count(patience), "an integer, at least 1")
+    def __init__(self, factor: float = 1.5, deviations: float = 6.0, over_n_steps: int = 50, patience: int = 5) -> None:
+        check_number("factor", factor, above=1)
+        check_number("deviations", deviations, least=0)
+        check_count("over_n_steps", over_n_steps, least=2)
+        check_count("patience", patience)
         self.factor = factor
         self.deviations = deviations
-        self.window = window
+        self.over_n_steps = over_n_steps
         self.patience = patience
-        self._recent: deque[float] = deque(maxlen=window)
+        self._recent: deque[float] = deque(maxlen=over_n_steps)
         self._level = inf
         self._spread = 0.0
         self._since = 0
@@ -147,7 +148,7 @@ class ExplodingLoss(AlarmRule):
         self._since = 0
         if isfinite(value):
             self._recent.append(value)
-            if len(self._recent) == self.window:
+            if len(self._recent) == self.over_n_steps:
                 self._learn()
         return None
 
@@ -168,7 +169,7 @@ class ExplodingLoss(AlarmRule):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._recent = deque(state_dict["recent"], maxlen=self.window)
+        self._recent = deque(state_dict["recent"], maxlen=self.over_n_steps)
         self._level, self._spread, self._since = (state_dict[name] for name in ("level", "spread", "since"))
 
 
@@ -186,15 +187,15 @@ class GradientSpikes(AlarmRule):
     name = "gradient_spikes"
 
     def __init__(self, count: int = 10, within: int = 50) -> None:
-        check("count", count, is_count(count), "an integer, at least 1")
-        check("within", within, is_count(within), "an integer, at least 1")
+        check_count("count", count)
+        check_count("within", within)
         self.count = count
         self.within = within
         self._totals: deque[float] = deque(maxlen=within + 1)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not any(hasattr(callback, "spike_count") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if not any(all_with(trainer, CountsSpikes)):  # type: ignore[type-abstract]
             raise MisconfigurationException(
                 "the rule GradientSpikes looks at what ZClip counts, and the Trainer has no ZClip: add ZClip() to the "
                 "callbacks, or remove the rule"
@@ -202,7 +203,7 @@ class GradientSpikes(AlarmRule):
 
     @override
     def value(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None) -> Tensor | float | None:
-        counts = [c.spike_count() for c in trainer.callbacks if hasattr(c, "spike_count")]  # type: ignore[attr-defined]
+        counts = [counter.spike_count() for counter in all_with(trainer, CountsSpikes)]  # type: ignore[type-abstract]
         return torch.stack(counts).sum() if counts else None
 
     @override

@@ -1,50 +1,43 @@
 """The whole state of a running Trainer, for a peer that has to catch up: a checkpoint that never touches a disk.
 
 A replica catches up before a step, as in a resume, or within one: it has failed to commit what the others have, takes
-their result and goes on to ``on_train_batch_end`` with them. What a callback has noted since the step's gradients came
-is not in its ``state_dict``, and what it does in ``on_train_start`` may be too early then. Such a callback has
-
-    def step_state(self) -> dict: ...                                       # plain values and tensors
-    def load_step_state(self, trainer, pl_module, state: dict) -> None: ...  # after `load_state_dict`
-
-the second of which is called in place of ``on_train_start``.
+their result and goes on to ``on_train_batch_end`` with them. The parts are those of ``training/run_parts.py``; beside
+them go the place in the data, what ``on_save_checkpoint`` of the module and of foreign callbacks adds to a checkpoint,
+the data module's state, and where files are written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loops.loop import _Loop
 
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.structure import clean_named_parameters
-from lightning_eff.training.rank_state import rank_state_owners
-from lightning_eff.training.trainable import set_trainable
-
-_LEFT_OUT = ("hyper_parameters", "hparams_name", "hparams_type", "datamodule_hyper_parameters")
+from lightning_eff.training.hooks import HasRunState
+from lightning_eff.training.run_parts import (
+    load_training_state,
+    place_in_data,
+    set_place_in_data,
+    trainable,
+    training_state,
+)
+from lightning_eff.training.snapshots import HeldWindow
+from lightning_eff.training.trainer import callbacks_of
 
 
 def live_state(trainer: Trainer) -> dict[str, Any]:
-    """What a checkpoint has, and what one does not need: random state, and where files are written."""
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    for key in _LEFT_OUT:
-        checkpoint.pop(key, None)
+    """All that a peer needs, as tensors and plain values."""
+    state: dict[str, Any] = _plain(training_state(trainer))
+    data_module = trainer.datamodule  # type: ignore[attr-defined]
     return {
-        "checkpoint": checkpoint,
-        "random": _random_state(trainer),
+        **state,
+        "data": place_in_data(trainer),
+        "data_module": {} if data_module is None else data_module.state_dict(),
+        "added": _added_to_checkpoints(trainer, state),
         "places": places(trainer),
-        "ranks": _rank_states(trainer),
         "accumulate": trainer.accumulate_grad_batches,
-        "trainable": _trainable(trainer),
-        "steps": {
-            callback.state_key: callback.step_state()
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if hasattr(callback, "step_state")
-        },
     }
 
 
@@ -56,83 +49,68 @@ def load_live_state(trainer: Trainer, state: dict[str, Any], within_step: bool) 
         state: of a peer, see `live_state`.
         within_step: whether both are within the same step, so that this replica has its place in the loops already.
     """
-    connector = trainer._checkpoint_connector
-    checkpoint = state["checkpoint"]
     adopt_places(trainer, state["places"])
     trainer.accumulate_grad_batches = state["accumulate"]  # a schedule may have changed it
-    connector._loaded_checkpoint = checkpoint
-    try:
-        connector.restore_datamodule()
-        connector.restore_model()
-        connector.restore_callbacks()
-        connector.restore_precision_plugin_state()
-        connector.restore_optimizers_and_schedulers()
-        for name, owner in rank_state_owners(trainer.strategy).items():
-            owner.load(state["ranks"].get(name))
-        if not within_step:
-            _load_loop(trainer.fit_loop, checkpoint["loops"]["fit_loop"])
-    finally:
-        connector._loaded_checkpoint = {}
-    # Before the parameters are opened and closed: a callback looks for its own among those that it finds open.
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
-        if callback.state_key in checkpoint["callbacks"]:
-            _begin(trainer, callback, state["steps"] if within_step else {})
-    if state["trainable"] != _trainable(trainer):
-        set_trainable(trainer, state["trainable"])  # DDP's buckets must be the same everywhere
-    trainer.lightning_module.zero_grad(set_to_none=True)
-    _load_random_state(trainer, state["random"])
+    if state["data_module"]:
+        trainer.datamodule.load_state_dict(state["data_module"])  # type: ignore[attr-defined]
+    _load_added(trainer, state)
+    load_training_state(trainer, state.__getitem__, within_step=within_step, begin=True)
+    if not within_step:
+        set_place_in_data(trainer, state["data"])
 
 
-def _begin(trainer: Trainer, callback: Any, steps: dict[str, Any]) -> None:
-    """Let a callback apply its state, where it does so after a resume or, with ``steps``, within a step."""
-    if callback.state_key in steps and hasattr(callback, "load_step_state"):
-        callback.load_step_state(trainer, trainer.lightning_module, steps[callback.state_key])
-    else:
-        callback.on_train_start(trainer, trainer.lightning_module)
+def _plain(tree: Any) -> Any:
+    """With what lies in windows of snapshots as tensors."""
+    if isinstance(tree, HeldWindow):
+        return tree.state_dict()
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(_plain, tree))
+    return tree
 
 
-def _load_loop(loop: _Loop, state: dict[str, Any]) -> None:
-    loop.load_state_dict(state)
-    # Not a restart: the loop goes on from there as if it had come there by itself.
-    for each in _all_loops(loop):
-        each._restarting = each._loaded_from_state_dict = each._resuming_from_checkpoint = False
+def _added_to_checkpoints(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+    """What the hooks ``on_save_checkpoint`` add to a checkpoint."""
+    module, whole = trainer.lightning_module, _checkpoint(trainer, state)
+    before = set(whole)
+    for callback in _with_hooks(trainer):
+        callback.on_save_checkpoint(trainer, module, whole)
+    module.on_save_checkpoint(whole)
+    return {key: value for key, value in whole.items() if key not in before}
 
 
-def _all_loops(loop: _Loop) -> list[_Loop]:
-    found = [loop]
-    for value in vars(loop).values():
-        if isinstance(value, _Loop):
-            found += _all_loops(value)
-    return found
+def _load_added(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Show it to the hooks ``on_load_checkpoint``, before the weights are set, as in a resume."""
+    module, whole = trainer.lightning_module, {**_checkpoint(trainer, state), **state["added"]}
+    module.on_load_checkpoint(whole)
+    for callback in _with_hooks(trainer):
+        callback.on_load_checkpoint(trainer, module, whole)
+
+
+def _with_hooks(trainer: Trainer) -> list[Callback]:
+    names = ("on_save_checkpoint", "on_load_checkpoint")
+    callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, HasRunState)]
+    return [c for c in callbacks if any(getattr(type(c), name) is not getattr(Callback, name) for name in names)]
+
+
+def _checkpoint(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
+    """What such hooks find in a checkpoint."""
+    weights = {name.removeprefix("buffer "): tensor for name, tensor in state["model"].items()}
+    return {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "state_dict": {**trainer.lightning_module.state_dict(), **weights},
+        "optimizer_states": state["optimizers"],
+        "lr_schedulers": state["schedulers"],
+        "loops": {"fit_loop": place_in_data(trainer)},
+        "callbacks": {},
+    }
 
 
 def layout(trainer: Trainer) -> int:
     """A number that is equal where DDP makes the same buckets of the model."""
-    parameters = clean_named_parameters(trainer.lightning_module)
-    words = [f"{name} {p.requires_grad} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
+    module = trainer.lightning_module
+    trained, parameters = trainable(module), clean_named_parameters(module)
+    words = [f"{name} {trained[name]} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
     return int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:7], "big")
-
-
-def _trainable(trainer: Trainer) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in clean_named_parameters(trainer.lightning_module).items()}
-
-
-def _rank_states(trainer: Trainer) -> dict[str, Any]:
-    # Files beside a checkpoint; replicas are equal, so a peer's are this one's.
-    return {name: owner.save() for name, owner in rank_state_owners(trainer.strategy).items()}
-
-
-def _random_state(trainer: Trainer) -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if trainer.strategy.root_device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(trainer.strategy.root_device)
-    return state
-
-
-def _load_random_state(trainer: Trainer, state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and trainer.strategy.root_device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], trainer.strategy.root_device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import re
@@ -357,9 +358,9 @@ class RollsBack(L.Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         if trainer.global_step == self.save and self.state is None:
-            self.state = self.told.rollback_state()
+            self.state = copy.deepcopy(self.told.run_state())
         if trainer.global_step == self.back:
-            self.told.roll_back(trainer, module, self.state)
+            self.told.load_run_state(trainer, module, self.state, within_step=False)
             self.open = {name for name, p in module.named_parameters() if p.requires_grad}
             trainer.should_stop = True
 

@@ -169,7 +169,7 @@ def test_action_rollback(caplog):
             self.shift_at = 6 if batch_idx < 10 else 10**9
             return super().training_step(batch, batch_idx)
 
-    guard = TrainingGuard(every_n_steps=2, keep=5, margin=3, check_every_n_steps=1, rules=[], lr_factor=1.0)
+    guard = TrainingGuard(every_n_steps=2, keep=5, margin=3, read_every_n_steps=1, rules=[], lr_factor=1.0)
     monitor = SpectralAlignmentMonitor(include=ONE, action="rollback", **FAST)
     trainer = fit(Once(), monitor, guard, max_steps=14)
     assert guard.rollbacks == 1

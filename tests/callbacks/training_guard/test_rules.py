@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLoss, GradientSpikes, NonFiniteLoss
+from lightning_eff.callbacks import AlarmRule, ExplodingLoss, GradientSpikes, NonFiniteLoss
 
 
 def _alarms(rule: AlarmRule, values: list[float]) -> list[int]:
@@ -46,8 +46,8 @@ def test_a_negative_loss():
 
 
 def test_there_is_no_alarm_before_the_first_level():
-    assert _alarms(ExplodingLoss(window=50, patience=1), [1.0] * 49 + [100.0]) == []
-    assert _alarms(ExplodingLoss(window=50, patience=1), [1.0] * 50 + [100.0]) == [51]
+    assert _alarms(ExplodingLoss(over_n_steps=50, patience=1), [1.0] * 49 + [100.0]) == []
+    assert _alarms(ExplodingLoss(over_n_steps=50, patience=1), [1.0] * 50 + [100.0]) == [51]
 
 
 def test_too_many_spikes():
@@ -74,8 +74,9 @@ def test_a_rule_goes_on_from_its_state(rule):
         (NonFiniteLoss, "patience", 0),
         (ExplodingLoss, "factor", 1.0),
         (ExplodingLoss, "deviations", -1.0),
-        (ExplodingLoss, "window", 1),
-        (ExplodingLoss, "patience", 0),
+        (ExplodingLoss, "factor", float("nan")),
+        (ExplodingLoss, "over_n_steps", 1),
+        (ExplodingLoss, "patience", True),
         (GradientSpikes, "count", 0),
         (GradientSpikes, "within", 0),
     ],

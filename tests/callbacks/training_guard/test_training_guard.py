@@ -16,10 +16,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_eff.callbacks import EMA, CheckpointAveraging, TrainingGuard, ZClip
-from lightning_eff.callbacks.training_guard.callback import TrainingDivergedError
-from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLoss, GradientSpikes
-from lightning_eff.training.alarms import Alarm, sound
+from lightning_eff.callbacks import (
+    EMA,
+    Alarm,
+    AlarmRule,
+    CheckpointAveraging,
+    ExplodingLoss,
+    GradientSpikes,
+    TrainingDivergedError,
+    TrainingGuard,
+    ZClip,
+    sound,
+)
 from lightning_eff.training.trainable import set_trainable
 from tests.distributed.faults import InjectedError
 from tests.suite.models import MODELS, Net
@@ -31,9 +39,10 @@ GUARD: dict[str, Any] = {
     "every_n_steps": 2,
     "keep": 4,
     "margin": 1,
-    "check_every_n_steps": 1,
+    "read_every_n_steps": 1,
     "lr_factor": 1.0,
     "lr_steps": None,
+    "draw_anew": False,  # so that a run can be compared with another, bit by bit
 }
 
 
@@ -319,7 +328,7 @@ class TestGoingBack:
 
     def test_at_the_last_step(self, tmp_path):
         """Nothing follows in which the last losses could be read: they are read at once, and the run goes on."""
-        guard = TrainingGuard(**{**GUARD, "check_every_n_steps": 4})
+        guard = TrainingGuard(**{**GUARD, "read_every_n_steps": 4})
         run = fit(None, tmp_path, callback=guard, around=[Sounder(10)], steps=10)
         assert (guard.rollbacks, run.trainer.global_step) == (1, 10)
 
@@ -462,7 +471,7 @@ class TestCheckpoints:
 class TestActions:
     def test_warn(self, tmp_path, caplog):
         plain = fit(None, tmp_path).parameters()
-        guard = TrainingGuard("warn", rules=[Always()], check_every_n_steps=2)
+        guard = TrainingGuard("warn", rules=[Always()], read_every_n_steps=2)
         run = fit(None, tmp_path, callback=guard)
         assert not differences(plain, run.parameters())
         assert guard.alarms == 10
@@ -471,7 +480,7 @@ class TestActions:
         ]
 
     def test_stop(self, tmp_path):
-        guard = TrainingGuard("stop", rules=[], check_every_n_steps=1)
+        guard = TrainingGuard("stop", rules=[], read_every_n_steps=1)
         run = fit(None, tmp_path, callback=guard, around=[Sounder(4)])
         assert run.trainer.global_step == 5
         path = tmp_path / "training_guard-step=5.ckpt"
@@ -483,7 +492,7 @@ class TestActions:
 
 
 def _stop(folder: Path) -> int:
-    guard = TrainingGuard("stop", rules=[], check_every_n_steps=1)
+    guard = TrainingGuard("stop", rules=[], read_every_n_steps=1)
     return fit(None, folder, strategy=DDP, callback=guard, around=[Sounder(4, rank=1)]).trainer.global_step
 
 
@@ -510,7 +519,7 @@ class Poison(L.Callback):
 
 
 def _poisoned(strategy: Strategy, folder: Path) -> tuple[int, int, bool]:
-    guard = TrainingGuard(every_n_steps=2, keep=5, margin=2, check_every_n_steps=3)
+    guard = TrainingGuard(every_n_steps=2, keep=5, margin=2, read_every_n_steps=3)
     run = fit(None, folder, strategy=strategy, callback=guard, around=[Poison(6)], steps=10)
     finite = all(bool(parameter.isfinite().all()) for parameter in run.parameters().values())
     return guard.rollbacks, run.trainer.global_step, finite
@@ -551,7 +560,7 @@ class TestRules:
         assert run.model.head.weight.norm() < 10
 
     def test_without_a_loss_the_rules_on_it_are_silent(self, tmp_path):
-        guard = TrainingGuard(rules=[ExplodingLoss(window=2, patience=1)], check_every_n_steps=1)
+        guard = TrainingGuard(rules=[ExplodingLoss(over_n_steps=2, patience=1)], read_every_n_steps=1)
         fit(None, tmp_path, callback=guard, model="gan")
         assert guard.alarms == 0
 
@@ -596,7 +605,7 @@ class TestRefused:
     def test_more_than_fits(self, tmp_path, monkeypatch):
         guard = TrainingGuard(**GUARD)
         monkeypatch.setattr(guard._snapshots.window, "free_bytes", lambda device: 10_000)
-        self._refused(tmp_path, r"keep=4\) keeps 4 x 19.7 kB .* and 10 kB are free", guard)
+        self._refused(tmp_path, r"keep=4\) keeps 4 x 24.7 kB .* and 10 kB are free", guard)
 
     def test_a_strategy_that_says_so(self, tmp_path):
         strategy = L.pytorch.strategies.SingleDeviceStrategy("cpu")
@@ -632,9 +641,9 @@ trainer:
         every_n_steps: 50
         margin: 20
         rules:
-          - class_path: lightning_eff.callbacks.training_guard.rules.ExplodingLoss
+          - class_path: lightning_eff.callbacks.ExplodingLoss
             init_args: {{factor: 1.3}}
-          - class_path: lightning_eff.callbacks.training_guard.rules.GradientSpikes
+          - class_path: lightning_eff.callbacks.GradientSpikes
           - class_path: {__name__}.Always
 """)
     monkeypatch.setattr("sys.argv", ["test"])

@@ -13,8 +13,9 @@ from torch import Tensor
 from lightning_eff.strategies.fault_tolerant.logged_values import LoggedValues
 from lightning_eff.strategies.fault_tolerant.manual.events import BACKWARD, END, Event, Leave, OtherPathError, name_of
 from lightning_eff.strategies.fault_tolerant.manual.gradients import NewGradients
-from lightning_eff.strategies.fault_tolerant.manual.snapshot import StepSnapshot, set_groups, with_buffers_of_its_own
+from lightning_eff.strategies.fault_tolerant.manual.snapshot import StepSnapshot, with_buffers_of_its_own
 from lightning_eff.strategies.fault_tolerant.steps import ShardSteps
+from lightning_eff.training.run_parts import set_group_values
 
 if TYPE_CHECKING:
     pass
@@ -108,7 +109,7 @@ class RerunSteps(ShardSteps):
         for parameter, gradient in event.gradients:
             parameter.grad = None if gradient is None else gradient.detach().clone()
         if event.groups is not None:
-            set_groups(self.trainer, event.groups)
+            set_group_values(self.trainer, event.groups)
         self._fresh.forget(parameter for parameter, _ in event.gradients)
         self._advance()
 

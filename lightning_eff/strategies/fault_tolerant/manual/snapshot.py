@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_eff.structure import clean_named_parameters
+from lightning_eff.training.logged import hook_in_hand, set_hook_in_hand
+from lightning_eff.training.random_state import host_random_state, set_host_random_state
+from lightning_eff.training.run_parts import (
+    group_values,
+    manual_steps,
+    scheduler_states,
+    set_group_values,
+    set_manual_steps,
+    set_scheduler_states,
+)
 
 
 class StepSnapshot:
@@ -41,17 +49,11 @@ class StepSnapshot:
         self._buffers = [(part, dict(part._buffers)) for part in parts if part._buffers]
         # Metrics change their tensors in place: `LoggedValues` copies those.
         self._attributes = [(part, dict(vars(part))) for part in parts if not isinstance(part, Metric)]
-        self._schedulers = [
-            (config.scheduler, copy.deepcopy(config.scheduler.state_dict())) for config in trainer.lr_scheduler_configs
-        ]
-        self._groups = groups(trainer)
-        self._progress = copy.deepcopy(self._counter.state_dict())
-        self._random = random.getstate(), np.random.get_state()
-        self._logs_of = trainer._logger_connector._current_fx
-
-    @property
-    def _counter(self) -> Any:
-        return self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        self._schedulers = copy.deepcopy(scheduler_states(trainer))
+        self._groups = group_values(trainer)
+        self._steps = copy.deepcopy(manual_steps(trainer))
+        self._random = host_random_state()
+        self._logs_of = hook_in_hand(trainer)
 
     def restore(self) -> None:
         """As it was when this was made."""
@@ -63,45 +65,24 @@ class StepSnapshot:
             part._buffers.update(buffers)
         for tensor, content in self._contents:
             tensor.data.copy_(content)
-        for parameter, open_, gradient in self._parameters:
-            parameter.requires_grad_(open_)
+        for parameter, trained, gradient in self._parameters:
+            parameter.requires_grad_(trained)
             parameter.grad = _copy(gradient) if self.again else gradient
-        for scheduler, state in self._schedulers:
-            scheduler.load_state_dict(copy.deepcopy(state))
-        set_groups(self.trainer, self._groups)
-        self._counter.load_state_dict(copy.deepcopy(self._progress))
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])
-        self.trainer._logger_connector._current_fx = self._logs_of
+        set_scheduler_states(self.trainer, copy.deepcopy(self._schedulers))
+        set_group_values(self.trainer, self._groups)
+        set_manual_steps(self.trainer, copy.deepcopy(self._steps))
+        set_host_random_state(self._random)
+        set_hook_in_hand(self.trainer, self._logs_of)
 
-    def open(self) -> None:
+    def set_trained(self) -> None:
         """Only which parameters are trained: others may be in the midst of ``toggle_optimizer``."""
-        for parameter, open_, _ in self._parameters:
-            parameter.requires_grad_(open_)
+        for parameter, trained, _ in self._parameters:
+            parameter.requires_grad_(trained)
 
     def trained(self) -> dict[str, bool]:
         """Which parameters were trained, by clean name."""
-        opened = {id(parameter): open_ for parameter, open_, _ in self._parameters}
-        return {name: opened[id(p)] for name, p in clean_named_parameters(self.trainer.lightning_module).items()}
-
-
-def groups(trainer: Trainer) -> list[list[dict[str, Any]]]:
-    """Learning rates and the like, of each optimizer."""
-    return [
-        [{name: _copy(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-        for optimizer in trainer.optimizers
-    ]
-
-
-def set_groups(trainer: Trainer, saved: list[list[dict[str, Any]]]) -> None:
-    """Set what `groups` gave."""
-    for optimizer, of_optimizer in zip(trainer.optimizers, saved, strict=True):
-        for group, values in zip(optimizer.param_groups, of_optimizer, strict=True):
-            for name, value in values.items():
-                if isinstance(value, Tensor) and isinstance(group[name], Tensor):
-                    group[name].copy_(value)  # a compiled or captured step refers to it
-                else:
-                    group[name] = value
+        trained = {id(parameter): was for parameter, was, _ in self._parameters}
+        return {name: trained[id(p)] for name, p in clean_named_parameters(self.trainer.lightning_module).items()}
 
 
 def with_buffers_of_its_own(module: nn.Module) -> None:

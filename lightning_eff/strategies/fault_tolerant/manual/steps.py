@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from lightning_eff.strategies.fault_tolerant.manual.events import BACKWARD, END, STEP, Event, Leave, Standing
 from lightning_eff.strategies.fault_tolerant.manual.gradients import summed_over_shards
 from lightning_eff.strategies.fault_tolerant.manual.rerun import RerunSteps
-from lightning_eff.strategies.fault_tolerant.manual.snapshot import groups
 from lightning_eff.strategies.fault_tolerant.operations import summed
 from lightning_eff.strategies.fault_tolerant.steps import Once
+from lightning_eff.training.run_parts import group_values
 
 if TYPE_CHECKING:
     pass
@@ -93,7 +93,7 @@ class ManualSteps(RerunSteps):
     def _meet_again(self) -> None:
         """After a part that failed."""
         assert self._start is not None
-        self._start.open()  # a peer's state is of all that are trained
+        self._start.set_trained()  # a peer's state is of all that are trained
         self._handed = None
         if self.replicas.again():
             assert self._handed is not None, "a peer that is ahead hands its part over"
@@ -245,7 +245,7 @@ class ManualSteps(RerunSteps):
                 gradients[id(parameter)] = (parameter, None if now is None else now.detach().clone())
         self._fresh.forget(parameter for parameter, _ in gradients.values())
         values = [(parameter, parameter.detach().clone()) for parameter in stepped]
-        self._events.append(Event(kind, values, list(gradients.values()), groups(self.trainer)))
+        self._events.append(Event(kind, values, list(gradients.values()), group_values(self.trainer)))
         self._settle(kind)
         self._at += 1
         self._log_is_safe()
@@ -293,6 +293,6 @@ class ManualSteps(RerunSteps):
         values = [(p, p.detach().clone()) for p in named.values()]
         gradients = [(p, p.grad) for name, p in named.items() if name not in handed["own"]]
         del self._events[self._safe_events :]
-        self._events.append(Event(handed["kind"], values, gradients, groups(self.trainer), whole=True))
+        self._events.append(Event(handed["kind"], values, gradients, group_values(self.trainer), whole=True))
         self._results = list(handed["results"])
         self._settle(handed["kind"])
