@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest lint format docs clean
+.PHONY: help install demo test test-all test-oldest test-architectures lint format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,18 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(VENV)-oldest/.installed ## The test suite with the oldest Python, PyTorch and Lightning that are accepted
 	$(VENV)-oldest/bin/python -m pytest $(ARGS)
 
+$(VENV)-architectures/.installed: pyproject.toml constraints-architectures.txt
+	test -x $(VENV)-architectures/bin/python || $(PYTHON) -m venv $(VENV)-architectures
+	$(VENV)-architectures/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		torch torchvision
+	$(VENV)-architectures/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		-e '.[test,architectures]'
+	@touch $@
+
+test-architectures: $(VENV)-architectures/.installed ## The structure finder against eighty models of other packages
+	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
+	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure $(ARGS)
+
 lint: install ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -50,4 +62,4 @@ docs: install ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove what was made here
-	rm -rf $(VENV) $(VENV)-oldest site logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-architectures site logs .pytest_cache .mypy_cache .ruff_cache
