@@ -63,7 +63,7 @@ class ExponentialAverage(Average):
             self._seen = (tensors, [tensors[name] for name in self._names])
         current = self._seen[1]
         if self.storage == "cpu":
-            current = [tensor.cpu() for tensor in current]
+            current = [tensor if tensor.device.type == "cpu" else tensor.cpu() for tensor in current]
         for shadows, decay in zip(self._shadows, decays, strict=True):
             ema_update_(shadows, current, decay)
 

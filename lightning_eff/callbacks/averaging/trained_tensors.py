@@ -18,18 +18,19 @@ from lightning_eff.training.dtensor import local, reshard
 class _Table:
     """What a step needs to know of a model, whose parameters stay the objects that they are during a run."""
 
-    parameters: dict[str, nn.Parameter]  # that are trained
-    untrained: dict[str, nn.Parameter]  # and that have not been, but could be
+    untrained: dict[str, nn.Parameter]  # that could be trained and have not been
     sharded: list[FSDPModule]
-    dtensors: bool
-    parts: dict[str, Tensor]  # of the trained ones, this rank's
-    pointers: list[int]  # to the memory that the parts show
+    dtensors: dict[str, nn.Parameter]  # of the trained ones
+    parts: dict[str, Tensor]  # of the trained ones: a plain parameter itself, this rank's part of a DTensor
+    pointers: list[int]  # to the memory of those parts
 
-    def look(self) -> list[int]:
-        """Where the memory lies now."""
-        if self.dtensors:
-            return [getattr(p, "_local_tensor", p).data_ptr() for p in self.parameters.values()]
-        return [parameter.data_ptr() for parameter in self.parameters.values()]
+    def look(self) -> dict[str, Tensor]:
+        """The parts, another dict only if a DTensor's memory is another."""
+        pointers = [parameter._local_tensor.data_ptr() for parameter in self.dtensors.values()]  # type: ignore[attr-defined]
+        if pointers != self.pointers:
+            self.pointers = pointers
+            self.parts = self.parts | {name: local(parameter) for name, parameter in self.dtensors.items()}
+        return self.parts
 
 
 class TrainedTensors:
@@ -78,17 +79,13 @@ class TrainedTensors:
         return {name: tensor for name, tensor in every.items() if name in self.names or name not in parameters}
 
     def now(self, module: LightningModule) -> dict[str, Tensor]:
-        """The same in a step, without a search: the same dict as the last time while it shows the same memory."""
+        """The same in a step, without a search: the same dict as the last time while its tensors are the same."""
         if self.buffers:  # which may be other objects every time
             return self.of(module)
         table = self._of_run(module)
         for part in table.sharded:
             part.reshard()
-        pointers = table.look()
-        if pointers != table.pointers:
-            table.parts = {name: local(parameter) for name, parameter in table.parameters.items()}
-            table.pointers = pointers
-        return table.parts
+        return table.look()
 
     def _of_run(self, module: LightningModule) -> _Table:
         if self._table is None:
@@ -97,8 +94,8 @@ class TrainedTensors:
             trained = {name: parameter for name, parameter in usable.items() if name in self.names}
             untrained = {name: parameter for name, parameter in usable.items() if name not in self.names}
             sharded: list[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
-            dtensors = any(is_dtensor(parameter) for parameter in trained.values())
-            self._table = _Table(trained, untrained, sharded, dtensors, {}, [])
+            dtensors = {name: parameter for name, parameter in trained.items() if is_dtensor(parameter)}
+            self._table = _Table(untrained, sharded, dtensors, {**trained}, [])
         return self._table
 
     def originals(self, module: LightningModule) -> dict[str, Tensor]:
