@@ -49,7 +49,7 @@ def full(tensor: Tensor, like: Tensor) -> Tensor:
 def part(whole: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that every rank has whole, in the form of ``like``; the inverse of ``full``.
 
-    No communication.
+    It stays on the device of ``whole``. No communication.
     """
     if not is_dtensor(like):
         return whole
@@ -57,4 +57,4 @@ def part(whole: Tensor, like: Tensor) -> Tensor:
 
     with torch.no_grad():
         mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-        return local(distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None))
+        return local(distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)).to(whole.device)

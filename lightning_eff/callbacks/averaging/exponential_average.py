@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_eff.callbacks.averaging.average import Average
-from lightning_eff.functional.ema import ema_update_, float32_copies, power_decay, power_from_width, warmup_decay
+from lightning_eff.functional.ema import Shadows, power_decay, power_from_width, warmup_decay
 
 
 class ExponentialAverage(Average):
@@ -39,8 +39,8 @@ class ExponentialAverage(Average):
         self.collected = 0
         self._last_step = 0
         self._names: list[str] = []
-        self._shadows: list[list[Tensor]] = []  # for each width, for each name
-        self._seen: tuple[dict[str, Tensor], list[Tensor]] | None = None  # what was collected, in the order of names
+        self._shadows: list[Shadows] = []  # for each width, in the order of names
+        self._seen: tuple[dict[str, Tensor], list[list[Tensor]]] | None = None  # what was collected, sorted
 
     @property
     @override
@@ -53,26 +53,24 @@ class ExponentialAverage(Average):
         since, self._last_step = step - self._last_step, step
         if not self._names:
             self._names = list(tensors)
-            self._shadows = [self._copies(tensors.values()) for _ in self.widths or (None,)]
+            self._shadows = [Shadows(tensors.values(), self._device) for _ in self.widths or (None,)]
             return
         if self.widths:
             decays = [power_decay(step, power_from_width(width), since) for width in self.widths]
         else:
             decays = [warmup_decay(self.collected, self.decay) if self.warmup else self.decay]
         if self._seen is None or self._seen[0] is not tensors:
-            self._seen = (tensors, [tensors[name] for name in self._names])
-        current = self._seen[1]
-        if self.storage == "cpu":
-            current = [tensor if tensor.device.type == "cpu" else tensor.cpu() for tensor in current]
+            self._seen = (tensors, self._shadows[0].sort([tensors[name] for name in self._names]))
         for shadows, decay in zip(self._shadows, decays, strict=True):
-            ema_update_(shadows, current, decay)
+            shadows.update(self._seen[1], decay)
 
-    def _copies(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        return float32_copies(tensors, "cpu" if self.storage == "cpu" else None)
+    @property
+    def _device(self) -> str | None:
+        return "cpu" if self.storage == "cpu" else None
 
     @override
     def read(self, label: str, tensors: Mapping[str, Tensor], rounded: bool) -> Iterator[tuple[str, Tensor]]:
-        for name, shadow in zip(self._names, self._shadows[self.labels.index(label)], strict=True):
+        for name, shadow in zip(self._names, self._shadows[self.labels.index(label)].tensors, strict=True):
             if name in tensors:
                 yield name, shadow
 
@@ -81,7 +79,7 @@ class ExponentialAverage(Average):
         if self._names and name not in self._names:
             self._names.append(name)
             for shadows in self._shadows:
-                shadows.extend(self._copies([tensor]))
+                shadows.append(tensor, self._device)
             self._seen = None
 
     @override
@@ -91,7 +89,7 @@ class ExponentialAverage(Average):
 
     @override
     def state(self) -> dict[str, Any]:
-        averages = [dict(zip(self._names, shadows, strict=True)) for shadows in self._shadows]
+        averages = [dict(zip(self._names, shadows.tensors, strict=True)) for shadows in self._shadows]
         return {"averages": averages, "widths": self.widths, "updated": self.collected, "last_step": self._last_step}
 
     @override
@@ -105,8 +103,8 @@ class ExponentialAverage(Average):
         self._names = list(named)
         like = [tensors[name] for name in self._names]
         for average in averages:
-            shadows = self._copies(like)
-            for shadow, saved in zip(shadows, average.values(), strict=True):
+            shadows = Shadows(like, self._device)
+            for shadow, saved in zip(shadows.tensors, average.values(), strict=True):
                 shadow.copy_(saved)
             self._shadows.append(shadows)
         self.collected, self._last_step = state["updated"], state["last_step"]
@@ -121,7 +119,7 @@ class ExponentialAverage(Average):
         if about[0]["updates"] == 0:  # the files have the live weights
             return True
         self._names = list(averages[0])
-        self._shadows = [self._copies(average[name] for name in self._names) for average in averages]
+        self._shadows = [Shadows((average[name] for name in self._names), self._device) for average in averages]
         self.collected, self._last_step = about[0]["updates"], about[0]["last_step"]
         return True
 

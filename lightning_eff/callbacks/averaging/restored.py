@@ -49,11 +49,12 @@ def of_files(
     keys = {id(tensor): key for key, tensor in module.state_dict(keep_vars=True).items()}
     parts: list[dict[str, Tensor]] = []
     for state, _ in averaged:
-        found = {name: state.get(keys.get(id(tensor), "")) for name, tensor in originals.items() if name in every}
-        parts.append({name: part(whole, originals[name]) for name, whole in found.items() if whole is not None})
+        named = {name: state[keys[id(own)]] for name, own in originals.items() if keys.get(id(own)) in state}
+        own_parts = {name: part(whole, originals[name]) for name, whole in named.items() if name in every}
+        parts.append({name: mean.to(every[name].device) for name, mean in own_parts.items()})
     trained = {
         name
         for name, mean in parts[0].items()
-        if originals[name].requires_grad or not torch.equal(mean.to(every[name]), every[name])
+        if originals[name].requires_grad or not torch.equal(mean.to(every[name].dtype), every[name])
     }
     return [{name: mean for name, mean in one.items() if name in trained} for one in parts], [a for _, a in averaged]
