@@ -16,11 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_eff.arguments import check
+
+_SMALL = 1 << 12  # elements of a tensor whose operator costs more than its arithmetic
 
 MAX_WIDTH = 1 / math.sqrt(12)
 """Upper bound of ``sigma_rel``: that of the uniform average over the whole run, gamma = 0."""
@@ -69,6 +72,62 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
     # lerp takes one dtype. Cast beside the shadows, since the difference is what must not be rounded to bfloat16.
     wide = [tensor.to(shadow.dtype) for shadow, tensor in zip(shadows, tensors, strict=True)]
     torch._foreach_lerp_(shadows, wide, 1 - decay)
+
+
+class Shadows:
+    """Shadows of many tensors, of which small ones of one form lie in one piece.
+
+    A thousand small tensors are so averaged by a few operators in place of a thousand.
+
+    Args:
+        tensors: as of :func:`float32_copies`.
+        device: where the shadows are kept; by default each where its tensor is.
+
+    Example:
+        >>> weights = [torch.zeros(2, 3), torch.zeros(4, 3)]
+        >>> shadows = Shadows(weights)
+        >>> shadows.update(shadows.sort([weight + 1 for weight in weights]), decay=0.75)
+        >>> [shadow.mean().item() for shadow in shadows.tensors]
+        [0.25, 0.25]
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], device: torch.device | str | None = None) -> None:
+        self.tensors = float32_copies(tensors, device)
+        """One for each tensor, in their order."""
+        forms: dict[Any, list[int]] = {}
+        for index, shadow in enumerate(self.tensors):
+            if shadow.dim() > 0 and shadow.numel() <= _SMALL:
+                forms.setdefault((shadow.device, shadow.dtype, shadow.shape[1:]), []).append(index)
+        self._pieces: list[tuple[list[int], Tensor]] = []
+        for indices in forms.values():
+            if len(indices) > 1:
+                parts = [self.tensors[index] for index in indices]
+                piece = torch.cat(parts)
+                self._pieces.append((indices, piece))
+                for index, view in zip(indices, torch.split(piece, [len(part) for part in parts]), strict=True):
+                    self.tensors[index] = view
+        self._together = {index for indices, _ in self._pieces for index in indices}
+        self._alone = [shadow for index, shadow in enumerate(self.tensors) if index not in self._together]
+
+    def append(self, tensor: Tensor, device: torch.device | str | None = None) -> None:
+        """Shadow one more."""
+        copies = float32_copies([tensor], device)
+        self.tensors += copies
+        self._alone += copies
+
+    def sort(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors as ``update`` takes them, to be kept from step to step; those beside the pieces come last."""
+        alone = [tensor for index, tensor in enumerate(tensors) if index not in self._together]
+        return [*([tensors[index] for index in indices] for indices, _ in self._pieces), alone]
+
+    @torch.no_grad()
+    def update(self, tensors: Sequence[Sequence[Tensor]], decay: float) -> None:
+        """What :func:`ema_update_` does, for tensors from ``sort``; they may be on another device."""
+        for (_, piece), group in zip(self._pieces, tensors[:-1], strict=True):
+            piece.lerp_(torch.cat(list(group)).to(piece), 1 - decay)
+        alone = self._alone
+        current = zip(alone, tensors[-1], strict=True)
+        ema_update_(alone, [t if t.device == shadow.device else t.to(shadow.device) for shadow, t in current], decay)
 
 
 def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:

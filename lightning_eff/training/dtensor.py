@@ -44,3 +44,17 @@ def full(tensor: Tensor, like: Tensor) -> Tensor:
             shape=like.shape,
             stride=like.stride(),
         ).full_tensor()
+
+
+def part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has whole, in the form of ``like``; the inverse of ``full``.
+
+    It stays on the device of ``whole``. No communication.
+    """
+    if not is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    with torch.no_grad():
+        mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+        return local(distribute_tensor(whole.to(like.device), mesh, placements, src_data_rank=None)).to(whole.device)

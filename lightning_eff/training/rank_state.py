@@ -1,15 +1,17 @@
 """State that each rank has for itself, kept in files beside Lightning's checkpoints.
 
 A callback's ``state_dict`` is written by rank zero alone. What differs between ranks (error-feedback memories) or is
-too big to be gathered or put into the ``.ckpt`` (a window of weights) goes into a folder beside the checkpoint, one
-file a rank:
+too big to be put into the ``.ckpt`` (a window of weights) goes into a folder beside the checkpoint: one file for each
+owner and rank, and for an owner whose state is the same on all ranks one file of rank zero, which every rank reads:
 
     checkpoints/last.ckpt
-    checkpoints/last.ckpt.ranks/<id>.rank0.pt
-    checkpoints/last.ckpt.ranks/<id>.rank1.pt
+    checkpoints/last.ckpt.ranks/<id>.compression.rank0.pt
+    checkpoints/last.ckpt.ranks/<id>.compression.rank1.pt
+    checkpoints/last.ckpt.ranks/<id>.average-ema.pt
 
 The checkpoint carries the same id, so no file is ever taken for another checkpoint's. The new files are complete before
 the checkpoint is written, and the old ones go after that: whenever a run is killed, the checkpoint on disk has its own.
+A disk that fails here is a warning: the checkpoint is complete without these files.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eff.training.trainer import replicas_are_equal
-from lightning_eff.training.whole_files import whole_file
+from lightning_eff.training.whole_files import Attempts, failure_of, whole_file
 from lightning_eff.training.wrapping import Wrapper
 
 KEY = "lightning_eff_rank_state"  # in the checkpoint: which files belong to it
@@ -48,9 +51,9 @@ class RankState:
     checkpoint. It stays attached after ``fit``, as ``trainer.save_checkpoint`` works there too; ``detach`` ends it.
     Checkpoints with ``save_weights_only`` have no such state.
 
-    Collectives: attaching broadcasts a few bytes; saving adds a barrier behind the checkpoint that Lightning writes;
-    loading reduces one flag. A rank's file is written before ``save_checkpoint`` returns, also with an asynchronous
-    ``CheckpointIO``.
+    Collectives: attaching broadcasts a few bytes; saving reduces one flag behind the checkpoint that Lightning writes;
+    loading reduces one for each owner. A rank's files are written before ``save_checkpoint`` returns, also with an
+    asynchronous ``CheckpointIO``.
 
     Args:
         name: tells the owners apart, and finds the state again: the same in the run that resumes.
@@ -58,12 +61,18 @@ class RankState:
             accepts.
         load: called on every rank when ``fit`` loads a checkpoint that was saved with this name, under most strategies
             before the optimizers exist: keep the state until ``on_train_start``. Tensors are on the CPU. It gets None,
-            and rank zero warns, if not every rank has its own state back (another number of ranks, a file missing):
-            all ranks are told the same and start anew together. It is not called for a checkpoint that never had
-            such a state.
+            and rank zero warns, if not every rank has its state back (another number of ranks, a file missing): all
+            ranks are told the same and start anew together. It is not called for a checkpoint that never had such a
+            state.
         saved: called on every rank behind each checkpoint that is saved, one of weights only too, with its dict and
             its path: to write more files beside it.
         removed: called on every rank on which a checkpoint is removed, with its path, to remove those files.
+        recover: called on every rank where the state is lost, with the checkpoint and its path: what it can make of
+            other files goes to ``load`` in place of the state; None for nothing.
+
+    Attributes:
+        replicated: the state is the same on all ranks: rank zero writes it, and it is loaded whatever the number of
+            ranks is. To be set before ``attach``.
 
     Example:
         >>> from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -81,12 +90,16 @@ class RankState:
         load: Callable[[dict[str, Any] | None], None],
         saved: Callable[[dict[str, Any], str], None] | None = None,
         removed: Callable[[str], None] | None = None,
+        recover: Callable[[dict[str, Any], str], dict[str, Any] | None] | None = None,
+        replicated: bool = False,
     ) -> None:
         self.name = name
         self.save = save
         self.load = load
         self.saved = saved
         self.removed = removed
+        self.recover = recover
+        self.replicated = replicated
         self._files: _RankFiles | None = None
 
     def attach(self, strategy: Strategy) -> None:
@@ -101,6 +114,10 @@ class RankState:
             files.add(self)
             self._files = files
         files.begin()
+
+    def follows(self, strategy: Strategy) -> bool:
+        """Whether the checkpoints of a strategy have this state; not where ``fit`` ran in a process of its own."""
+        return self._files is not None and self._files.strategy is strategy
 
     def detach(self) -> None:
         """Follow no longer. The files stay; when the last owner has gone, the strategy is as it was."""
@@ -124,6 +141,9 @@ class _RankFiles:
         self.run = ""
         self.saved = 0
         self.latest: dict[str, str] = {}  # path of a checkpoint -> its id
+        self.attempts = Attempts(
+            "state beside a checkpoint", "a run that resumes from this checkpoint is without what is missing"
+        )
         self.wrappers = [Wrapper(strategy, name, getattr(self, name)) for name in _WRAPPED]
         setattr(strategy, _ATTRIBUTE, self)
 
@@ -154,6 +174,7 @@ class _RankFiles:
     ) -> None:
         path = str(filepath)
         identity, wrote = "", self.writes
+        error: Exception | None = None
         states: dict[str, Any] = {}
         if "optimizer_states" in checkpoint:  # else it is one of weights only
             self.saved += 1
@@ -162,13 +183,15 @@ class _RankFiles:
                 identity = self.strategy.broadcast(identity)
             states = {name: owner.save() for name, owner in self.owners.items()}
             if wrote:
-                _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
-            checkpoint[KEY] = {"id": identity, "world_size": self.world_size, "names": list(states)}
+                error = self.write(path, identity, states)
+            replicated = [name for name, owner in self.owners.items() if owner.replicated]
+            entry = {"id": identity, "world_size": self.world_size, "names": list(states), "replicated": replicated}
+            checkpoint[KEY] = entry
         save(checkpoint, filepath, storage_options=storage_options)
         while True:
             writes = self.writes
             if identity and writes and not wrote:  # of the replica that has died over it only the files remain
-                _write({"id": identity, "rank": self.rank, "states": states}, _file(path, identity, self.rank))
+                error = self.write(path, identity, states)
                 wrote = True
             for owner in self.owners.values():
                 if owner.saved is not None:
@@ -179,8 +202,21 @@ class _RankFiles:
         self.latest[path] = identity
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
             keep.add(before)  # the checkpoint on disk may still be the one before
-        self.strategy.barrier("rank state")  # only now is the checkpoint there, with the files of all ranks
+        # Only when all ranks have come here is the checkpoint there, with the files of all.
+        everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)
+        self.attempts.note(error if error or everywhere else OSError("on another rank"))
         self.remove_files(path, keep - {""})
+
+    def write(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
+        """Write this rank's files, each by itself: one that is too big for the disk leaves the others."""
+        error: Exception | None = None
+        for name, state in states.items():
+            replicated = self.owners[name].replicated
+            if not replicated or self.rank == 0:
+                content = {"id": identity, "rank": self.rank, "state": state}
+                file = os.path.join(path + _SUFFIX, _name(identity, name, None if replicated else self.rank))
+                error = failure_of(partial(_write, content, file)) or error
+        return error
 
     def load_checkpoint(
         self, load: Callable[..., Any], checkpoint_path: _PATH, *args: Any, **kwargs: Any
@@ -192,17 +228,32 @@ class _RankFiles:
             return checkpoint
         path = str(checkpoint_path)
         self.latest[path] = entry["id"]
-        states, why = None, f"it was saved by {entry['world_size']} ranks, and there are {self.world_size} now"
-        if entry["world_size"] == self.world_size:
-            states, why = self.read(path, entry["id"]), "the file of some rank is missing or damaged"
-            if not self.strategy.reduce_boolean_decision(states is not None, all=True):
-                states = None
-        if states is None:
-            names = ", ".join(owner.name for owner in owners)
-            rank_zero_warn(f"the rank-local state ({names}) beside {path} is not restored but starts anew: {why}")
         for owner in owners:
-            owner.load(None if states is None else states[owner.name])
+            state, why = self.find(path, entry, owner)
+            state = self.on_all_ranks(state)
+            if state is None and owner.recover is not None:
+                state = self.on_all_ranks(owner.recover(checkpoint, path))
+                if state is not None:
+                    rank_zero_warn(f"the state ({owner.name}) is taken from the files beside {path}: {why}")
+            if state is None:
+                rank_zero_warn(f"the state ({owner.name}) beside {path} is not restored but starts anew: {why}")
+            owner.load(state)
         return checkpoint
+
+    def find(self, path: str, entry: dict[str, Any], owner: RankState) -> tuple[dict[str, Any] | None, str]:
+        """An owner's state on this rank, or why there is none."""
+        saved, here = entry["world_size"], self.world_size
+        # Of version 0.1, which wrote a file for each rank in any case, any of them is as good.
+        replicated = owner.name in entry.get("replicated", [owner.name] if owner.replicated and saved != here else ())
+        if not replicated and saved != here:
+            return None, f"it was saved by {saved} ranks, and there are {here} now"
+        if not replicated and owner.replicated and "replicated" in entry:
+            return None, "it was saved in shards"
+        state = self.read(path, entry["id"], owner.name, None if replicated else self.rank)
+        return state, "the file of some rank is missing or damaged"
+
+    def on_all_ranks(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        return state if self.strategy.reduce_boolean_decision(state is not None, all=True) else None
 
     def remove_checkpoint(self, remove: Callable[..., Any], filepath: _PATH) -> None:
         remove(filepath)
@@ -211,22 +262,22 @@ class _RankFiles:
             if owner.removed is not None:
                 owner.removed(str(filepath))
 
-    def read(self, path: str, identity: str) -> dict[str, Any] | None:
-        """This rank's states, beside the checkpoint that a link points to or that this one was copied from."""
+    def read(self, path: str, identity: str, name: str, rank: int | None) -> dict[str, Any] | None:
+        """A state, beside the checkpoint that a link points to or that this one was copied from."""
         if os.path.lexists(path):
             path = os.path.realpath(path)
         fs = get_filesystem(path)
         fs.invalidate_cache()
-        beside = _file(path, identity, self.rank)
-        folders = [folder for folder in fs.ls(os.path.dirname(path) or ".", detail=False) if folder.endswith(_SUFFIX)]
-        for file in (beside, *(os.path.join(folder, os.path.basename(beside)) for folder in folders)):
+        beside = [folder for folder in fs.ls(os.path.dirname(path) or ".", detail=False) if folder.endswith(_SUFFIX)]
+        names = (_name(identity, name, rank), f"{identity}.rank{rank or 0}.pt")  # the latter of version 0.1
+        for file in (os.path.join(folder, own) for own in names for folder in (path + _SUFFIX, *beside)):
             if fs.exists(file):
                 # Whatever is wrong with a file, the run can go on without it, and says so.
                 with suppress(Exception), fs.open(file, "rb") as stream:
                     saved = torch.load(stream, map_location="cpu", weights_only=True)
-                    if (saved["id"], saved["rank"]) == (identity, self.rank):
-                        states: dict[str, Any] = saved["states"]
-                        return states
+                    if (saved["id"], saved["rank"]) == (identity, rank or 0):
+                        state: dict[str, Any] = saved["state"] if "state" in saved else saved["states"][name]
+                        return state
         return None
 
     def remove_files(self, path: str, keep: set[str]) -> None:
@@ -248,7 +299,7 @@ class _RankFiles:
             return
         for file in files:
             identity, _, rest = os.path.basename(file).partition(".")
-            if identity not in keep and (self.rank == 0 or rest.startswith(f"rank{self.rank}.")):
+            if identity not in keep and (self.rank == 0 or rest.endswith(f"rank{self.rank}.pt")):
                 with suppress(FileNotFoundError):  # another rank was quicker
                     fs.rm_file(file)
         if not keep:
@@ -279,10 +330,10 @@ class _RankFiles:
         return module is None or module._trainer is None or module._trainer.state.fn == TrainerFn.FITTING
 
 
-def _file(path: str, identity: str, rank: int) -> str:
-    return os.path.join(path + _SUFFIX, f"{identity}.rank{rank}.pt")
+def _name(identity: str, name: str, rank: int | None) -> str:
+    return f"{identity}.{name}.pt" if rank is None else f"{identity}.{name}.rank{rank}.pt"
 
 
-def _write(state: dict[str, Any], path: str) -> None:
+def _write(content: dict[str, Any], path: str) -> None:
     with whole_file(path) as part, get_filesystem(part).open(part, "wb") as stream:
-        torch.save(state, stream)
+        torch.save(content, stream)

@@ -7,6 +7,7 @@ whole, whenever the writer is killed. What was begun is removed when writing fai
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -63,6 +64,21 @@ def write_whole(io: CheckpointIO, checkpoint: dict[str, Any], path: Any, storage
         io.save_checkpoint(checkpoint, part, storage_options=storage_options)
 
 
+def failure_of(write: Callable[[], None]) -> Exception | None:
+    """Write something; the exception, if the disk has failed. Any other exception is raised."""
+    outside = sys.exc_info()[1]  # a run may be saving because of one, which has nothing to do with this
+    try:
+        write()
+    except Exception as error:
+        cause: BaseException | None = error  # torch.save turns the disk's error into one about the zip file's end
+        while cause is not None and cause is not outside:
+            if isinstance(cause, OSError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+        raise
+    return None
+
+
 class Attempts:
     """Writes files that a run can do without: a disk that fails is a warning, once for each spell of failures.
 
@@ -83,15 +99,14 @@ class Attempts:
         Returns:
             Whether it was written.
         """
-        try:
-            write()
-        except OSError as error:
-            if not self.failing:
-                rank_zero_warn(
-                    f"{self.what} could not be written ({error}): training goes on, {self.consequence}, and the next "
-                    "time is tried again"
-                )
-            self.failing = True
-            return False
-        self.failing = False
-        return True
+        return self.note(failure_of(write))
+
+    def note(self, error: Exception | None) -> bool:
+        """Say that an attempt has failed (with ``error``) or not, where the ranks had to agree on that first."""
+        if error is not None and not self.failing:
+            rank_zero_warn(
+                f"{self.what} could not be written ({error}): training goes on, {self.consequence}, and the next "
+                "time is tried again"
+            )
+        self.failing = error is not None
+        return not self.failing

@@ -5,6 +5,7 @@ import torch
 
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.functional.ema import (
+    Shadows,
     ema_update_,
     float32_copies,
     half_life_decay,
@@ -190,3 +191,25 @@ def test_the_error_tells_good_material_from_poor():
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_shadows_in_pieces_have_the_bits_of_those_alone(dtype):
+    shapes = [(), (3,), (5,), (4, 3), (2, 3), (0, 3), (70, 70), (2, 2, 3), (1, 2, 3)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    shadows, alone = Shadows(weights), float32_copies(weights)
+    shadows.append(weights[0])
+    alone += float32_copies(weights[:1])
+    weights.append(weights[0])
+    assert len(shadows._pieces) == 3
+    current = shadows.sort(weights)
+    for decay in (0.9, 0.0, 0.5):
+        with torch.no_grad():
+            for weight in weights:
+                weight += 1
+        shadows.update(current, decay)
+        ema_update_(alone, weights, decay)
+        for one, other in zip(shadows.tensors, alone, strict=True):
+            assert one.shape == other.shape
+            assert torch.equal(one, other)

@@ -84,6 +84,8 @@ def _stream() -> tuple[Tensor, Tensor]:
 class _Fed(L.LightningModule):
     """Takes its samples from the stream."""
 
+    validation_loaders = 1
+
     def __init__(self, micro_batches: int, skip_steps: int) -> None:
         super().__init__()
         self.micro_batches = micro_batches
@@ -103,9 +105,15 @@ class _Fed(L.LightningModule):
         return Indices(6 * self.micro_batches)  # a run does not end with an epoch
 
     def val_dataloader(self) -> Any:
-        return Indices(2)
+        return Indices(2) if self.validation_loaders == 1 else [Indices(2) for _ in range(self.validation_loaders)]
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
+
+    def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         self.log("val_loss", self._error(self.inputs[:4], self.targets[:4]), sync_dist=True)
 
     def _error(self, inputs: Tensor, targets: Tensor) -> Tensor:

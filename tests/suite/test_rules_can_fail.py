@@ -34,6 +34,7 @@ CASES = [
     ("trains_compiled", _row(broken.SkipsCompiledModules), "parameters"),
     ("trains_two_optimizers_by_hand", _row(broken.KnowsOneOptimizer), "moved"),
     ("ignores_the_sanity_check", _row(broken.CountsValidations), "callback.validations"),
+    ("evaluates_on_two_loaders", _row(broken.LogsWhatALoaderHasLogged), "fit does not run: .*dataloader_idx_0"),
     ("takes_data_without_a_length", _row(broken.NeedsALength), "parameters"),
     ("reads_no_memory_that_it_did_not_write", _row(broken.ReadsUnwrittenMemory), "parameters"),
     ("fits_twice", _row(broken.WorksOnce), "the second fit changed nothing"),

@@ -41,10 +41,10 @@ class _ShardedModel(_Model):
 class _Memory(L.Callback):
     """A tensor that says which rank it is of, and how many batches it has seen."""
 
-    def __init__(self, name="memory"):
+    def __init__(self, name="memory", **options):
         self.tensor = torch.zeros(2)
         self.loaded = []
-        self.state = RankState(name, save=lambda: {"tensor": self.tensor}, load=self.loaded.append)
+        self.state = RankState(name, save=lambda: {"tensor": self.tensor}, load=self.loaded.append, **options)
 
     def setup(self, trainer, pl_module, stage):
         if stage == "fit":
@@ -105,7 +105,7 @@ def test_it_is_saved_and_loaded_again(tmp_path):
     (file,) = (tmp_path / "a.ckpt.ranks").iterdir()
     entry = torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]
     assert torch.load(file, weights_only=True)["id"] == entry["id"]
-    assert file.name == f"{entry['id']}.rank0.pt"
+    assert file.name == f"{entry['id']}.memory.rank0.pt"
 
 
 @pytest.mark.parametrize("save_last", [True, "link"])
@@ -208,13 +208,13 @@ def test_a_damaged_or_strange_file_is_never_taken(tmp_path, damage):
     assert memory.loaded == [None]
 
 
-def test_several_owners_share_the_files(tmp_path):
+def test_several_owners_have_files_of_their_own(tmp_path):
     path = tmp_path / "a.ckpt"
     one, two = _Memory("one"), _Memory("two")
     trainer = _fit(one, two)
     two.tensor += 1
     trainer.save_checkpoint(path)
-    assert _tree(tmp_path) == {"a.ckpt": 1}
+    assert _tree(tmp_path) == {"a.ckpt": 2}
 
     two, three = _Memory("two"), _Memory("three")
     _fit(three, two, ckpt_path=path, max_steps=4)
@@ -241,6 +241,84 @@ def test_validation_leaves_the_state_alone(tmp_path):
     trainer.validate(_Model(), _data(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
 
     assert memory.loaded == []
+
+
+def test_a_damaged_file_loses_its_owner_alone(tmp_path):
+    path = tmp_path / "a.ckpt"
+    _fit(_Memory("one"), _Memory("two")).save_checkpoint(path)
+    next((tmp_path / "a.ckpt.ranks").glob("*.one.*")).unlink()
+    one, two = _Memory("one"), _Memory("two")
+    with pytest.warns(UserWarning, match=r"the state \(one\) .* is not restored"):
+        _fit(one, two, ckpt_path=path, max_steps=4)
+    assert (one.values, two.values) == ([None], [[3.0, 0.0]])
+
+
+def test_what_is_lost_may_be_made_of_other_files(tmp_path):
+    path = tmp_path / "a.ckpt"
+    _fit(_Memory()).save_checkpoint(path)
+    shutil.rmtree(tmp_path / "a.ckpt.ranks")
+    asked = []
+
+    def recover(checkpoint, path):
+        asked.append((checkpoint["global_step"], path))
+        return {"tensor": torch.tensor([8.0, 9.0])}
+
+    memory = _Memory(recover=recover)
+    with pytest.warns(UserWarning, match=r"the state \(memory\) is taken from the files beside .*a.ckpt"):
+        _fit(memory, ckpt_path=path, max_steps=4)
+    assert memory.values == [[8.0, 9.0]]
+    assert asked == [(3, str(path))]
+
+
+def _as_version_0_1_wrote_it(path):
+    """One file for all owners of a rank, which nobody has said to be equal on all ranks."""
+    for file in path.parent.glob(f"{path.name}.ranks/*"):
+        saved = torch.load(file, weights_only=True)
+        state = {"id": saved["id"], "rank": saved["rank"], "states": {"memory": saved["state"]}}
+        file.unlink()
+        torch.save(state, file.with_name(f"{saved['id']}.rank{saved['rank']}.pt"))
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint[KEY]["replicated"]
+    torch.save(checkpoint, path)
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_the_files_of_version_0_1_are_read(tmp_path, replicated):
+    path = tmp_path / "a.ckpt"
+    _fit(_Memory()).save_checkpoint(path)
+    _as_version_0_1_wrote_it(path)
+    memory = _Memory(replicated=replicated)
+    _fit(memory, ckpt_path=path, max_steps=4)
+    assert memory.values == [[3.0, 0.0]]
+
+
+def test_a_full_disk_ends_no_training(tmp_path, monkeypatch):
+    import lightning_eff.training.rank_state as module
+
+    path, full, write = tmp_path / "a.ckpt", True, module._write
+
+    def write_some(content, path):
+        if full:
+            with open("/dev/full", "wb") as file:
+                torch.save(content, file)
+        write(content, path)
+
+    monkeypatch.setattr(module, "_write", write_some)
+    trainer = _fit(_Memory())
+    with pytest.warns(UserWarning, match=r"could not be written \(\[Errno 28\] No space left"):
+        trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path)  # said once
+    assert _tree(tmp_path) == {"a.ckpt": 0}
+    full = False
+    trainer.save_checkpoint(path)
+    assert _tree(tmp_path) == {"a.ckpt": 1}
+
+
+def test_what_follows_the_checkpoints_of_another_strategy(tmp_path):
+    memory = _Memory()
+    trainer = _fit(memory)
+    assert memory.state.follows(trainer.strategy)
+    assert not memory.state.follows(SingleDeviceStrategy())
 
 
 class _Fails(L.Callback):
@@ -367,6 +445,55 @@ def test_each_of_two_ranks_has_its_own(pool, tmp_path, strategy, model):
     assert pool.run(_resume_on_two_ranks, tmp_path / "last.ckpt", strategy, model) == [[[3.0, 0.0]], [[3.0, 30.0]]]
 
 
+def _save_what_is_equal(folder):
+    trainer = _fit(_Memory(replicated=True), strategy=_ddp(), devices=2)
+    trainer.save_checkpoint(folder / "a.ckpt")
+
+
+def _resume_what_is_equal(path, ranks):
+    memory = _Memory(replicated=True)
+    _fit(memory, strategy=_ddp() if ranks > 1 else "auto", devices=ranks, max_steps=4, ckpt_path=path)
+    return memory.values
+
+
+def test_what_is_equal_on_all_ranks_is_written_once_and_loaded_by_any_number(pool, tmp_path):
+    pool.run(_save_what_is_equal, tmp_path)
+    (file,) = (tmp_path / "a.ckpt.ranks").iterdir()
+    assert file.name.endswith("-1.memory.pt")
+    assert pool.run(_resume_what_is_equal, tmp_path / "a.ckpt", 2) == [[[3.0, 0.0]]] * 2
+    assert _resume_what_is_equal(tmp_path / "a.ckpt", 1) == [[3.0, 0.0]]
+
+
+def _fail_on_one_rank(folder):
+    import warnings
+
+    import lightning_eff.training.rank_state as module
+
+    trainer = _fit(_Memory(), strategy=_ddp(), devices=2)
+    write = module._write
+
+    def full(content, path):
+        if content["rank"] == 1:
+            raise OSError("disk of rank 1")
+        write(content, path)
+
+    module._write = full
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.save_checkpoint(folder / "a.ckpt")
+    finally:
+        module._write = write
+    return [str(warning.message) for warning in caught if "state beside" in str(warning.message)]
+
+
+def test_a_disk_that_fails_on_another_rank_is_told_by_rank_zero(pool, tmp_path):
+    (told,), silent = pool.run(_fail_on_one_rank, tmp_path)
+    assert "could not be written (on another rank)" in told
+    assert silent == []
+    assert _tree(tmp_path) == {"a.ckpt": 1}
+
+
 def test_another_rank_may_remove_the_folder_first(tmp_path, monkeypatch):
     memory = _Memory()
     trainer = _fit(memory)
@@ -384,7 +511,7 @@ def test_another_rank_may_remove_the_folder_first(tmp_path, monkeypatch):
     assert _tree(tmp_path) == {}
 
 
-@pytest.mark.filterwarnings("ignore:the rank-local state .* is not restored")
+@pytest.mark.filterwarnings("ignore:the state .* is not restored")
 def test_all_ranks_start_anew_together(pool, tmp_path):
     pool.run(_save_on_two_ranks, tmp_path, _ddp, _Model)
     path = tmp_path / "epoch=0-step=3.ckpt"

@@ -1,6 +1,7 @@
 import errno
 
 import pytest
+import torch
 
 from lightning_eff.training.whole_files import Attempts, whole_file
 
@@ -46,3 +47,19 @@ def test_a_failing_disk_is_said_once_for_each_spell():
 def test_what_is_no_matter_of_a_disk_is_raised():
     with pytest.raises(ZeroDivisionError):
         Attempts("x", "y")(lambda: 1 / 0)
+
+
+def test_the_disk_s_error_behind_another_one_is_found():
+    attempts = Attempts("the average", "the previous one stays")
+
+    def save_to_a_full_disk():
+        with open("/dev/full", "wb") as file:  # torch.save ends in a RuntimeError about the file's end
+            torch.save({"a": torch.zeros(1_000_000)}, file)
+
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert not attempts(save_to_a_full_disk)
+    try:
+        raise OSError("what the run has broken on")
+    except OSError:
+        with pytest.raises(ZeroDivisionError):
+            attempts(lambda: 1 / 0)  # which has nothing to do with it

@@ -1,48 +1,39 @@
-"""What every callback that keeps an average of the weights shares: when it collects, evaluates, saves and restores.
-
-A subclass says what is collected and what the average of it is. See ``callbacks/checkpoint_averaging.py``.
-"""
+"""When an average of the weights is collected, evaluated, saved and restored, whatever average it is."""
 
 from __future__ import annotations
 
 import math
 import re
-import weakref
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from itertools import chain
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count
-from lightning_eff.callbacks.averaging import batch_norm
-from lightning_eff.callbacks.averaging.files import averaged_paths, averaged_state, remove_averaged, write_averaged
-from lightning_eff.callbacks.averaging.side_evaluation import AroundEvaluations, evaluate_beside
+from lightning_eff.arguments import check, check_choice, check_count, check_flag
+from lightning_eff.callbacks.averaging.average import Average
+from lightning_eff.callbacks.averaging.beside_checkpoints import BesideCheckpoints, Save
+from lightning_eff.callbacks.averaging.evaluations import Evaluations, ValidateWith
+from lightning_eff.callbacks.averaging.restored import in_parts, of_files
+from lightning_eff.callbacks.averaging.stand_in import StandIn
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
-from lightning_eff.callbacks.averaging.weight_swap import WeightSwap
-from lightning_eff.training.dtensor import local, reshard
+from lightning_eff.training.dtensor import local
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import TrainableChange
+from lightning_eff.training.trainer import callbacks_of, refuse_flattened, replicas_are_equal
 from lightning_eff.training.update_count import UpdateCount
 
-ValidateWith = Literal["average", "current", "both"]
 Buffers = Literal["copy", "average"]
-Save = Literal["all", "safetensors", "ckpt", "none"]
-
-_LEFT_OUT = ("_files", "_evaluations", "_trainer", "_module")  # of a pickle: they belong to this process
 
 
 class AveragedWeights(Callback):
-    """Base of the callbacks; the arguments are theirs, see :class:`~lightning_eff.callbacks.CheckpointAveraging`.
+    """Keeps an average of the weights along a run; the arguments are those of
+    :class:`~lightning_eff.callbacks.CheckpointAveraging`, and ``average`` makes what is kept.
 
     What is averaged: every floating-point parameter that has been trained since the run began (a frozen one is its own
     average), under its clean name, and with ``buffers="average"`` the floating-point buffers.
@@ -50,6 +41,7 @@ class AveragedWeights(Callback):
 
     def __init__(
         self,
+        average: Callable[[], Average],
         *,
         name: str,
         every_n_steps: int,
@@ -62,109 +54,57 @@ class AveragedWeights(Callback):
     ) -> None:
         usable = isinstance(name, str) and name != "" and not set(name) & set("/\\ ")
         check("name", name, usable, "a word without slashes and blanks")
-        check("every_n_steps", every_n_steps, is_count(every_n_steps), "an integer, at least 1")
-        check("start_step", start_step, start_step == 0 or is_count(start_step), "an integer, at least 0")
-        for argument, value, kind in (
-            ("validate_with", validate_with, ValidateWith),
-            ("buffers", buffers, Buffers),
-            ("save", save, Save),
-        ):
-            check(argument, value, value in get_args(kind), f"one of {get_args(kind)}")
-        check("update_bn", update_bn, update_bn is None or is_count(update_bn), "None or an integer, at least 1")
+        check_count("every_n_steps", every_n_steps)
+        check_count("start_step", start_step, least=0)
+        check_choice("validate_with", validate_with, ValidateWith)
+        check_choice("buffers", buffers, Buffers)
+        check_count("update_bn", update_bn, optional=True)
+        check_choice("save", save, Save)
+        check_flag("replace_at_end", replace_at_end)
         self.name = name
         self.every_n_steps = every_n_steps
         self.start_step = start_step
         self.validate_with: ValidateWith = validate_with
-        self.buffers: Buffers = buffers
         self.update_bn = update_bn
-        self.save: Save = save
         self.replace_at_end = replace_at_end
+        self.average = average()
 
+        who = type(self).__name__
+        self._trainer: Trainer  # from `setup` on
         self._updates = UpdateCount()
         self._due = 0
-        self._tensors = TrainedTensors(buffers == "average")
-        self._swap = WeightSwap()
-        self._inside: str | None = None  # the average that is in the place of the weights
-        self._paused: str | None = None  # and the one that was before a checkpoint is saved
-        self._replacing = False  # an evaluation is on its way that is one of the average
-        self._files = self._rank_files()
+        self._counted = False  # the updates are those of the checkpoint that the run resumes from
         self._restored: dict[str, Any] | None = None
-        # BatchNorm's under each average: after how many collections they were taken, and where they lie.
-        self._statistics: dict[str, tuple[int, dict[str, Tensor]]] = {}
-        self._beside: dict[str, Tensor] = {}
-        self._evaluations = AroundEvaluations(self._evaluate_around, self._before_end)
         self._told_empty = False
-        self._of_replicas = False  # each of which is a world of its own
-        self._trainer: Trainer | None = None
-        self._module: weakref.ref[LightningModule] | None = None  # whose average it is
-
-    # What a subclass says.
+        self._paused: str | None = None  # the average that was in the weights' place before a checkpoint is saved
+        self._tensors = TrainedTensors(buffers == "average")
+        self._stand_in = StandIn(self.average, self._tensors, update_bn)
+        self._evaluations = Evaluations(who, name, validate_with, self._stand_in, self._tell_empty)
+        self._beside = BesideCheckpoints(name, save, self._stand_in, self._tell_empty)
+        self._files = self._rank_state()
 
     @property
-    @abstractmethod
     def collected(self) -> int:
         """How many times something has been collected; 0: there is no average yet."""
-
-    @abstractmethod
-    def _labels(self) -> list[str]:
-        """The averages that can be evaluated: ``""`` is the main one, others have a label."""
-
-    @abstractmethod
-    def _collect(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Take what the average needs from this rank's tensors, after ``step`` updates."""
-
-    @abstractmethod
-    def _averages(self, label: str, tensors: Mapping[str, Tensor], rounded: bool) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor's average, on any device; ``rounded``: in the tensor's dtype, where one is made anew anyway."""
-
-    @abstractmethod
-    def _add(self, name: str, tensor: Tensor) -> None:
-        """A parameter is trained from now on and was the same until now."""
-
-    @abstractmethod
-    def _reset(self) -> None:
-        """Forget everything: a new run begins."""
-
-    @abstractmethod
-    def _state(self) -> dict[str, Any]:
-        """What this rank saves beside a checkpoint."""
-
-    @abstractmethod
-    def _restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-        """Take it back; False if it does not fit the tensors."""
-
-    @abstractmethod
-    def _about(self, label: str) -> dict[str, Any]:
-        """What an average is, for its files."""
-
-    def _saved_labels(self) -> list[str]:
-        return [""]
-
-    def _on_start(self, trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
-        """Training begins: look at the memory, say what is kept."""
-
-    # The run.
+        return self.average.collected
 
     @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(name=self.name)
 
+    # The run.
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"{type(self).__name__} does not support {type(trainer.strategy).__name__}, whose parameters are "
-                "flattened or partitioned out of sight: use ModelParallelStrategy (FSDP2) in its place"
-            )
-        self._of_replicas = bool(getattr(trainer.strategy, "replicas_are_equal", False))
-        if self._of_replicas and self.update_bn and stage == "fit":
+        refuse_flattened(trainer, type(self).__name__, "flattens or partitions parameters out of sight")
+        if replicas_are_equal(trainer.strategy) and self.update_bn and stage == "fit":
             raise MisconfigurationException(
                 f"update_bn={self.update_bn} does not go with {type(trainer.strategy).__name__}, in which taking a "
                 "training batch begins a step of all replicas: leave it out"
             )
-        others = [c for c in trainer.callbacks if isinstance(c, AveragedWeights) and c is not self]  # type: ignore[attr-defined]
+        others = [c for c in callbacks_of(trainer) if isinstance(c, AveragedWeights) and c is not self]
         if any(other.name == self.name for other in others):
             raise MisconfigurationException(
                 f"two callbacks would keep an average of the name {self.name!r}: give one another name=..."
@@ -175,7 +115,9 @@ class AveragedWeights(Callback):
                 "set validate_with='both' or 'current' for the others"
             )
         if stage == "fit":
+            self._files.replicated = not isinstance(trainer.strategy, ModelParallelStrategy)
             self._files.attach(trainer.strategy)
+            self._beside.attach(trainer)
         self._evaluations.attach(trainer, stage)
 
     @override
@@ -185,36 +127,44 @@ class AveragedWeights(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restored, self._restored = self._restored, None
-        if restored is None and (
-            trainer.global_step == 0 or (self._module is not None and self._module() is not pl_module)
-        ):
-            # A new run. The callback may have been in another one before.
-            self._reset()
+        counted, self._counted = self._counted, False
+        before = self._evaluations.module
+        if restored is None and not counted and (trainer.global_step == 0 or before is not pl_module):
+            # A new run, whatever this callback was in before, or one that it has been added to at a resume: the
+            # updates that were made without it count as well, as far as Lightning knows.
+            self.average.reset()
             self._tensors.names = set()
-            self._updates.load_state_dict({"updates": [0] * len(trainer.optimizers)})
-        self._begin(pl_module, restored)
+            optimizers = max(1, len(trainer.optimizers))
+            goes_on = before is None or trainer.ckpt_path is not None
+            made = math.ceil(trainer.global_step / optimizers) if goes_on else 0
+            self._updates.load_state_dict({"updates": [made] * len(trainer.optimizers)})
         self._told_empty = False
-        self._on_start(trainer, self._tensors.of(pl_module))
+        self._begin(pl_module, restored)
 
     def _begin(self, pl_module: LightningModule, restored: dict[str, Any] | None) -> None:
         """Go on from what was restored, or else from what is there."""
+        every = self._tensors.every(pl_module)
         trained = self._tensors.names
         if restored is not None:
-            trained = restored["trained"]
-            if not self._restore(restored["state"], self._tensors.every(pl_module)):
+            if "averaged" in restored:
+                averages, about = of_files(restored["averaged"], pl_module, self._tensors, every)
+                trained, fits = set(averages[0]), self.average.recover(averages, about)
+            else:
+                trained = set(restored["trained"])
+                fits = self.average.load(in_parts(restored["state"], self._tensors.originals(pl_module)), every)
+            if not fits:
                 rank_zero_info(f"{type(self).__name__}: the saved average is of another model; it starts anew")
         self._tensors.begin(pl_module, trained)
-        self._module = weakref.ref(pl_module)
-        self._statistics = {}
+        for name, tensor in self._tensors.of(pl_module).items():
+            self.average.add(name, tensor)  # one that is trained only now has been the same until now
+        self._stand_in.begin()
+        self._evaluations.begin(pl_module)
         self._due = self._next_due(self._count())
 
     def run_state(self) -> dict[str, Any]:
         """The average by reference, so that a heal needs no other copy of it, and when the next collection is due."""
-        counts = self._updates.state_dict()
-        return {**counts, "trained": sorted(self._tensors.names), "state": self._held_state(), "due": self._due}
-
-    def _held_state(self) -> dict[str, Any]:
-        return self._state()
+        counts, state = self._updates.state_dict(), self.average.held_state()
+        return {**counts, "trained": sorted(self._tensors.names), "state": state, "due": self._due}
 
     def load_run_state(
         self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
@@ -228,9 +178,19 @@ class AveragedWeights(Callback):
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
         """A parameter that is trained for the first time has been the same in every snapshot until now."""
-        for name, parameter in change.unfrozen.items():
-            if self._tensors.open(name, parameter):
-                self._add(name, local(parameter))
+        self._unfreeze(change.unfrozen)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # The last moment at which one that somebody else has unfrozen is what it was.
+        found = self._tensors.unfrozen_by_others(pl_module)
+        if found:
+            self._unfreeze(found)
+
+    def _unfreeze(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            if self._tensors.unfreeze(name, parameter):
+                self.average.add(name, local(parameter))
 
     @override
     def on_train_batch_end(
@@ -242,7 +202,7 @@ class AveragedWeights(Callback):
         if step < self._due:
             return
         self._due = self._next_due(step)
-        self._collect(step, self._tensors.again(pl_module))
+        self.average.collect(step, self._tensors.now(pl_module))
 
     def _count(self) -> int:
         """Real updates: with several optimizers those of the one that has made the most."""
@@ -255,162 +215,56 @@ class AveragedWeights(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.replace_at_end:
-            self._update_statistics(trainer, pl_module, "")  # as long as there is data
+            self._stand_in.update_statistics(trainer, "")  # as long as there is data
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not before: the checkpoints that are saved at the end of training have the live weights.
         if self.replace_at_end and self.collected:
-            tensors = self._tensors.of(pl_module)
-            with torch.no_grad():
-                for name, average in self._averages("", tensors, rounded=True):
-                    tensors[name].copy_(average)
-                for buffer, other in self._statistics_of(pl_module, ""):
-                    buffer.copy_(other)
+            self._stand_in.stay(trainer)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(trainer)
+        self._leave(trainer)  # there will be no `teardown`
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        self._swap.take_out()
-        self._updates.detach()
-        self._evaluations.detach()
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self._updates.state_dict()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._updates.load_state_dict(state_dict)
-        if self._restored is None:  # there is none, or RankState has said that it is lost
-            self._reset()
-
-    def _rank_files(self) -> RankState:
-        return RankState(f"average-{self.name}", self._save_rank, self._load_rank, self._write_beside, self._remove)
-
-    def _save_rank(self) -> dict[str, Any]:
-        # A module may save in a hook of its validation. The checkpoint's tensors are the model's own, so that putting
-        # the live weights back now puts them into the checkpoint; afterwards the evaluation goes on as it was.
-        self._paused = self._inside
-        if self._trainer is not None and self._inside is not None:
-            self._take_out(self._trainer.lightning_module)
-        return {"trained": sorted(self._tensors.names), "state": self._state()}
-
-    def _load_rank(self, state: dict[str, Any] | None) -> None:
-        self._restored = state  # the model's tensors are not there yet under every strategy
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in _LEFT_OUT}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._trainer = self._module = None
-        self._files = self._rank_files()
-        self._evaluations = AroundEvaluations(self._evaluate_around, self._before_end)
+        try:
+            self._stand_in.take_out(trainer)
+        finally:
+            self._updates.detach()
+            self._evaluations.detach()
+            self._beside.detach()
 
     # Evaluation.
 
-    def _evaluate_around(self, loop: _EvaluationLoop, run: Any) -> Any:
-        trainer = loop.trainer
-        module = trainer.lightning_module
-        if trainer.sanity_checking or not self._is_average_of(trainer, module):  # a check of the code, not of weights
-            return run()
-        try:
-            self._beside = {}
-            for label in self._labels():
-                if label == "" and self.validate_with != "both":
-                    continue
-                self._put_in(trainer, module, label)
-                metrics = evaluate_beside(trainer, loop)
-                self._take_out(module)
-                prefix = f"{self.name}/{label}" if label else self.name
-                self._beside |= {f"{prefix}/{key}": value for key, value in metrics.items()}
-            self._replacing = self.validate_with == "average"
-            return run()
-        finally:
-            self._replacing = False
-            self._take_out(module)
-
-    # In a hook of the evaluation itself, behind all that other callbacks evaluate beside it: one average at a time.
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._replacing:
-            self._put_in(trainer, pl_module, "")
+        self._evaluations.replace(trainer)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._replacing:
-            self._put_in(trainer, pl_module, "")
-
-    def _is_average_of(self, trainer: Trainer, module: LightningModule) -> bool:
-        """False, with a message, where other weights than those of the run are evaluated."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            return True
-        if trainer.ckpt_path is None and (self._module is None or self._module() is module):
-            return True
-        rank_zero_info(
-            f"{type(self).__name__}({self.name!r}) is no average of the weights that are evaluated now, and leaves "
-            "them as they are; that of a checkpoint lies beside it"
-        )
-        return False
-
-    def _log_beside(self, trainer: Trainer, module: LightningModule) -> None:
-        beside, self._beside = self._beside, {}
-        several = trainer.world_size > 1 or self._of_replicas
-        if not trainer.sanity_checking:
-            for key, value in beside.items():
-                module.log(key, value, on_step=False, on_epoch=True, sync_dist=several, batch_size=1)
+        self._evaluations.replace(trainer)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_beside(trainer, pl_module)
+        self._evaluations.log_beside(trainer, pl_module)
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_beside(trainer, pl_module)
+        self._evaluations.log_beside(trainer, pl_module)
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """A chart for :class:`~lightning_eff.callbacks.TensorBoardLayout`: the averages beside the live weights."""
-        if self.validate_with != "both" and len(self._labels()) == 1:
+        if self.validate_with != "both" and len(self.average.labels) == 1:
             return {}
         names = "(val_loss|val/loss)"
         return {
             f"validation loss, live and {self.name}": ["Multiline", [names, f"{re.escape(self.name)}/(.*/)?{names}"]]
         }
-
-    def _put_in(self, trainer: Trainer, module: LightningModule, label: str) -> None:
-        """Put an average in the place of the weights; without one they stay, with a message."""
-        if not self.collected:
-            self._tell_empty()
-            return
-        tensors = self._tensors.of(module)
-        fresh = not self.update_bn or self._has_statistics(label)
-        if not fresh:
-            with torch.inference_mode(False):
-                live = {name: buffer.clone() for name, buffer in batch_norm.statistics(module).items()}
-            self._statistics[label] = (0, live)
-        averages = ((tensors[name], average) for name, average in self._averages(label, tensors, rounded=True))
-        self._swap.put_in(chain(averages, self._statistics_of(module, label)))
-        self._inside = label
-        if not fresh:
-            # The live statistics lie in `_statistics` now, and change places with those taken here when it is over.
-            batch_norm.recompute_statistics(trainer, module, self.update_bn or 1)
-            self._statistics[label] = (self.collected, self._statistics[label][1])
-
-    def _take_out(self, module: LightningModule) -> None:
-        if self._swap.active:
-            reshard(module)
-            self._swap.take_out()
-        self._inside = None
-
-    def _before_end(self, loop: _EvaluationLoop) -> None:
-        self._take_out(loop.trainer.lightning_module)
 
     def _tell_empty(self) -> None:
         if not self._told_empty:
@@ -420,57 +274,58 @@ class AveragedWeights(Callback):
                 f"{self._next_due(0)}): the current weights stand for the average"
             )
 
-    # BatchNorm.
+    # Checkpoints.
 
-    def _has_statistics(self, label: str) -> bool:
-        return self._statistics.get(label, (0, {}))[0] == self.collected
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._updates.state_dict()
 
-    def _statistics_of(self, module: LightningModule, label: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """BatchNorm's buffers, each with the tensor that has what belongs to an average."""
-        if self.update_bn:
-            _, found = self._statistics.get(label, (0, {}))
-            live = batch_norm.statistics(module)
-            yield from ((live[name], other) for name, other in found.items() if name in live)
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._updates.load_state_dict(state_dict)
+        self._counted = bool(state_dict["updates"])
+        if self._restored is None:  # there is none, or RankState has said that it is lost
+            self.average.reset()
 
-    def _update_statistics(self, trainer: Trainer, module: LightningModule, label: str) -> None:
-        if self.update_bn and self.collected and not self._has_statistics(label):
-            try:
-                self._put_in(trainer, module, label)
-            finally:
-                self._take_out(module)
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._files.follows(trainer.strategy):
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name!r}) writes no average beside this checkpoint: its training was in "
+                "another process (a spawned one), or has not been. Save within the run, by ModelCheckpoint for instance"
+            )
 
-    # Files.
+    def _rank_state(self) -> RankState:
+        return RankState(
+            f"average-{self.name}",
+            self._save_rank,
+            self._load_rank,
+            saved=self._write_beside,
+            removed=lambda path: self._beside.remove(self._trainer, path),
+            recover=self._beside.recover,
+        )
+
+    def _save_rank(self) -> dict[str, Any]:
+        # A module may save in a hook of its validation. The checkpoint's tensors are the model's own, so that putting
+        # the live weights back now puts them into the checkpoint; afterwards the evaluation goes on as it was.
+        self._paused = self._stand_in.inside
+        self._stand_in.take_out(self._trainer)
+        return {"trained": sorted(self._tensors.names), "state": self.average.state()}
+
+    def _load_rank(self, state: dict[str, Any] | None) -> None:
+        self._restored = state  # the model's tensors are not there yet under every strategy
 
     def _write_beside(self, checkpoint: dict[str, Any], path: str) -> None:
-        trainer = self._trainer
-        if trainer is None:
-            return
-        module = trainer.lightning_module
-        paused, self._paused = self._paused or self._inside, None
-        self._take_out(module)
-        if self.save != "none":
-            self._write_average(trainer, module, checkpoint, path)
+        paused, self._paused = self._paused or self._stand_in.inside, None
+        self._stand_in.take_out(self._trainer)
+        self._beside.write(self._trainer, checkpoint, path, self._count())
         if paused is not None:
-            self._put_in(trainer, module, paused)
+            self._evaluations.put_in(self._trainer, paused)
 
-    def _write_average(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any], path: str) -> None:
-        if not self.collected:
-            self._tell_empty()
-        for label in self._saved_labels() if self.collected else [""]:
-            self._update_statistics(trainer, module, label)
-            tensors = self._tensors.of(module)
-            averages: dict[int, Tensor] = {}
-            if self.collected:
-                own = self._tensors.originals(module)
-                averages = {id(own[name]): a for name, a in self._averages(label, tensors, rounded=False)}
-                averages |= {id(buffer): other for buffer, other in self._statistics_of(module, label)}
-            state = averaged_state(module, averages, keep=trainer.is_global_zero)
-            if trainer.is_global_zero:
-                safe, lightning = averaged_paths(path, f"{self.name}-{label}" if label else self.name)
-                paths = (safe if self.save != "ckpt" else None, lightning if self.save != "safetensors" else None)
-                write_averaged(checkpoint, state, paths, {"step": self._count(), **self._about(label)})
+    def __getstate__(self) -> dict[str, Any]:
+        of_this_process = ("_files", "_trainer")
+        return {name: value for name, value in vars(self).items() if name not in of_this_process}
 
-    def _remove(self, path: str) -> None:
-        if self.save != "none" and self._trainer is not None and self._trainer.is_global_zero:
-            for label in self._saved_labels():
-                remove_averaged(path, f"{self.name}-{label}" if label else self.name)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._files = self._rank_state()

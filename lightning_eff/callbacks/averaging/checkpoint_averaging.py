@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
-
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count, readable_size
+from lightning_eff.arguments import check, check_choice, check_count, check_number, check_text, readable_size
 from lightning_eff.callbacks.averaging.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
-from lightning_eff.functional.averaging import Curve, scheme_weights, weighted_average
-from lightning_eff.training.snapshots import HeldWindow, Place, SnapshotWindow
-
-WindowScheme = Literal["uniform", "linear", "exponential", "wsm", "step"]
+from lightning_eff.callbacks.averaging.beside_checkpoints import Save
+from lightning_eff.callbacks.averaging.evaluations import ValidateWith
+from lightning_eff.callbacks.averaging.window_average import WindowAverage, WindowScheme
+from lightning_eff.functional.averaging import Curve
+from lightning_eff.training.snapshots import Place, SnapshotWindow
 
 
 class CheckpointAveraging(AveragedWeights):
@@ -46,10 +42,10 @@ class CheckpointAveraging(AveragedWeights):
         penalty: of ``"step"``, >= 0.
         preview: averages of fewer snapshots, the last m for each m, that every validation evaluates as well: the
             annealing preview, which shows what a longer or shorter merge would give. Each costs an evaluation.
-        device: where the snapshots are: ``"cpu"`` (host memory), ``"disk"`` (mapped files under ``folder``), or
+        storage: where the snapshots are: ``"cpu"`` (host memory), ``"disk"`` (mapped files under ``folder``), or
             ``"model"`` (beside the weights). ``window`` copies of the trained weights on each rank, and one more
             during an evaluation; a window that does not fit is refused at the start.
-        folder: for ``device="disk"``; by default the Trainer's ``default_root_dir``. Nothing stays there.
+        folder: for ``storage="disk"``; by default the Trainer's ``default_root_dir``. Nothing stays there.
         validate_with: ``"average"``: ``val_loss`` is that of the average. ``"current"``: of the live weights.
             ``"both"``: ``val_loss`` of the live weights and ``average/val_loss``, for two evaluations. The same for
             ``test``.
@@ -57,13 +53,16 @@ class CheckpointAveraging(AveragedWeights):
             Integer buffers are always those of the live model.
         update_bn: BatchNorm statistics of the average are taken from this many training batches before it is
             evaluated or saved; None for the live ones.
-        save: beside every checkpoint ``folder/file.ckpt``: ``folder/average-file.safetensors``,
-            ``folder/average-file.ckpt`` (which ``load_from_checkpoint`` opens), ``"all"`` or ``"none"`` of them.
+        save: beside every checkpoint ``folder/file.ckpt``: ``"ckpt"``: ``folder/average-file.ckpt``, which
+            ``load_from_checkpoint`` opens; ``"safetensors"``: ``folder/average-file.safetensors``; ``"all"``: both;
+            ``"none"``.
         replace_at_end: the model has the averaged weights after ``fit``.
         name: of the average, in metrics, file names and checkpoints; one for each of several callbacks.
 
     Until something is collected the current weights stand for the average, with a message. The ordinary checkpoint
-    has the live weights alone, and the window lies beside it, a file for each rank.
+    has the live weights alone, and the window lies beside it: in one file, and under FSDP2 in one for each rank. Where
+    it is lost, or FSDP2 has another number of ranks, the average goes on from its own file in place of each snapshot.
+    A disk that fails at these files is a warning.
 
     LoRA: the factors A and B are averaged each for itself, and B A of the averages is not the average of the products.
 
@@ -91,16 +90,28 @@ class CheckpointAveraging(AveragedWeights):
         alpha: float = 0.2,
         penalty: float = 1.0,
         preview: list[int] | None = None,
-        device: Place = "cpu",
+        storage: Place = "cpu",
         folder: str | None = None,
         validate_with: ValidateWith = "both",
         buffers: Buffers = "copy",
         update_bn: int | None = None,
-        save: Save = "all",
+        save: Save = "ckpt",
         replace_at_end: bool = False,
         name: str = "average",
     ) -> None:
+        check_choice("scheme", scheme, WindowScheme)
+        check_count("window", window, unit="snapshots")
+        check_choice("decay", decay, Curve)
+        check_number("alpha", alpha, above=0, most=1)
+        check_number("penalty", penalty, least=0)
+        lengths = list(preview) if isinstance(preview, list | tuple) else []
+        right = all(type(length) is int and 1 <= length < window for length in lengths)
+        right = right and len(lengths) == len(set(lengths)) and isinstance(preview, list | tuple | None)
+        check("preview", preview, right, f"different integers from 1 to {window - 1}, or None")
+        check_choice("storage", storage, Place)
+        check_text("folder", folder, optional=True)
         super().__init__(
+            lambda: WindowAverage(scheme, window, storage, decay, alpha, penalty, preview or ()),
             name=name,
             every_n_steps=every_n_steps,
             start_step=start_step,
@@ -110,91 +121,25 @@ class CheckpointAveraging(AveragedWeights):
             save=save,
             replace_at_end=replace_at_end,
         )
-        check("scheme", scheme, scheme in get_args(WindowScheme), f"one of {get_args(WindowScheme)}")
-        check("window", window, is_count(window), "an integer, at least 1")
-        check("decay", decay, decay in get_args(Curve), f"one of {get_args(Curve)}")
-        check("alpha", alpha, 0 < alpha <= 1, "in (0, 1]")
-        check("penalty", penalty, 0 <= penalty < float("inf"), "at least 0 and finite")
-        check("device", device, device in get_args(Place), f"one of {get_args(Place)}")
-        fits = all(is_count(m) and m < window for m in preview or ())
-        check("preview", preview, fits, f"integers from 1, less than window={window}")
-        self.scheme: WindowScheme = scheme
-        self.decay: Curve = decay
-        self.alpha = alpha
-        self.penalty = penalty
-        self.preview = list(preview or ())
         self.folder = folder
-        self.window = SnapshotWindow(window, device)
-        self._collected = 0
+
+    average: WindowAverage
 
     @property
-    @override
-    def collected(self) -> int:
-        return self._collected
+    def window(self) -> SnapshotWindow:
+        """The snapshots."""
+        return self.average.window
 
     def weights(self, last: int | None = None) -> list[float]:
         """The weights of the ``last`` snapshots now (of all, without it), oldest first; empty without any."""
-        steps = self.window.steps[-last:] if last else self.window.steps
-        if not steps:
-            return []
-        return scheme_weights(self.scheme, steps, alpha=self.alpha, decay=self.decay, penalty=self.penalty)
+        return self.average.weights(last)
 
     @override
-    def _labels(self) -> list[str]:
-        return ["", *map(str, self.preview)]
-
-    @override
-    def _collect(self, step: int, tensors: dict[str, Tensor]) -> None:
-        self.window.take(step, tensors)
-        self._collected += 1
-
-    @override
-    def _averages(self, label: str, tensors: Mapping[str, Tensor], rounded: bool) -> Iterator[tuple[str, Tensor]]:
-        last = int(label) if label else None
-        weights = self.weights(last)
-        snapshots = self.window.read()[-len(weights) :]
-        for name, tensor in tensors.items():
-            if all(name in snapshot for snapshot in snapshots):
-                dtype = tensor.dtype if rounded else torch.promote_types(tensor.dtype, torch.float32)
-                yield name, weighted_average((snapshot[name] for snapshot in snapshots), weights, dtype)
-
-    @override
-    def _add(self, name: str, tensor: Tensor) -> None:
-        self.window.add(name, tensor)
-
-    @override
-    def _reset(self) -> None:
-        self.window.clear()
-        self._collected = 0
-
-    @override
-    def _state(self) -> dict[str, Any]:
-        return {**self.window.state_dict(), "collected": self._collected}
-
-    @override
-    def _held_state(self) -> dict[str, Any]:
-        return {"held": self.window.hold(), "collected": self._collected}  # copies of copies are not needed
-
-    @override
-    def _restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-        held = state.get("held")
-        if isinstance(held, HeldWindow):
-            self.window.go_back(held)
-            self._collected = state["collected"]
-            return True
-        fits = self.window.load_state_dict(held or state, tensors)  # a peer's comes as tensors
-        self._collected = state["collected"] if fits else 0
-        return fits
-
-    @override
-    def _about(self, label: str) -> dict[str, Any]:
-        about: dict[str, Any] = {"scheme": self.scheme, "steps": list(self.window.steps), "weights": self.weights()}
-        return about | ({"decay": self.decay} if self.scheme == "wsm" else {})
-
-    @override
-    def _on_start(self, trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what the window takes, and refuse what does not fit, on all ranks together."""
         self.window.folder = self.folder or trainer.default_root_dir
+        super().on_train_start(trainer, pl_module)
+        tensors = self._tensors.of(pl_module)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         missing = self.window.length - len(self.window.steps) + 1  # the one more is that of an evaluation
         # The ranks of this machine share its memory, and not a device's.
@@ -206,7 +151,7 @@ class CheckpointAveraging(AveragedWeights):
         if not trainer.strategy.reduce_boolean_decision(fits, all=True):
             raise MisconfigurationException(
                 f"CheckpointAveraging(window={self.window.length}) keeps {needed}, and one more in an evaluation, and "
-                f"{readable_size(free or 0)} are free here: take a smaller window or another device= ('cpu', 'disk', "
+                f"{readable_size(free or 0)} are free here: take a smaller window or another storage= ('cpu', 'disk', "
                 "'model')"
             )
         rank_zero_info(f"CheckpointAveraging({self.name!r}) keeps {needed}")

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from numbers import Real
+from typing import Literal
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_eff.arguments import check, readable_size
-from lightning_eff.callbacks.averaging.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
-from lightning_eff.functional.ema import (
-    MAX_WIDTH,
-    ema_update_,
-    float32_copies,
-    half_life_decay,
-    power_decay,
-    power_from_width,
-    warmup_decay,
-)
+from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_number, readable_size
+from lightning_eff.callbacks.averaging.averaged_weights import AveragedWeights, Buffers
+from lightning_eff.callbacks.averaging.beside_checkpoints import Save
+from lightning_eff.callbacks.averaging.evaluations import ValidateWith
+from lightning_eff.callbacks.averaging.exponential_average import ExponentialAverage
+from lightning_eff.functional.ema import MAX_WIDTH, half_life_decay
+
+Storage = Literal["model", "cpu"]
 
 
 class EMA(AveragedWeights):
@@ -33,7 +29,7 @@ class EMA(AveragedWeights):
     Reads: the weights, every ``every_n_steps`` updates.
     Changes: nothing in training; in an evaluation the weights, in place, until it ends, however it ends.
     Collectives: none in a step; FSDP2 puts each averaged tensor together to save it.
-    Host syncs: none in a step, except with a fused optimizer under a GradScaler, or ``device="cpu"`` with the weights
+    Host syncs: none in a step, except with a fused optimizer under a GradScaler, or ``storage="cpu"`` with the weights
         elsewhere: one where an update is due.
     Strategies: one device, DDP and its kin, FSDP2 and tensor parallelism (``ModelParallelStrategy``).
 
@@ -50,7 +46,7 @@ class EMA(AveragedWeights):
         every_n_steps: optimizer updates between two updates of the average, >= 1; a step that was skipped is none.
             With several optimizers those of the one that has made the most.
         start_step: the average begins with the weights after this update at the earliest, >= 0.
-        device: where the float32 averages are: ``"model"`` (beside the weights) or ``"cpu"``.
+        storage: where the float32 averages are: ``"model"`` (beside the weights) or ``"cpu"``.
         validate_with: ``"average"``: ``val_loss`` is that of the average. ``"current"``: of the live weights.
             ``"both"``: ``val_loss`` of the live weights and ``ema/val_loss``, for two evaluations. Further widths are
             evaluated in any case, as ``ema/<width>/val_loss``. The same for ``test``.
@@ -58,14 +54,16 @@ class EMA(AveragedWeights):
             Integer buffers are always those of the live model.
         update_bn: BatchNorm statistics of the average are taken from this many training batches before it is
             evaluated or saved; None for the live ones.
-        save: beside every checkpoint ``folder/file.ckpt``: ``folder/ema-file.safetensors``, ``folder/ema-file.ckpt``
-            (which ``load_from_checkpoint`` opens), ``"all"`` or ``"none"`` of them; further widths as
-            ``folder/ema-<width>-file...``.
+        save: beside every checkpoint ``folder/file.ckpt``: ``"ckpt"``: ``folder/ema-file.ckpt``, which
+            ``load_from_checkpoint`` opens; ``"safetensors"``: ``folder/ema-file.safetensors``; ``"all"``: both;
+            ``"none"``. Further widths as ``folder/ema-<width>-file...``.
         replace_at_end: the model has the averaged weights after ``fit``.
         name: of the average, in metrics, file names and checkpoints; one for each of several callbacks.
 
     Until something is collected the current weights stand for the average, with a message. The ordinary checkpoint
-    has the live weights alone, and the averages lie beside it, a file for each rank.
+    has the live weights alone, and the averages lie beside it: in one file, and under FSDP2 in one for each rank. Where
+    it is lost, or FSDP2 has another number of ranks, they go on from the files that ``save`` writes. A disk that fails
+    at these files is a warning.
 
     LoRA: the factors A and B are averaged each for itself, and B A of the averages is not the average of the products.
 
@@ -90,15 +88,33 @@ class EMA(AveragedWeights):
         warmup: bool = True,
         every_n_steps: int = 1,
         start_step: int = 0,
-        device: Literal["model", "cpu"] = "model",
+        storage: Storage = "model",
         validate_with: ValidateWith = "both",
         buffers: Buffers = "copy",
         update_bn: int | None = None,
-        save: Save = "all",
+        save: Save = "ckpt",
         replace_at_end: bool = False,
         name: str = "ema",
     ) -> None:
+        check_number("decay", decay, least=0, below=1, optional=True)
+        check_number("half_life", half_life, above=0, optional=True, unit="optimizer updates")
+        numbers = list(widths) if isinstance(widths, list | tuple) else []
+        right = all(isinstance(width, Real) and 0 < width < MAX_WIDTH for width in numbers)
+        right = widths is None or (right and len(numbers) == len(set(numbers)) > 0)
+        check("widths", widths, right, f"None or different numbers in (0, {MAX_WIDTH:.6f})")
+        check_flag("warmup", warmup)
+        check_choice("storage", storage, Storage)
+        check_count("every_n_steps", every_n_steps)
+        given = {"decay": decay, "half_life": half_life, "widths": widths}
+        given = {key: value for key, value in given.items() if value is not None}
+        if len(given) > 1:
+            arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
+            raise ValueError(f"{arguments} exclude each other: give one of them")
+        if half_life is not None:
+            decay = half_life_decay(half_life, every_n_steps)
+        decay = 0.999 if decay is None else decay
         super().__init__(
+            lambda: ExponentialAverage(decay, widths or (), warmup, storage),
             name=name,
             every_n_steps=every_n_steps,
             start_step=start_step,
@@ -108,113 +124,20 @@ class EMA(AveragedWeights):
             save=save,
             replace_at_end=replace_at_end,
         )
-        check("decay", decay, decay is None or 0 <= decay < 1, "None or in [0, 1)")
-        check("half_life", half_life, half_life is None or 0 < half_life < float("inf"), "None or positive and finite")
-        right = widths is None or (len(widths) == len(set(widths)) > 0 and all(0 < w < MAX_WIDTH for w in widths))
-        check("widths", widths, right, f"None or different numbers in (0, {MAX_WIDTH:.6f})")
-        check("device", device, device in ("model", "cpu"), "'model' or 'cpu'")
-        given = {"decay": decay, "half_life": half_life, "widths": widths}
-        given = {key: value for key, value in given.items() if value is not None}
-        if len(given) > 1:
-            arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
-            raise ValueError(f"{arguments} exclude each other: give one of them")
-        if half_life is not None:
-            decay = half_life_decay(half_life, every_n_steps)
-        self.decay = 0.999 if decay is None else decay
-        self.widths = list(widths or ())
-        self.warmup = warmup
-        self.device = device
-        self._names: list[str] = []
-        self._shadows: list[list[Tensor]] = []  # for each width, for each name
-        self._updated = 0
-        self._last_step = 0
+
+    average: ExponentialAverage
 
     @property
-    @override
-    def collected(self) -> int:
-        return self._updated
+    def decay(self) -> float:
+        """Weight of the past at each update, once the warm-up is over."""
+        return self.average.decay
 
     @override
-    def _labels(self) -> list[str]:
-        return ["", *map(str, self.widths[1:])]
-
-    @override
-    def _saved_labels(self) -> list[str]:
-        return self._labels()
-
-    @override
-    def _collect(self, step: int, tensors: dict[str, Tensor]) -> None:
-        self._updated += 1
-        since, self._last_step = step - self._last_step, step
-        if not self._names:
-            self._names = list(tensors)
-            self._shadows = [self._copies(tensors.values()) for _ in self.widths or (None,)]
-            return
-        if self.widths:
-            decays = [power_decay(step, power_from_width(width), since) for width in self.widths]
-        elif self.warmup:
-            decays = [warmup_decay(self._updated, self.decay)]
-        else:
-            decays = [self.decay]
-        current = [tensors[name] for name in self._names]
-        if self.device == "cpu":
-            current = [tensor if tensor.device.type == "cpu" else tensor.cpu() for tensor in current]
-        for shadows, decay in zip(self._shadows, decays, strict=True):
-            ema_update_(shadows, current, decay)
-
-    def _copies(self, tensors: Any) -> list[Tensor]:
-        return float32_copies(tensors, "cpu" if self.device == "cpu" else None)
-
-    @override
-    def _averages(self, label: str, tensors: Mapping[str, Tensor], rounded: bool) -> Iterator[tuple[str, Tensor]]:
-        index = self._labels().index(label)
-        for name, shadow in zip(self._names, self._shadows[index], strict=True):
-            if name in tensors:
-                yield name, shadow
-
-    @override
-    def _add(self, name: str, tensor: Tensor) -> None:
-        if self._names:
-            self._names.append(name)
-            for shadows in self._shadows:
-                shadows.extend(self._copies([tensor]))
-
-    @override
-    def _reset(self) -> None:
-        self._names, self._shadows, self._updated, self._last_step = [], [], 0, 0
-
-    @override
-    def _state(self) -> dict[str, Any]:
-        averages = [dict(zip(self._names, shadows, strict=True)) for shadows in self._shadows]
-        return {"averages": averages, "widths": self.widths, "updated": self._updated, "last_step": self._last_step}
-
-    @override
-    def _restore(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-        self._reset()
-        averages: list[dict[str, Tensor]] = state["averages"]
-        named = averages[0] if averages else {}
-        fits = all(name in tensors and tensors[name].shape == tensor.shape for name, tensor in named.items())
-        if not fits or state["widths"] != self.widths:
-            return False
-        self._names = list(named)
-        like = [tensors[name] for name in self._names]
-        for average in averages:
-            shadows = self._copies(like)
-            for shadow, saved in zip(shadows, average.values(), strict=True):
-                shadow.copy_(saved)
-            self._shadows.append(shadows)
-        self._updated, self._last_step = state["updated"], state["last_step"]
-        return True
-
-    @override
-    def _about(self, label: str) -> dict[str, Any]:
-        if self.widths:
-            return {"scheme": "power", "sigma_rel": self.widths[self._labels().index(label)]}
-        return {"scheme": "exponential", "decay": self.decay}
-
-    @override
-    def _on_start(self, trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the averages take."""
+        super().on_train_start(trainer, pl_module)
+        tensors = self._tensors.of(pl_module)
         size = sum(tensor.numel() * max(4, tensor.element_size()) for tensor in tensors.values())
-        where = "host memory" if self.device == "cpu" else "the model's device"
-        count = len(self.widths) or 1
+        where = "host memory" if self.average.storage == "cpu" else "the model's device"
+        count = len(self.average.widths) or 1
         rank_zero_info(f"EMA({self.name!r}) keeps {count} x {readable_size(size)} on each rank in {where}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,12 +13,14 @@ import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.merging.safe_files import safetensors_bytes, save_safetensors
 from lightning_eff.training.dtensor import full, reshard
 from lightning_eff.training.rank_state import KEY as _RANK_STATE
+from lightning_eff.training.whole_files import whole_file
 
 KEY = "lightning_eff_average"  # in the averaged checkpoint: what it is the average of
 
@@ -78,17 +82,9 @@ def write_averaged(
     if any(name in state for name in named):
         state = {name: tensor for name, tensor in state.items() if name in named}
     for path, write in zip(paths, (_write_safetensors, _write_checkpoint), strict=True):
-        if path is None:
-            continue
-        fs = get_filesystem(path)
-        fs.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            write(f"{path}.part", checkpoint, state, about)
-            fs.mv(f"{path}.part", path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                fs.rm_file(f"{path}.part")
-            raise
+        if path is not None:
+            with whole_file(path) as part:
+                write(part, checkpoint, state, about)
 
 
 def _write_safetensors(path: str, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
@@ -105,6 +101,40 @@ def _write_checkpoint(path: str, checkpoint: Mapping[str, Any], state: dict[str,
     rest = {key: value for key, value in checkpoint.items() if key not in _TRAINING}
     with get_filesystem(path).open(path, "wb") as stream:
         torch.save({**rest, "state_dict": state, KEY: about}, stream)
+
+
+def read_averaged(checkpoint: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What :func:`write_averaged` has written beside a checkpoint, or the one that it links to: tensors, and about."""
+    places = [checkpoint, *([os.path.realpath(checkpoint)] if os.path.lexists(checkpoint) else [])]
+    for safe, lightning in (averaged_paths(place, name) for place in places):
+        with suppress(Exception):  # whatever is wrong with a file, the run can go on without it
+            if get_filesystem(lightning).exists(lightning):
+                with get_filesystem(lightning).open(lightning, "rb") as stream:
+                    saved = torch.load(stream, map_location="cpu", weights_only=True)
+                return saved["state_dict"], saved[KEY]
+            with safe_open(safe, framework="pt") as file:
+                about = {key: _value(text) for key, text in (file.metadata() or {}).items()}
+                return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118  (it is no dict)
+    return None
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def link_averaged(checkpoint: str, link: str, name: str) -> None:
+    """Link to the files beside a checkpoint by those beside a link to it, as far as there are any."""
+    for target, path in zip(averaged_paths(checkpoint, name), averaged_paths(link, name), strict=True):
+        if os.path.lexists(path):
+            os.remove(path)
+        if os.path.exists(target):
+            try:
+                os.symlink(os.path.relpath(target, os.path.dirname(path)), path)
+            except OSError:  # on Windows a link takes a permission; Lightning copies there as well
+                shutil.copy(target, path)
 
 
 def remove_averaged(checkpoint: str, name: str) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_eff.training.trainer import callbacks_of
+from lightning_eff.training.wrapping import Wrapper
 
 
 class _SideLoop(_EvaluationLoop):
@@ -30,24 +35,36 @@ class _SideLoop(_EvaluationLoop):
         pass
 
 
-def evaluate_beside(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor]:
-    """Run the evaluation of ``loop`` now, before its own, and return the metrics that it would have logged.
+@contextmanager
+def evaluate_beside(trainer: Trainer, loop: _EvaluationLoop) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Evaluations of ``loop`` beside its own, which is to follow within the block, on the same data.
 
-    The LightningModule sees a whole evaluation with all its hooks, so that metrics and lists which it keeps begin and
-    end with it. Callbacks and loggers see nothing of it. Random generators, the loop's progress and Lightning's
-    metrics are as before. Only the module's own calls to ``self.logger`` happen once more.
+    The data loaders are made once, and all evaluations begin from the same random state, which is afterwards what it
+    would have been without those beside.
 
-    Collectives and host syncs: those of a validation.
+    Yields:
+        A function that runs the evaluation now and returns the metrics that it would have logged. The LightningModule
+        sees a whole evaluation with all its hooks, so that metrics and lists which it keeps begin and end with it.
+        Callbacks and loggers see nothing of it. Random generators, the loop's progress and Lightning's metrics are as
+        before. Only the module's own calls to ``self.logger`` happen once more. Collectives and host syncs: those of a
+        validation.
     """
     loop.setup_data()
-    if loop.skip:
-        return {}
+    once = Wrapper(loop, "setup_data", _ignore)  # outside of `fit` it makes other loaders every time
+    try:
+        yield lambda: {} if loop.skip else _evaluate(trainer, loop)
+    finally:
+        once.remove()
+
+
+def _evaluate(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor]:
     connector: Any = trainer._logger_connector
     names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
     before = {name: getattr(connector, name) for name in names}
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     # A progress bar stays, deaf: another thread draws it, and looks for it among the Trainer's callbacks.
-    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    bars: list[Callback] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    generators = {generator: generator.get_state() for generator in _generators(loop)}
     side = _SideLoop(loop)
     try:
         connector.reset_metrics()
@@ -70,6 +87,17 @@ def evaluate_beside(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor
         connector.__dict__.pop("log_metrics", None)
         for name, value in before.items():
             setattr(connector, name, value)
+        for generator, state in generators.items():
+            generator.set_state(state)
+
+
+def _generators(loop: _EvaluationLoop) -> set[torch.Generator]:
+    """What the loop's loaders draw from beside the global generators."""
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    batch_samplers = [getattr(loader, "batch_sampler", None) for loader in loaders]
+    owners = [*loaders, *(getattr(owner, "sampler", None) for owner in (*loaders, *batch_samplers))]
+    found = (getattr(owner, "generator", None) for owner in owners)
+    return {generator for generator in found if isinstance(generator, torch.Generator)}
 
 
 _HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
@@ -87,7 +115,7 @@ def _put(trainer: Trainer, old: _EvaluationLoop, new: _EvaluationLoop) -> None:
 
 
 class AroundEvaluations:
-    """Stands in front of two methods of an evaluation loop, as attributes of the instance.
+    """Stands in front of two methods of an evaluation loop.
 
     Around ``run``, because a hook is not called when an evaluation breaks off, and because a hook at its start comes
     after the iteration over the data has begun. In front of the hooks at its end, where checkpoints are saved: some
@@ -105,7 +133,7 @@ class AroundEvaluations:
     ) -> None:
         self.around = around
         self.before_end = before_end
-        self._loop: _EvaluationLoop | None = None
+        self._wrappers: list[Wrapper] = []
 
     def attach(self, trainer: Trainer, stage: str) -> None:
         """Stand in front of the loop of a stage, in place of any other."""
@@ -115,46 +143,21 @@ class AroundEvaluations:
             "validate": trainer.validate_loop,
             "test": trainer.test_loop,
         }
-        self._loop = loop = loops.get(stage)
-        if loop is not None:
-            loop.run = _Run(self, loop, loop.run)  # type: ignore[method-assign]
-            loop._on_evaluation_end = _End(self, loop, loop._on_evaluation_end)  # type: ignore[method-assign]
+        if stage not in loops:
+            return
+        loop = loops[stage]
+
+        def run(inner: Callable[[], Any]) -> Any:
+            return self.around(loop, inner)
+
+        def end(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self.before_end(loop)
+            return inner(*args, **kwargs)
+
+        self._wrappers = [Wrapper(loop, "run", run), Wrapper(loop, "_on_evaluation_end", end)]
 
     def detach(self) -> None:
         """Leave the loop as it was."""
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            for name in ("run", "_on_evaluation_end"):
-                _remove(loop, name, self)
-
-
-class _Layer:
-    def __init__(self, owner: AroundEvaluations, loop: _EvaluationLoop, inner: Callable[..., Any]) -> None:
-        self.owner = owner
-        self.loop = loop
-        self.inner = inner
-
-
-class _Run(_Layer):
-    def __call__(self) -> Any:
-        return self.owner.around(self.loop, self.inner)
-
-
-class _End(_Layer):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.owner.before_end(self.loop)
-        return self.inner(*args, **kwargs)
-
-
-def _remove(loop: _EvaluationLoop, name: str, owner: AroundEvaluations) -> None:
-    outer, layer = None, vars(loop).get(name)
-    while isinstance(layer, _Layer) and layer.owner is not owner:
-        outer, layer = layer, layer.inner
-    if not isinstance(layer, _Layer):
-        return
-    if outer is not None:
-        outer.inner = layer.inner
-    elif isinstance(layer.inner, _Layer):
-        setattr(loop, name, layer.inner)
-    else:
-        delattr(loop, name)
+        for wrapper in self._wrappers:
+            wrapper.remove()
+        self._wrappers = []

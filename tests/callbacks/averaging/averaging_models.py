@@ -108,3 +108,8 @@ def loss_of(module: L.LightningModule, folder: Path) -> float:
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder
     )
     return trainer.validate(module, verbose=False)[0]["val_loss"]
+
+
+def averaged(path: Path) -> dict[str, Tensor]:
+    """The weights in an averaged checkpoint."""
+    return dict(torch.load(path, weights_only=True)["state_dict"])

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
 import lightning_eff.callbacks
-import lightning_eff.callbacks.averaging.averaged_weights
+import lightning_eff.callbacks.averaging.beside_checkpoints
 import lightning_eff.strategies.fault_tolerant.manager
 import lightning_eff.strategies.fault_tolerant.replicas
 from examples.gpt.model import GPT, GPTConfig
@@ -312,7 +312,7 @@ class Faults:
         self._before(manager.peer_state, "send_checkpoint", "sending")
         for key, load in list(manager._load_state_dict_fns.items()):
             manager._load_state_dict_fns[key] = self._wrapped(load, "healing", 0)
-        self._before(lightning_eff.callbacks.averaging.averaged_weights, "write_averaged", "averaging")
+        self._before(lightning_eff.callbacks.averaging.beside_checkpoints, "write_averaged", "averaging")
         strategy = trainer.strategy
         write = strategy.checkpoint_io.save_checkpoint
 

@@ -111,6 +111,21 @@ def ignores_the_sanity_check(row: Row, place: Place) -> None:
 
 
 @rule()
+def evaluates_on_two_loaders(row: Row, place: Place) -> None:
+    """Two loaders in `fit`, `validate` and `test`: the metrics of each are there, under the names that they have."""
+    model = Net()
+    model.validation_loaders = 2
+    trainer = build_trainer(place.folder, place.strategy, [row.build()], [], model, 6, {})
+    names = {f"val_loss/dataloader_idx_{index}" for index in range(2)}
+    for run in (trainer.fit, trainer.validate, trainer.test):
+        try:
+            run(model)
+        except Exception as error:
+            raise AssertionError(f"{run.__name__} does not run: {error}") from error
+        assert names <= set(trainer.callback_metrics), f"in {run.__name__} there is {sorted(trainer.callback_metrics)}"
+
+
+@rule()
 def takes_data_without_a_length(row: Row, place: Place) -> None:
     """Endless data trains as an epoch of known length does."""
     known = fit(row, place.folder, data=Indices(STEPS), val_check_interval=None, limit_val_batches=0)

@@ -1,0 +1,265 @@
+"""CheckpointAveraging and EMA where others unfreeze, disks fail, ranks change and files are lost."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_eff.callbacks import EMA, CheckpointAveraging
+from lightning_eff.callbacks.averaging import files
+from lightning_eff.functional.averaging import weighted_average
+from tests.callbacks.averaging.averaging_models import Odd, Weights, averaged, fit
+from tests.suite.models import Net
+from tests.suite.runs import SaveAt, differences
+from tests.suite.table import DDP, FSDP2, SINGLE, Strategy
+
+
+def _uniform(weights: Weights, steps: list[int]) -> dict[str, Tensor]:
+    return {
+        name: weighted_average([weights.history[step][name] for step in steps], [1 / len(steps)] * len(steps))
+        for name in weights.history[steps[0]]
+    }
+
+
+# --- what others train ----------------------------------------------------------------------------------------------
+
+
+class _FineTuned(Net):
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.backbone = self.blocks
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+def test_what_backbone_finetuning_unfreezes_is_averaged(tmp_path: Path) -> None:
+    weights, averaging, ema = Weights(), CheckpointAveraging(window=5, every_n_steps=2), EMA(0.5, warmup=False)
+    unfreezes = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3, verbose=False)
+    save = SaveAt(10, tmp_path / "run.ckpt")
+    fit(tmp_path, unfreezes, weights, averaging, ema, save, module=_FineTuned())
+    first, last = weights.history[1], weights.history[10]
+    moved = [name for name in first if name.startswith("blocks") and not torch.equal(first[name], last[name])]
+    assert len(moved) >= 12  # it does train them, from step 7 on
+    found = averaged(tmp_path / "average-run.ckpt")
+    wanted = _uniform(weights, [2, 4, 6, 8, 10])
+    assert not differences(wanted, {name: found[name] for name in wanted})
+    mean = {name: tensor.double() for name, tensor in weights.history[1].items()}
+    for step in range(2, 11):
+        mean = {name: 0.5 * mean[name] + 0.5 * weights.history[step][name].double() for name in mean}
+    found = averaged(tmp_path / "ema-run.ckpt")
+    wanted = {name: tensor.float() for name, tensor in mean.items()}
+    assert not differences(wanted, {name: found[name] for name in wanted}, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resume_in_which_more_is_trained(every: int, tmp_path: Path) -> None:
+    module = Net("sgd")
+    module.head.requires_grad_(False)
+    before, after = Weights(), Weights()
+    averagings = [CheckpointAveraging(window=9, every_n_steps=every), EMA(0.5, warmup=False, every_n_steps=every)]
+    fit(tmp_path, before, *averagings, SaveAt(4, tmp_path / "4.ckpt"), module=module, steps=4)
+    averagings = [CheckpointAveraging(window=9, every_n_steps=every), EMA(0.5, warmup=False, every_n_steps=every)]
+    fit(tmp_path, after, *averagings, SaveAt(8, tmp_path / "8.ckpt"), steps=8, resume=tmp_path / "4.ckpt")
+    history = before.history | after.history
+    steps = range(every, 9, every)
+    assert not torch.equal(history[4]["head.weight"], history[8]["head.weight"])
+    wanted = weighted_average([history[step]["head.weight"] for step in steps], [1 / len(steps)] * len(steps))
+    assert torch.equal(averaged(tmp_path / "average-8.ckpt")["head.weight"], wanted)
+    mean = history[every]["head.weight"]
+    for step in steps[1:]:
+        mean = mean.lerp(history[step]["head.weight"], 0.5)
+    torch.testing.assert_close(averaged(tmp_path / "ema-8.ckpt")["head.weight"], mean)
+
+
+def test_an_average_added_at_a_resume_counts_the_updates_before(tmp_path: Path) -> None:
+    fit(tmp_path, SaveAt(6, tmp_path / "6.ckpt"), steps=6)
+    averaging = CheckpointAveraging(window=5, every_n_steps=2, start_step=8)
+    fit(tmp_path, averaging, SaveAt(12, tmp_path / "12.ckpt"), steps=12, resume=tmp_path / "6.ckpt")
+    assert averaging.window.steps == [8, 10, 12]
+    saved = torch.load(tmp_path / "average-12.ckpt", weights_only=True)["lightning_eff_average"]
+    assert saved["step"] == 12
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _averagings() -> list[Any]:
+    return [CheckpointAveraging("wsm", window=3, every_n_steps=2), EMA(widths=[0.05, 0.1])]
+
+
+def _save(folder: Path, strategy: Strategy) -> None:
+    fit(folder, *_averagings(), SaveAt(5, folder / "5.ckpt"), strategy=strategy, steps=5)
+
+
+def _resume(folder: Path, strategy: Strategy, steps: int = 10) -> list[Any]:
+    averagings = _averagings()
+    fit(folder, *averagings, strategy=strategy, steps=steps, resume=folder / "5.ckpt")
+    return [averaging._save_rank() for averaging in averagings]
+
+
+def test_equal_ranks_write_one_window_that_any_number_of_ranks_loads(tmp_path: Path, pool: Any) -> None:
+    pool.run(_save, tmp_path, DDP)
+    names = sorted(path.name.partition(".")[2] for path in (tmp_path / "5.ckpt.ranks").iterdir())
+    assert names == ["average-average.pt", "average-ema.pt"]
+    window, ema = _resume(tmp_path, SINGLE, steps=6)
+    assert window["state"]["steps"] == [2, 4, 6]
+    assert ema["state"]["updated"] == 6
+    with_ranks = pool.run(_resume, tmp_path, DDP, 6)
+    assert not differences(with_ranks[0], with_ranks[1])
+    assert not differences([window, ema], with_ranks[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the state .* is taken from the files beside")
+def test_a_lost_window_goes_on_from_the_averaged_file(tmp_path: Path) -> None:
+    _save(tmp_path, SINGLE)
+    kept = _resume(tmp_path, SINGLE)
+    shutil.rmtree(tmp_path / "5.ckpt.ranks")
+    found = _resume(tmp_path, SINGLE)
+    assert not differences(kept[1], found[1])  # nothing of an exponential average is lost
+    assert found[0]["state"]["steps"] == kept[0]["state"]["steps"] == [6, 8, 10]
+    assert not differences(kept[0]["state"]["snapshots"], found[0]["state"]["snapshots"])  # they are new ones by now
+    earlier = [_resume(tmp_path, SINGLE, steps=6)[0]["state"]]
+    average = averaged(tmp_path / "average-5.ckpt")
+    assert earlier[0]["steps"] == [2, 4, 6]
+    for snapshot in earlier[0]["snapshots"][:2]:  # the average stands for each that was lost
+        assert not differences(snapshot, {name: average[name] for name in snapshot})
+
+
+def _other_ranks(folder: Path, strategy: Strategy) -> list[str]:
+    """Differences of the averages of a resume under FSDP2 that has lost its files to one that has not."""
+    kept = _resume(folder, strategy)
+    torch.distributed.barrier()
+    shutil.rmtree(folder / "5.ckpt.ranks", ignore_errors=True)
+    torch.distributed.barrier()
+    return differences(kept[1], _resume(folder, strategy)[1])
+
+
+@pytest.mark.filterwarnings("ignore:the state .* is taken from the files beside")
+@pytest.mark.parametrize("saved_by", [SINGLE, FSDP2], ids=["single", "fsdp2"])
+def test_fsdp2_loads_what_others_saved(saved_by: Strategy, tmp_path: Path, pool: Any) -> None:
+    if saved_by is SINGLE:
+        _save(tmp_path, SINGLE)  # one file of whole tensors, of which each rank takes its part
+    else:
+        pool.run(_save, tmp_path, FSDP2)
+    assert pool.run(_other_ranks, tmp_path, FSDP2) == [[], []]
+
+
+def test_a_full_disk_keeps_the_file_of_before_and_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    path, write, full = tmp_path / "run.ckpt", files._write_checkpoint, False
+
+    def to_a_disk(part: str, *args: Any) -> None:
+        write(part, *args)
+        if full:
+            with open("/dev/full", "wb") as file:
+                torch.save(torch.zeros(1_000_000), file)
+
+    monkeypatch.setattr(files, "_write_checkpoint", to_a_disk)
+    trainer, _ = fit(tmp_path, EMA(0.9), SaveAt(4, path), steps=4)
+    full = True
+    before = (tmp_path / "ema-run.ckpt").read_bytes()
+    with pytest.warns(UserWarning, match="'ema', the averaged weights .* No space left .* training goes on"):
+        trainer.save_checkpoint(path)
+    trainer.save_checkpoint(path)  # said once
+    assert (tmp_path / "ema-run.ckpt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["ema-run.ckpt", "run.ckpt", "run.ckpt.ranks"]
+    full = False
+    trainer.save_checkpoint(path)
+    assert (tmp_path / "ema-run.ckpt").read_bytes() != before  # it knows another checkpoint
+
+
+def test_a_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
+    trainer, _ = fit(tmp_path, EMA(0.9), steps=2)
+    # After a spawned fit the parent has the callback as it was sent, which has seen no training.
+    trainer.callbacks[:] = [pickle.loads(pickle.dumps(EMA(0.9)))]
+    with pytest.warns(UserWarning, match=r"EMA\('ema'\) writes no average beside this checkpoint: .* another process"):
+        trainer.save_checkpoint(tmp_path / "parent.ckpt")
+
+
+def test_a_link_to_the_last_checkpoint_has_an_average_beside_it(tmp_path: Path) -> None:
+    keeps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=1, save_last="link")
+    fit(tmp_path, EMA(0.9), keeps, steps=6)
+    assert (tmp_path / "ema-last.ckpt").resolve().name == "ema-step=6.ckpt"
+    assert not differences(averaged(tmp_path / "ema-last.ckpt"), averaged(tmp_path / "ema-step=6.ckpt"))
+    assert "_link_checkpoint" not in vars(keeps)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class _Shuffles(Odd):
+    """Two of four batches, in an order of the random generators."""
+
+    made = 0
+
+    def __init__(self, own_generator: bool) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(4) if own_generator else None
+
+    def val_dataloader(self) -> DataLoader:
+        self.made += 1
+        torch.rand(3)
+        data = super().val_dataloader().dataset
+        return DataLoader(data, batch_size=4, shuffle=True, generator=self.generator)
+
+
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_live_and_averaged_weights_see_the_same_data_once_made(own_generator: bool, tmp_path: Path) -> None:
+    states, losses = [], []
+    for averagings in ([CheckpointAveraging(window=1, every_n_steps=1)], []):
+        torch.manual_seed(5)
+        module = _Shuffles(own_generator)
+        arguments: dict[str, Any] = {"limit_val_batches": 2, "val_check_interval": 4, "num_sanity_val_steps": 0}
+        trainer, _ = fit(tmp_path, *averagings, module=module, steps=8, **arguments)
+        before = module.made
+        result = trainer.validate(module, verbose=False)[0]
+        assert module.made == before + 1
+        if averagings:
+            assert result["average/val_loss"] == result["val_loss"]  # the average is the live weights
+        losses.append(result["val_loss"])
+        states.append([torch.get_rng_state(), module.generator and module.generator.get_state()])
+    assert losses[0] == losses[1]
+    assert not differences(states[1], states[0])
+
+
+def test_a_loop_s_own_run_is_put_back(tmp_path: Path) -> None:
+    runs: list[int] = []
+
+    class Times(L.Callback):
+        def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            inner = loop.run
+            self.mine = lambda: (runs.append(trainer.global_step), inner())[1]
+            loop.run = self.mine  # type: ignore[method-assign]
+
+    times = Times()
+    trainer, _ = fit(tmp_path, times, EMA(0.9), steps=6, num_sanity_val_steps=0)
+    assert runs == [3, 6]
+    assert vars(trainer.fit_loop.epoch_loop.val_loop)["run"] is times.mine
+
+
+def test_who_reads_weights_later_is_told_before_they_are_written(tmp_path: Path) -> None:
+    class Reads(L.Callback):
+        def __init__(self) -> None:
+            self.live: list[bool] = []
+
+        def before_weights_change(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trained = weights.history[trainer.global_step]
+            self.live.append(not differences(trained, {n: p.detach() for n, p in pl_module.named_parameters()}))
+
+    weights, reads = Weights(), Reads()
+    averaging = EMA(0.9, validate_with="average", replace_at_end=True)
+    fit(tmp_path, weights, reads, averaging, steps=6, num_sanity_val_steps=0)
+    # Into and out of the validations after 3 and 6 steps, and for good at the end.
+    assert reads.live == [True, False, True, False, True]
