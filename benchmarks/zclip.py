@@ -168,14 +168,14 @@ class CpuTimes(L.Callback):
         return (marks[-1] - marks[0]) / (len(marks) - 1)
 
 
-_NEVER = dict(interval=10**6)
+_NEVER = dict(every_n_steps=10**6)
 
 SMALL: dict[str, Callable[[], dict[str, Any]]] = {
     "none": dict,
     "lightning norm": lambda: dict(gradient_clip_val=1.0, gradient_clip_algorithm="norm"),
     "ZClip": lambda: dict(callbacks=[ZClip()]),
     # All matrices are watched or sampled, and none is ever frozen.
-    "GradES": lambda: dict(callbacks=[GradES(tau=1e-9, alpha=0.0, max_events=None, heat_map=False)]),
+    "GradES": lambda: dict(callbacks=[GradES(tau=1e-9, alpha=0.0, max_events=None)]),
     "MISA": lambda: dict(callbacks=[MISA(budget=1.0, momentum_step=False, **_NEVER)]),
 }
 
@@ -328,7 +328,7 @@ def lock_in() -> None:
     """Norms N(1, 0.1), then N(s, 0.1 s) for 2,000 steps: how many are clipped as spikes, and when that ends."""
     rows = []
     options = {"adaptive_scaling": {}, "mean": dict(clip_option="mean"), "skip_update": dict(skip_update_on_spike=True)}
-    for name, arguments in {**options, "percentile": dict(mode="percentile")}.items():
+    for name, arguments in {**options, "percentile": dict(clip_option="percentile")}.items():
         for shift in (1.3, 1.5, 2.0, 4.0):
             for relearn_after in (None, 100):
                 generator = random.Random(0)
