@@ -51,8 +51,8 @@ class Freeze(Callback):
         self.layers = layers
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        closed = [name for name, _ in module.named_parameters() if name.split(".")[-2] in self.layers]
-        set_trainable(trainer, dict.fromkeys(closed, False))
+        frozen = [name for name, _ in module.named_parameters() if name.split(".")[-2] in self.layers]
+        set_trainable(trainer, dict.fromkeys(frozen, False))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         module.requires_grad_(True)
@@ -135,7 +135,7 @@ def watching(size: str, steps: int, rounds: int) -> None:
     module = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
 
     def run(metric: str | None) -> float:
-        callbacks = [] if metric is None else [GradES(tau=1e-9, alpha=0.0, metric=metric, check_every_n_steps=1)]  # type: ignore[arg-type]
+        callbacks = [] if metric is None else [GradES(tau=1e-9, alpha=0.0, metric=metric, every_n_steps=1)]  # type: ignore[arg-type]
         return step_time(module, data, steps, *callbacks)
 
     figures = in_turn(
@@ -195,7 +195,7 @@ def _reduced(part: float) -> tuple[list[int], list[int], int]:
     quiet_lightning()
     counter = CountsBytes()
     grades = GradES(
-        tau=1e9, tau_mode="absolute", alpha=0.0, check_every_n_steps=1, patience=1, max_events=None, heat_map=False,
+        tau=1e9, tau_mode="absolute", alpha=0.0, every_n_steps=1, patience=1, max_events=None,
         max_frozen_ratio=max(part, 0.01), stop_when_frozen=False,
     )  # fmt: skip
     callbacks = [counter, grades] if part else [counter]

@@ -153,16 +153,16 @@ class FreezeNames(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         pairs = {name.removesuffix("base.weight") for name in self.names if name.endswith("base.weight")}
-        self.closed = [
+        self.frozen = [
             parameter
             for name, parameter in module.named_parameters()
             if parameter.requires_grad and (name in self.names or any(name.startswith(pair) for pair in pairs))
         ]
-        for parameter in self.closed:
+        for parameter in self.frozen:
             parameter.requires_grad_(False)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for parameter in self.closed:
+        for parameter in self.frozen:
             parameter.requires_grad_(True)
 
 

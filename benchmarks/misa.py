@@ -47,13 +47,13 @@ ENDS = ["*embed*", "*head*"]
 def lisa(units: int = 1, interval: int = 14, **arguments: Any) -> MISA:
     """LISA: layers at random, embeddings and head always."""
     settings = dict(granularity="layer", sampling="uniform", always=ENDS, momentum_step=False)
-    return MISA(units=units, interval=interval, **settings, **arguments)
+    return MISA(units=units, every_n_steps=interval, **settings, **arguments)
 
 
 def badam(interval: int = 14, **arguments: Any) -> MISA:
     """BAdam: one layer after the other."""
     settings = dict(granularity="layer", sampling="cyclic", momentum_step=False)
-    return MISA(units=1, interval=interval, **settings, **arguments)
+    return MISA(units=1, every_n_steps=interval, **settings, **arguments)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -62,8 +62,8 @@ MEMORY: dict[str, Callable[[int], MISA | None]] = {
     "full AdamW": lambda interval: None,
     "LoRA, rank 8": lambda interval: None,
     "LISA, 2 layers": lambda interval: lisa(2, interval),
-    "MISA, 25 %": lambda interval: MISA(budget=0.25, interval=interval, eta=0.0),
-    "MISA, 3 %": lambda interval: MISA(budget=0.03, interval=interval, eta=0.0),
+    "MISA, 25 %": lambda interval: MISA(budget=0.25, every_n_steps=interval, eta=0.0),
+    "MISA, 3 %": lambda interval: MISA(budget=0.03, every_n_steps=interval, eta=0.0),
 }
 
 
@@ -154,8 +154,8 @@ SPEED: dict[str, Callable[[], MISA | None]] = {
     "LoRA": lambda: None,
     "LISA": lambda: lisa(1, 1000),
     "BAdam": lambda: badam(1000),
-    "MISA, 25 %": lambda: MISA(budget=0.25, interval=1000, eta=0.0),
-    "MISA, 3 %": lambda: MISA(budget=0.03, interval=1000, eta=0.0),
+    "MISA, 25 %": lambda: MISA(budget=0.25, every_n_steps=1000, eta=0.0),
+    "MISA, 3 %": lambda: MISA(budget=0.03, every_n_steps=1000, eta=0.0),
 }
 
 
@@ -221,20 +221,25 @@ class Ends(L.Callback):
     """Seconds that MISA takes at the end of each interval, with the wrapping under DDP."""
 
     def __init__(self, misa: MISA) -> None:
+        self.misa = misa
         self.times: list[float] = []
-        end = misa._end_interval
 
-        def timed(*arguments: Any) -> None:
+    def on_train_start(self, *_: Any) -> None:
+        fit = self.misa._fit
+        assert fit is not None
+        end = fit.end_interval
+
+        def timed() -> None:
             start = time.perf_counter()
-            end(*arguments)
+            end()
             self.times.append(time.perf_counter() - start)
 
-        misa._end_interval = timed  # type: ignore[method-assign]
+        fit.end_interval = timed  # type: ignore[method-assign]
 
 
 def _change(ranks: int) -> float:
     config = SIZES["10M"]
-    misa = MISA(budget=0.25, interval=1, eta=0.0)
+    misa = MISA(budget=0.25, every_n_steps=1, eta=0.0)
     ends = Ends(misa)
     module = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
     trainer = L.Trainer(
@@ -264,12 +269,12 @@ WORTH: dict[str, tuple[Callable[[int], MISA | None], tuple[float, ...]]] = {
     "LISA": (lambda seed: lisa(1, INTERVAL, seed=seed), (1e-3, 3e-3)),
     "BAdam": (lambda seed: badam(INTERVAL), ()),
     "MISA without momentum step": (
-        lambda seed: MISA(budget=0.25, interval=INTERVAL, eta=ETA, momentum_step=False, seed=seed),
+        lambda seed: MISA(budget=0.25, every_n_steps=INTERVAL, eta=ETA, momentum_step=False, seed=seed),
         (1e-3, 3e-3),
     ),
-    "MISA": (lambda seed: MISA(budget=0.25, interval=INTERVAL, eta=ETA, seed=seed), (3e-4, 1e-3, 3e-3)),
+    "MISA": (lambda seed: MISA(budget=0.25, every_n_steps=INTERVAL, eta=ETA, seed=seed), (3e-4, 1e-3, 3e-3)),
     "uniform without momentum step": (
-        lambda seed: MISA(budget=0.25, interval=INTERVAL, sampling="uniform", momentum_step=False, seed=seed),
+        lambda seed: MISA(budget=0.25, every_n_steps=INTERVAL, sampling="uniform", momentum_step=False, seed=seed),
         (),
     ),
 }
@@ -368,8 +373,9 @@ class FullGradients(L.Callback):
         self.seen: list[tuple[Tensor, Tensor]] = []  # importance, squares
 
     def on_train_batch_end(self, trainer: L.Trainer, module: GPTModule, *_: Any) -> None:
-        sampler = self.misa._sampler
-        if trainer.global_step % INTERVAL or sampler is None or not bool((sampler.turns > 0).all()):
+        assert self.misa._fit is not None
+        sampler = self.misa._fit.sampler
+        if trainer.global_step % INTERVAL or not bool((sampler.turns > 0).all()):
             return
         matrices: list[nn.Parameter] = [module.get_parameter(name) for name in self.names]
         was = [matrix.requires_grad for matrix in matrices]
@@ -396,7 +402,7 @@ def variance(steps: int) -> None:
     data = PartOfLibrary(graphical=True)
     module = tuned_module(False, 1e-3, schedule="constant")
     names = [matrix.name for matrix in select_matrices(module)]
-    misa = MISA(budget=0.25, interval=INTERVAL, eta=ETA)
+    misa = MISA(budget=0.25, every_n_steps=INTERVAL, eta=ETA)
     watch = FullGradients(misa, names, PartOfLibrary(graphical=True, seed=99))
     watch.data.setup("fit")
     L.Trainer(
@@ -408,7 +414,7 @@ def variance(steps: int) -> None:
     for eta in (0.0, 1.0, ETA / 10, ETA, 3 * ETA, 10 * ETA):
         captured, variances, effective = [], [], []
         for importance, squares in watch.seen:
-            p = probabilities(importance, eta=eta, mode="paper")
+            p = probabilities(importance, eta=eta, variant="paper")
             sampler = Sampler(sizes, SamplerConfig(budget=0.25, eta=eta, sample_last=0, debias=False), total)
             sampler.importance.copy_(importance)
             sampler.last = [0] * len(sizes)

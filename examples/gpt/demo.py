@@ -134,7 +134,7 @@ def tensorboard_command(logdir: Path) -> str:
 
 def fine_tune(module: GPTModule, data: TextDataModule, steps: int) -> list[tuple[str, str]]:
     """Go on with a tenth of the weights at a time: what that takes."""
-    misa = MISA(budget=0.1, interval=max(1, steps // 10))
+    misa = MISA(budget=0.1, every_n_steps=max(1, steps // 10))
     trainer = quick_trainer(steps, callbacks=[misa])
     trainer.fit(module, datamodule=data)
     weights = sum(parameter.numel() for parameter in module.parameters())

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_eff.arguments import check
-from lightning_eff.functional.gradients import global_grad_norm, is_dtensor, local_grads, scale_
-from lightning_eff.functional.zclip import ClipOption, Mode, ZClipConfig, ZClipState, zclip_update
+from lightning_eff.arguments import check_choice, check_flag
+from lightning_eff.functional.gradients import Gradients, is_dtensor
+from lightning_eff.functional.zclip import ClipOption, ZClipConfig, ZClipState, zclip_update
+from lightning_eff.training.hooks import Order
 from lightning_eff.training.trainable import TrainableChange
-from lightning_eff.training.trainer import applied_scale, gradient_scaler, unscales_itself
+from lightning_eff.training.trainer import (
+    applied_scale,
+    callbacks_of,
+    gradient_scaler,
+    log_values,
+    logs_now,
+    optimizer_index,
+    refuse_flattened,
+    refuse_sparse_gradients,
+    sort_callbacks,
+    unscales_itself,
+)
 
 NonFinite = Literal["zero", "skip", "raise", "ignore"]
 
@@ -29,12 +40,12 @@ class ZClip(Callback):
     Each optimizer has its own statistics, taken from the gradients of its own ``param_groups`` after accumulation,
     reduction over ranks and unscaling. They are saved in the checkpoint, in the middle of the warm-up too.
 
-    When another callback opens parameters during the run (MISA, or any that calls ``set_trainable``), the next norm is
-    one of other parameters and no spike: the statistics of that optimizer are scaled to it and follow the new level
-    quickly, while the relative spread, by which an outlier is told, is kept. Closing alone makes norms smaller, which
+    When another callback unfreezes parameters during the run (MISA, or any that calls ``set_trainable``), the next norm
+    is one of other parameters and no spike: the statistics of that optimizer are scaled to it and follow the new level
+    quickly, while the relative spread, by which an outlier is told, is kept. Freezing alone makes norms smaller, which
     needs no reaction.
 
-    Runs in: ``on_before_optimizer_step``, behind the suite's monitors of gradients.
+    Runs in: ``on_before_optimizer_step``, after every callback that only reads the gradients.
     Reads: the gradients, once.
     Changes: the gradients; with ``nonfinite="skip"`` whether the optimizer steps.
     Collectives: none on one device and under DDP; FSDP2 one scalar all-reduce a step for each sharded mesh dimension.
@@ -48,10 +59,8 @@ class ZClip(Callback):
             Where healthy norms are above it, ZClip is a plain clip at this value, and says so in a warning.
         eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
         warmup_steps: norms collected before the first decision, >= 1.
-        mode: ``"zscore"`` clips an outlier according to ``clip_option``; ``"percentile"`` clips it to
-            mean + z_thresh * std.
-        clip_option: where a ``"zscore"`` outlier is clipped to: ``"adaptive_scaling"`` to
-            mean + z_thresh^2 / z * std (the further out, the harder), ``"mean"`` to the mean.
+        clip_option: where an outlier is clipped to: ``"adaptive_scaling"`` to mean + z_thresh^2 / z * std (the further
+            out, the harder), ``"mean"`` to the mean, ``"percentile"`` to mean + z_thresh * std.
         clip_factor: multiplies the whole threshold of ``"adaptive_scaling"``, > 0.
         skip_update_on_spike: keep the statistics as they are on an outlier, rather than feeding them the threshold.
         relearn_after: after this many outliers in a row (at least ``warmup_steps``) the level of the norms has changed
@@ -61,7 +70,7 @@ class ZClip(Callback):
             on the device; momentum and weight decay go on. ``"skip"``: the optimizer does not step, on all ranks.
             ``"raise"``: FloatingPointError. ``"ignore"``: the gradients are left as they are. Such a norm never
             enters the statistics. Under a GradScaler the scaler skips the step and lowers its scale, whatever is set.
-        log_statistics: also log ``zclip/mean``, ``zclip/std``, ``zclip/spikes`` and ``zclip/relearned``.
+        log_details: also log ``zclip/mean``, ``zclip/std``, ``zclip/spikes`` and ``zclip/relearned``.
 
     Logs, at the Trainer's ``log_every_n_steps`` (``zclip/<i>/...`` with several optimizers): ``zclip/grad_norm`` and
     ``zclip/grad_norm_clipped``, of that step; ``zclip/threshold``, above which that step was clipped (infinite in a
@@ -74,7 +83,8 @@ class ZClip(Callback):
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in ``setup``, for a second clipper (``gradient_clip_val`` or another ZClip) and for
-            FSDP1 and DeepSpeed, which do not show the gradients to a callback; at the start of ``fit``, for LBFGS.
+            FSDP1 and DeepSpeed, which do not show the gradients to a callback; at the start of ``fit``, for LBFGS and
+            for embeddings with sparse gradients.
         FloatingPointError: with ``nonfinite="raise"``, on all ranks.
 
     Example:
@@ -86,6 +96,8 @@ class ZClip(Callback):
     code where the paper is silent.
     """
 
+    order = Order.CHANGES_GRADIENTS
+
     def __init__(
         self,
         alpha: float = 0.97,
@@ -93,13 +105,12 @@ class ZClip(Callback):
         max_grad_norm: float | None = 1.0,
         eps: float = 1e-6,
         warmup_steps: int = 25,
-        mode: Mode = "zscore",
         clip_option: ClipOption = "adaptive_scaling",
         clip_factor: float = 1.0,
         skip_update_on_spike: bool = False,
         relearn_after: int | None = 100,
         nonfinite: NonFinite = "zero",
-        log_statistics: bool = False,
+        log_details: bool = False,
     ) -> None:
         self.config = ZClipConfig(
             alpha=alpha,
@@ -107,15 +118,15 @@ class ZClip(Callback):
             max_grad_norm=max_grad_norm,
             eps=eps,
             warmup_steps=warmup_steps,
-            mode=mode,
             clip_option=clip_option,
             clip_factor=clip_factor,
             skip_update_on_spike=skip_update_on_spike,
             relearn_after=relearn_after,
         )
-        check("nonfinite", nonfinite, nonfinite in get_args(NonFinite), f"one of {get_args(NonFinite)}")
+        check_choice("nonfinite", nonfinite, NonFinite)
+        check_flag("log_details", log_details)
         self.nonfinite: NonFinite = nonfinite
-        self.log_statistics = log_statistics
+        self.log_details = log_details
         self._states: list[ZClipState] = []
         self._folded: dict[int, RemovableHandle] = {}  # optimizer's index -> the hook that ends the folding
         self._warned_of_cap = False
@@ -139,22 +150,18 @@ class ZClip(Callback):
                 f"ZClip and Trainer(gradient_clip_val={trainer.gradient_clip_val}) would both clip the gradients: "
                 "remove gradient_clip_val, or keep it as the cap with ZClip(max_grad_norm=...)"
             )
-        if sum(isinstance(callback, ZClip) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        if sum(isinstance(callback, ZClip) for callback in callbacks_of(trainer)) > 1:
             raise MisconfigurationException(
                 "Two ZClip callbacks would both clip the gradients: keep one; it has statistics for each optimizer"
             )
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"ZClip does not support {type(trainer.strategy).__name__}, whose flattened or partitioned gradients "
-                "give each rank another norm: use ModelParallelStrategy (FSDP2) in its place"
-            )
+        refuse_flattened(trainer, "ZClip", "flattens or partitions the gradients and so gives each rank another norm")
         if self.nonfinite != "zero" and gradient_scaler(trainer.strategy) is not None:
             warnings.warn(
                 f"ZClip(nonfinite={self.nonfinite!r}) has no effect with a GradScaler, which skips a step with "
                 "non-finite gradients itself",
                 stacklevel=2,
             )
-        _move_behind_monitors(trainer, self)
+        sort_callbacks(trainer)
         self._stepped = False
 
     @override
@@ -165,6 +172,8 @@ class ZClip(Callback):
                 "ZClip does not support LBFGS, which evaluates several gradients in one step: use an optimizer that "
                 "takes one, such as AdamW or SGD"
             )
+        stepped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        refuse_sparse_gradients(pl_module, stepped, "ZClip")
         if len(self._states) != len(optimizers):
             if self._states:
                 warnings.warn(
@@ -181,9 +190,9 @@ class ZClip(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        index = next(i for i, candidate in enumerate(trainer.optimizers) if candidate is optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = global_grad_norm(parameters)
+        index = optimizer_index(trainer, optimizer)
+        gradients = Gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+        norm = gradients.norm()
         if norm is None:  # training_step returned None
             return
         self._stepped = True
@@ -204,20 +213,21 @@ class ZClip(Callback):
                     f"the gradient norm of optimizer {index} is {float(norm)} at global step {trainer.global_step}; "
                     "ZClip(nonfinite='raise') stops here"
                 )
-            for parameter in parameters:  # an optimizer leaves a parameter without gradient as it is
-                parameter.grad = None
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:  # an optimizer leaves a parameter without gradient as it is
+                    parameter.grad = None
         else:
-            scale_(local_grads(parameters), coefficient, zero_nonfinite=zero)
-        if trainer._logger_connector.should_update_logs:
+            gradients.scale_(coefficient, zero_nonfinite=zero)
+        if logs_now(trainer):
             self._log(pl_module, index)
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
-        """The norms that follow are of other parameters, unless a resumed run only restores what was open."""
+        """The norms that follow are of other parameters, unless a resumed run only restores what was trained."""
         if not (change.unfrozen and self._stepped):
             return
-        opened = {id(parameter) for parameter in change.unfrozen.values()}
+        unfrozen = {id(parameter) for parameter in change.unfrozen.values()}
         for optimizer, state in zip(trainer.optimizers, self._states, strict=True):
-            if any(id(parameter) in opened for group in optimizer.param_groups for parameter in group["params"]):
+            if any(id(parameter) in unfrozen for group in optimizer.param_groups for parameter in group["params"]):
                 state.change_level()
 
     def _log(self, pl_module: LightningModule, index: int) -> None:
@@ -231,12 +241,10 @@ class ZClip(Callback):
             "clipped": state["recent_clipped"] / state["recent_steps"],
             "skipped": state["nonfinite"],
         }
-        if self.log_statistics:
+        if self.log_details:
             values |= {"mean": state["mean"], "std": state["var"].sqrt()}
             values |= {"spikes": state["spikes"], "relearned": state["relearned"]}
-        for name, value in values.items():
-            # A copy: the state is written in place before the logger reads the value.
-            pl_module.log(f"{prefix}/{name}", value.float().clone(), on_step=True, on_epoch=False, batch_size=1)
+        log_values(pl_module, prefix, values)
         for name in ("recent_steps", "recent_clipped", "recent_nonfinite"):
             state[name].zero_()
         self._warn_of_cap(state)
@@ -320,13 +328,3 @@ def _end_folding(optimizer: Optimizer, *_: Any) -> None:
     for name in ("grad_scale", "found_inf"):
         if hasattr(optimizer, name):
             delattr(optimizer, name)
-
-
-def _move_behind_monitors(trainer: Trainer, clipper: Callback) -> None:
-    """Reorder so that every callback with ``observes_gradients = True`` sees the gradients before they are clipped."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    here = callbacks.index(clipper)
-    last = max((i for i, other in enumerate(callbacks) if getattr(other, "observes_gradients", False)), default=-1)
-    if last > here:
-        # A new list: the Trainer is iterating over the old one.
-        trainer.callbacks = [*callbacks[:here], *callbacks[here + 1 : last + 1], clipper, *callbacks[last + 1 :]]  # type: ignore[attr-defined]

@@ -16,23 +16,30 @@ A unit is a matrix or a LoRA pair. All is taken and decided on the device: nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check, is_count
-from lightning_eff.functional.gradients import is_dtensor, local_grads, statistics_dtype
+from lightning_eff.arguments import check_choice, check_count, check_number
+from lightning_eff.functional.gradients import (
+    Sharding,
+    as_real,
+    is_dtensor,
+    local_grad,
+    sharding_of,
+    statistics_dtype,
+    sum_over_ranks_,
+)
 from lightning_eff.kernels.tensor_stats import tensor_stats
 
 Metric = Literal["grad_change", "grad", "weight_change"]
 TauMode = Literal["relative", "absolute"]
 
 MEMORY = 5
-"""Observations that a running mean (a matrix's level, a signal to re-open) remembers; a level has at least as many."""
+"""Observations that a running mean (a matrix's level, a signal to unfreeze) remembers; a level has at least as many."""
 
 FIELDS = (
     "metric",  # the last observation, 0 before the first
@@ -40,10 +47,10 @@ FIELDS = (
     "count",  # observations
     "streak",  # observations below the threshold in a row, after the grace period
     "frozen",
-    "signal",  # running mean of what speaks for re-opening
+    "signal",  # running mean of what speaks for unfreezing
     "baseline",  # the signal when the unit was frozen
     "rise",  # observations of the signal above `unfreeze_factor * baseline` in a row
-    "reopened",  # times
+    "reopened",  # times that it was unfrozen
 )
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
@@ -56,8 +63,8 @@ class GradESConfig:
         tau: the threshold, > 0.
         tau_mode: ``"relative"``: a fraction of the unit's own level, the mean of its last observations in the grace
             period; ``"absolute"``: in units of the metric, as in the paper.
-        patience: observations below the threshold in a row, >= 1. Twice as many after each re-opening.
-        unfreeze_factor: a frozen unit is to be re-opened when its signal has been above this many times what it was
+        patience: observations below the threshold in a row, >= 1. Twice as many each time that it was unfrozen.
+        unfreeze_factor: a frozen unit is to be unfrozen when its signal has been above this many times what it was
             at the freezing for ``patience`` observations, > 1; None: never.
 
     Raises:
@@ -70,11 +77,10 @@ class GradESConfig:
     unfreeze_factor: float | None = None
 
     def __post_init__(self) -> None:
-        check("tau", self.tau, 0 < self.tau < math.inf, "positive and finite")
-        check("tau_mode", self.tau_mode, self.tau_mode in get_args(TauMode), f"one of {get_args(TauMode)}")
-        check("patience", self.patience, is_count(self.patience), "an integer of at least 1")
-        if self.unfreeze_factor is not None:
-            check("unfreeze_factor", self.unfreeze_factor, 1 < self.unfreeze_factor < math.inf, "above 1 and finite")
+        check_number("tau", self.tau, above=0)
+        check_choice("tau_mode", self.tau_mode, TauMode)
+        check_count("patience", self.patience)
+        check_number("unfreeze_factor", self.unfreeze_factor, above=1, optional=True)
 
 
 @dataclass
@@ -105,9 +111,9 @@ class GradESState:
             self.values = self.values.to(statistics_dtype(device)).to(device)
         return self
 
-    def mark(self, frozen: Sequence[int], opened: Sequence[int] = ()) -> None:
-        """Note that units have been frozen, or opened again; their counters start anew."""
-        for units, value in ((frozen, 1.0), (opened, 0.0)):
+    def mark(self, frozen: Sequence[int], unfrozen: Sequence[int] = ()) -> None:
+        """Note that units have been frozen, or unfrozen again; their counters start anew."""
+        for units, value in ((frozen, 1.0), (unfrozen, 0.0)):
             if units:
                 index = torch.tensor(units).to(self.values.device, non_blocking=True)
                 for name in ("streak", "rise"):
@@ -163,7 +169,7 @@ def settled_units(state: GradESState) -> Tensor:
 
 
 def grades_signal(signal: Tensor, state: GradESState) -> None:
-    """Take what speaks for re-opening frozen units: anything that grows when they were frozen too soon.
+    """Take what speaks for unfreezing units: anything that grows when they were frozen too soon.
 
     Args:
         signal: of shape (units,) or 0-d; what is not finite or not above 0 is no observation.
@@ -183,8 +189,8 @@ def grades_signal(signal: Tensor, state: GradESState) -> None:
     state["rise"].copy_(torch.where(seen, torch.where(rising, state["rise"] + 1, 0.0), state["rise"]))
 
 
-def units_to_reopen(state: GradESState) -> Tensor:
-    """Whether each unit is to be opened again now; bool of shape (units,)."""
+def units_to_unfreeze(state: GradESState) -> Tensor:
+    """Whether each unit is to be unfrozen now; bool of shape (units,)."""
     return (state["rise"] >= state.config.patience) & (state["frozen"] != 0)
 
 
@@ -215,6 +221,7 @@ class MatrixMetric:
     the authors' code. The first and the last keep one copy of what they measure, on the device and in its dtype; the
     first measurement has nothing to compare with and gives NaN, as does the one after a non-finite gradient.
 
+    Complex tensors are taken as pairs of reals.
     With DTensors each rank measures and keeps its own part, and one all-reduce of (units,) numbers adds them up.
 
     Args:
@@ -226,7 +233,7 @@ class MatrixMetric:
     """
 
     def __init__(self, units: Sequence[Mapping[str, Tensor]], metric: Metric) -> None:
-        check("metric", metric, metric in get_args(Metric), f"one of {get_args(Metric)}")
+        check_choice("metric", metric, Metric)
         self.units = [dict(unit) for unit in units]
         self.metric: Metric = metric
         self.copies: dict[str, Tensor] = {}
@@ -239,44 +246,45 @@ class MatrixMetric:
             members: the units to be measured, all by default; others are NaN. Equal on all ranks.
         """
         chosen = list(range(len(self.units)) if members is None else members)
-        parts: dict[Any, list[tuple[int, str]]] = {}  # device and meshes -> (unit, name of the parameter)
+        parts: dict[tuple[Sharding | None, torch.device], tuple[list[int], list[str], list[Tensor]]] = {}
         missing = []
         for unit in chosen:
             for name, parameter in self.units[unit].items():
-                parts.setdefault(_where(parameter), []).append((unit, name))
-                if parameter.grad is None:
+                owners, names, tensors = parts.setdefault((sharding_of(parameter), parameter.device), ([], [], []))
+                grad = local_grad(parameter)
+                if grad is None:
                     missing.append(unit)
-        device, _ = _where(next(iter(self.units[0].values())))
+                    continue
+                owners.append(unit)
+                names.append(name)
+                tensors.append(as_real(_local(parameter) if self.metric == "weight_change" else grad))
+        device = next(iter(self.units[0].values())).device
         dtype = statistics_dtype(device)
         total = torch.full((len(self.units),), torch.nan, dtype=dtype)
         total[chosen] = 0.0
         total[missing] = torch.nan
         total = total.to(device, non_blocking=True)
-        for (place, meshes), keys in parts.items():
-            there = [(unit, name) for unit, name in keys if self.units[unit][name].grad is not None]
+        for (sharding, place), (owners, names, tensors) in parts.items():
             sums = torch.zeros(len(self.units), dtype=dtype, device=place)
-            if there:
-                owners = torch.tensor([unit for unit, _ in there]).to(place, non_blocking=True)
-                sums.index_add_(0, owners, self._sums({name: self.units[unit][name] for unit, name in there}).to(dtype))
-            for mesh, dim in meshes:
-                torch.distributed.all_reduce(sums, group=mesh.get_group(dim))
-            total += sums.to(device, non_blocking=True)
+            if tensors:
+                index = torch.tensor(owners).to(place, non_blocking=True)
+                sums.index_add_(0, index, self._sums(names, tensors).to(dtype))
+            total += sum_over_ranks_(sums, sharding).to(device, non_blocking=True)
         return total
 
-    def _sums(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        if self.metric == "weight_change":
-            tensors = [_local(parameter.detach()) for parameter in parameters.values()]
-        else:
-            tensors = local_grads(parameters.values())
+    def _sums(self, names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
+        """What the metric is of each tensor."""
         if self.metric == "grad":
             return tensor_stats(tensors).l1
-        for name, tensor in zip(parameters, tensors, strict=True):
+        copies = []
+        for name, tensor in zip(names, tensors, strict=True):
             copy = self.copies.get(name)
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                self.copies[name] = torch.full_like(tensor, torch.nan)  # so that the first change is none
+                copy = self.copies[name] = torch.full_like(tensor, torch.nan)  # so that the first change is none
             elif copy.device != tensor.device:
-                self.copies[name] = copy.to(tensor.device)
-        change = tensor_stats(tensors, [self.copies[name] for name in parameters]).change_l1
+                copy = self.copies[name] = copy.to(tensor.device)
+            copies.append(copy)
+        change = tensor_stats(tensors, copies).change_l1
         assert change is not None
         return change
 
@@ -296,15 +304,5 @@ class MatrixMetric:
         self.copies = {name: copy.clone() for name, copy in state.items() if name in names}
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
-
-
-def _where(parameter: Tensor) -> tuple[torch.device, tuple[tuple[Any, int], ...]]:
-    """The device, and the dimensions of device meshes that a parameter is cut along."""
-    if not is_dtensor(parameter):
-        return parameter.device, ()
-    placements = parameter.placements  # type: ignore[attr-defined]
-    mesh = parameter.device_mesh  # type: ignore[attr-defined]
-    meshes = tuple((mesh, dim) for dim, placement in enumerate(placements) if placement.is_shard())
-    return _local(parameter.detach()).device, meshes
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if is_dtensor(parameter) else parameter  # type: ignore[attr-defined, no-any-return]

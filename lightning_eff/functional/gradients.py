@@ -5,14 +5,22 @@ Plain tensors and DTensors (FSDP2, tensor parallelism) may be mixed. Nothing her
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eff.kernels import grad_norm
+from lightning_eff.kernels.tables import to_device
+from lightning_eff.kernels.tensor_stats import tensor_stats
+
+Sharding = tuple[Any, tuple[int, ...]]
+"""A device mesh, and those of its dimensions that a DTensor is cut along."""
+
+_Part = tuple[Sharding | None, torch.device]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -26,47 +34,88 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def local_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The gradients that this rank holds: a DTensor's local shard, everything else as it is.
+def local_grad(parameter: Tensor) -> Tensor | None:
+    """The gradient that this rank holds: a DTensor's local shard, everything else as it is.
 
-    The tensors share memory with ``parameter.grad``, so that an in-place change is a change of the gradient.
+    It shares memory with ``parameter.grad``, so that an in-place change is a change of the gradient.
 
     Raises:
         TypeError: for a sparse gradient or a DTensor gradient that still awaits its reduction (``Partial``).
     """
-    grads: list[Tensor] = []
-    for parameter in parameters:
-        grad = parameter.grad
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse ({grad.layout}); "
-                "only dense gradients are supported: build the embedding with sparse=False"
-            )
-        if is_dtensor(grad):
-            if any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
-                raise TypeError(
-                    f"the gradient of a parameter of shape {tuple(parameter.shape)} is a DTensor with placements "
-                    f"{grad.placements}, which is not reduced yet: redistribute it first"  # type: ignore[attr-defined]
-                )
-            grad = grad.to_local()  # type: ignore[attr-defined]
-        grads.append(grad)
-    return grads
+    grad = parameter.grad
+    if grad is None:
+        return None
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse ({grad.layout}); "
+            "only dense gradients are supported: build the embedding with sparse=False"
+        )
+    if type(grad) is Tensor or not is_dtensor(grad):
+        return grad
+    if any(placement.is_partial() for placement in grad.placements):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"the gradient of a parameter of shape {tuple(parameter.shape)} is a DTensor with placements "
+            f"{grad.placements}, which is not reduced yet: redistribute it first"  # type: ignore[attr-defined]
+        )
+    with torch.no_grad():
+        return grad.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the squared elements of a non-empty list of dense tensors, as a 0-d tensor on the first one's device.
+class Gradients:
+    """The gradients of a list of parameters in one step, read in one walk for a norm and a scaling.
 
-    Accumulated in float32 (float64 for float64 tensors) whatever the tensors' own dtype, since a norm taken in float16
-    overflows and one taken in bfloat16 has three digits; over tensors in float64 (float32 on MPS). On a GPU one kernel
-    reads them all once, see :mod:`lightning_eff.kernels.grad_norm`.
+    Args:
+        parameters: leaf tensors of any shapes, devices and floating or complex dtypes.
+
+    Raises:
+        TypeError: as ``local_grad`` does.
+
+    Example:
+        >>> parameter = nn.Parameter(torch.zeros(2))
+        >>> parameter.grad = torch.tensor([3.0, 4.0])
+        >>> gradients = Gradients([parameter])
+        >>> gradients.norm()
+        tensor(5., dtype=torch.float64)
+        >>> gradients.scale_(torch.tensor(0.5))
+        >>> parameter.grad
+        tensor([1.5000, 2.0000])
     """
-    first, *others = [grad_norm.sum_of_squares(group) for group in _by_device(tensors)]
-    return sum((square.to(first.device) for square in others), first)
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        parts = _read([parameters])
+        self._parts = [(*part, grad_norm.read(grads)) for part, (_, grads) in parts.items()]
+
+    def norm(self) -> Tensor | None:
+        """L2 norm over all ranks that share them, a 0-d float64 tensor (float32 on MPS), equal on all ranks.
+
+        Accumulated in float32 (float64 for float64 tensors) whatever the tensors' own dtype, since a norm taken in
+        float16 overflows and one taken in bfloat16 has three digits; over tensors in float64. On a GPU one kernel reads
+        them all once, see :mod:`lightning_eff.kernels.grad_norm`. For collectives see ``squared_grad_norms``.
+
+        Returns:
+            None where there is nothing to measure: no parameter has a gradient and none is a DTensor.
+        """
+        sums = []
+        for sharding, device, listed in self._parts:
+            square = grad_norm.sum_of_squares(listed) if listed.numels else _nothing(device)
+            sums.append(sum_over_ranks_(square, sharding))
+        total = _added(sums)
+        return None if total is None else total.sqrt()
+
+    def scale_(self, coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:
+        """Multiply every gradient in place by a 0-d tensor, without reading it on the host.
+
+        Args:
+            coefficient: 0-d tensor.
+            zero_nonfinite: the coefficient is 0 where an element is NaN or infinite, and the result is to be 0 and not
+                the NaN of ``inf * 0``. One more pass over the tensors; the kernel, which never reads them for a
+                coefficient of 0 nor at all for one of 1, needs none.
+        """
+        for _, device, listed in self._parts:
+            grad_norm.scale_(listed, coefficient.to(device), zero_nonfinite=zero_nonfinite)
 
 
-def squared_grad_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor | None:
+def squared_grad_norms(groups: Sequence[Iterable[Tensor]]) -> Tensor | None:
     """Squared L2 norm of the gradients of each group of parameters over all ranks that share them.
 
     Plain gradients are taken as they are: under DDP they are equal on all ranks after the reduction. For DTensors the
@@ -81,64 +130,101 @@ def squared_grad_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor | None:
         A float64 tensor (float32 on MPS) of shape (len(groups),), equal on all ranks, 0 for a group without gradients,
         or None where there is nothing to measure: no parameter has a gradient and none is a DTensor.
     """
-    plain: list[list[Tensor]] = []
-    sharded: dict[tuple[Any, tuple[int, ...]], list[list[Tensor]]] = {}
+    sums = []
+    for (sharding, device), (owners, grads) in _read(groups).items():
+        squares = tensor_stats(grads).squared_l2 if grads else _nothing(device).expand(0)
+        if owners != list(range(len(groups))):
+            squares = torch.cat([squares, _nothing(device).view(1)])
+            squares = squares[_members(tuple(owners), len(groups), device)].sum(1)
+        sums.append(sum_over_ranks_(squares, sharding))
+    return _added(sums)
+
+
+def _read(groups: Sequence[Iterable[Tensor]]) -> dict[_Part, tuple[list[int], list[Tensor]]]:
+    """For parameters cut alike on one device the numbers of the groups, and the gradients, of those that have one.
+
+    Complex gradients are taken as pairs of reals. A DTensor without a gradient counts too: its rank takes part.
+    """
+    parts: dict[_Part, tuple[list[int], list[Tensor]]] = {}
+    part: _Part | None = None
+    owners: list[int] = []
+    grads: list[Tensor] = []
     for number, group in enumerate(groups):
-        plain.append([])
         for parameter in group:
-            if is_dtensor(parameter):
-                placements = parameter.placements  # type: ignore[attr-defined]
-                mesh_dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
-                key = (parameter.device_mesh, mesh_dims)  # type: ignore[attr-defined]
-                sharded.setdefault(key, [[] for _ in groups])[number].append(parameter)
-            else:
-                plain[number].append(parameter)
-    parts: list[Tensor] = []
-    grads = [local_grads(members) for members in plain]
-    if any(grads):
-        parts.append(_squares(grads, next(group[0] for group in grads if group).device))
-    for (mesh, mesh_dims), members in sharded.items():
-        device = next(group[0] for group in members if group).to_local().device  # type: ignore[attr-defined]
-        squares = _squares([local_grads(group) for group in members], device)
-        for dim in mesh_dims:
-            torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
-        parts.append(squares)
+            grad = parameter.grad
+            if type(grad) is not Tensor or grad.layout != torch.strided:  # else it is what local_grad would say
+                grad = local_grad(parameter)
+            sharding = None if type(parameter) is nn.Parameter else sharding_of(parameter)
+            if grad is None and sharding is None:
+                continue
+            where = sharding, parameter.device
+            if where != part:
+                part = where
+                owners, grads = parts.setdefault(part, ([], []))
+            if grad is not None:
+                owners.append(number)
+                grads.append(as_real(grad) if grad.is_complex() else grad)
+    return parts
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as a view of pairs of reals, everything else as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def sharding_of(parameter: Tensor) -> Sharding | None:
+    """How a DTensor is cut; None for a plain tensor."""
+    if not is_dtensor(parameter):
+        return None
+    placements = parameter.placements  # type: ignore[attr-defined]
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    return mesh, tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def sum_over_ranks_(numbers: Tensor, sharding: Sharding | None) -> Tensor:
+    """Add up in place what each rank has for its shards; collective for each dimension that is sharded."""
+    if sharding is not None:
+        mesh, dims = sharding
+        for dim in dims:
+            torch.distributed.all_reduce(numbers, group=mesh.get_group(dim))
+    return numbers
+
+
+def _added(parts: Sequence[Tensor]) -> Tensor | None:
+    """On the first one's device; None without any."""
     if not parts:
         return None
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part.to(total.device)
-    return total
+    first, *others = parts
+    return sum((part.to(first.device) for part in others), first)
 
 
-def _squares(groups: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    nothing = torch.zeros((), dtype=statistics_dtype(device), device=device)
-    return torch.stack([sum_of_squares(group).to(device) if group else nothing for group in groups])
+def _nothing(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=statistics_dtype(device), device=device)
 
 
-def global_grad_norm(parameters: Sequence[Tensor]) -> Tensor | None:
-    """L2 norm of all gradients of ``parameters`` over all ranks, as a 0-d tensor; see ``squared_grad_norms``."""
-    squares = squared_grad_norms([parameters])
-    return None if squares is None else squares[0].sqrt()
+@functools.lru_cache(16)
+def _members(owners: tuple[int, ...], groups: int, device: torch.device) -> Tensor:
+    """The places in a list of each group's members, of shape (groups, most members); its length stands for none.
 
-
-def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:
-    """Multiply every tensor of a list by a 0-d tensor, in place and without reading it on the host.
-
-    Args:
-        tensors: dense tensors of any shapes, devices and floating dtypes.
-        coefficient: 0-d tensor.
-        zero_nonfinite: the coefficient is 0 where an element is NaN or infinite, and the result is to be 0 and not
-            the NaN of ``inf * 0``. One more pass over the tensors; the kernel, which never reads them for a
-            coefficient of 0 nor at all for one of 1, needs none.
+    A sum over these is in a fixed order, which adding each to its group on a GPU is not.
     """
-    for group in _by_device(tensors):
-        grad_norm.scale_(group, coefficient.to(group[0].device), zero_nonfinite=zero_nonfinite)
+    members: list[list[int]] = [[] for _ in range(groups)]
+    for place, owner in enumerate(owners):
+        members[owner].append(place)
+    most = max(map(len, members))
+    table = [[*places, *[len(owners)] * (most - len(places))] for places in members]
+    return to_device(torch.tensor(table), torch.int64, device)
 
 
-def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors in groups on one device; complex ones as pairs of reals."""
-    groups: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device, []).append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
-    return list(groups.values())
+def sparse_gradients(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters whose gradients are sparse by the layers' own setting, ``nn.Embedding(sparse=True)``, by name.
+
+    Example:
+        >>> list(sparse_gradients(nn.Sequential(nn.Embedding(3, 2, sparse=True), nn.Linear(2, 3))))
+        ['0.weight']
+    """
+    return {
+        f"{name}.weight" if name else "weight": part.weight
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse
+    }

@@ -15,21 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_choice, check_count, check_flag, check_number
 
-Mode = Literal["paper", "official"]
+Variant = Literal["paper", "official"]
 Sampling = Literal["importance", "uniform", "cyclic"]
 
 CLIP = 5.0
-"""Largest exponent of ``mode="official"``, as in the released code."""
+"""Largest exponent of ``variant="official"``, as in the released code."""
 
 
-def importance(previous: Tensor, measured: Tensor, *, beta: float, mode: Mode, interval: int) -> Tensor:
+def importance(previous: Tensor, measured: Tensor, *, beta: float, variant: Variant, interval: int) -> Tensor:
     """One step of the recursion for modules that were active in an interval.
 
     ``"paper"``: G = beta G' + (1 - beta) x, from G' = 0.
@@ -42,11 +42,11 @@ def importance(previous: Tensor, measured: Tensor, *, beta: float, mode: Mode, i
             by the number of elements; ``"official"``: the mean of the gradient norm. NaN, where nothing was
             measured, leaves G as it was.
         beta: weight of the past, in [0, 1).
-        mode: see above.
+        variant: see above.
         interval: k, the number of this interval, from 1; not used by ``"paper"``.
     """
     mixed = beta * previous + (1 - beta) * measured
-    if mode == "official":
+    if variant == "official":
         mixed = mixed / (1 - beta**interval)
     return torch.where(measured.isfinite(), mixed, previous)
 
@@ -56,17 +56,17 @@ def debiased(values: Tensor, turns: Tensor, beta: float) -> Tensor:
     return values / (1 - beta ** turns.clamp(min=1).to(values.dtype))
 
 
-def probabilities(values: Tensor, *, eta: float, mode: Mode) -> Tensor:
+def probabilities(values: Tensor, *, eta: float, variant: Variant) -> Tensor:
     """Sampling probabilities of all modules from their importance, shape (n,); they sum to 1.
 
     ``"paper"``: p ~ exp(eta G), the distribution that has the largest sum of p G - KL(p, uniform) / eta.
     ``"official"``: p ~ exp(min(5, eta G^2)).
 
     Example:
-        >>> probabilities(torch.tensor([0.0, 1.0]), eta=1.0, mode="paper")
+        >>> probabilities(torch.tensor([0.0, 1.0]), eta=1.0, variant="paper")
         tensor([0.2689, 0.7311])
     """
-    exponent = eta * values if mode == "paper" else (eta * values.square()).clamp(max=CLIP)
+    exponent = eta * values if variant == "paper" else (eta * values.square()).clamp(max=CLIP)
     return torch.softmax(exponent, dim=0)
 
 
@@ -80,7 +80,7 @@ class SamplerConfig:
         eta: how strongly importance decides, >= 0; 0 is uniform. In units of 1 / G, see ``importance``.
         beta: weight of the past in the importance, in [0, 1).
         sampling: ``"importance"``; ``"uniform"``: all with equal probability; ``"cyclic"``: in the order given.
-        mode: ``"paper"`` or ``"official"`` recursion and probabilities.
+        variant: ``"paper"`` or ``"official"`` recursion and probabilities.
         sample_last: of the modules that had a turn, this many that have waited longest come first, >= 0. With
             ``"importance"`` only.
         debias: ``"paper"``: sample by the ``debiased`` importance.
@@ -95,21 +95,21 @@ class SamplerConfig:
     eta: float = 1.0
     beta: float = 0.8
     sampling: Sampling = "importance"
-    mode: Mode = "paper"
+    variant: Variant = "paper"
     sample_last: int = 2
     debias: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check("budget", self.budget, 0 < self.budget <= 1, "in (0, 1], a fraction of all parameters")
-        check("units", self.units, self.units is None or is_count(self.units), "an integer of at least 1, or None")
-        check("eta", self.eta, 0 <= self.eta < float("inf"), "at least 0 and finite")
-        check("beta", self.beta, 0 <= self.beta < 1, "in [0, 1)")
-        check("sampling", self.sampling, self.sampling in get_args(Sampling), f"one of {get_args(Sampling)}")
-        check("mode", self.mode, self.mode in get_args(Mode), f"one of {get_args(Mode)}")
-        ok = self.sample_last == 0 or is_count(self.sample_last)
-        check("sample_last", self.sample_last, ok, "an integer of at least 0")
-        check("seed", self.seed, self.seed == 0 or is_count(self.seed), "an integer of at least 0")
+        check_number("budget", self.budget, above=0, most=1)
+        check_count("units", self.units, optional=True)
+        check_number("eta", self.eta, least=0)
+        check_number("beta", self.beta, least=0, below=1)
+        check_choice("sampling", self.sampling, Sampling)
+        check_choice("variant", self.variant, Variant)
+        check_count("sample_last", self.sample_last, least=0)
+        check_flag("debias", self.debias)
+        check_count("seed", self.seed, least=0)
 
 
 class Sampler:
@@ -163,16 +163,16 @@ class Sampler:
         if config.sampling != "importance":
             return torch.full_like(self.importance, 1 / len(self.sizes))
         values = self.importance
-        if config.mode == "paper" and config.debias:
+        if config.variant == "paper" and config.debias:
             values = debiased(values, self.turns, config.beta)
-        return probabilities(values, eta=config.eta, mode=config.mode)
+        return probabilities(values, eta=config.eta, variant=config.variant)
 
     def eta_advice(self) -> str | None:
         """What to tell a user whose ``eta`` has no effect on a sample by importance: none is more than 5 % likelier."""
         config, p, largest = self.config, self.probabilities, float(self.importance.max())
         if config.sampling != "importance" or config.eta == 0 or p.max() >= 1.05 * p.min():
             return None
-        decides = 1 / (largest if config.mode == "paper" else largest**2) if largest > 0 else float("inf")
+        decides = 1 / (largest if config.variant == "paper" else largest**2) if largest > 0 else float("inf")
         if config.eta >= decides:
             return None  # the modules are about as important as each other, and that is not for eta to change
         return (
@@ -189,7 +189,7 @@ class Sampler:
             self.importance[index],
             measured,
             beta=self.config.beta,
-            mode=self.config.mode,
+            variant=self.config.variant,
             interval=max(1, self.interval),
         )
 

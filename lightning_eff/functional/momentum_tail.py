@@ -56,9 +56,11 @@ def _adam(parameters: list[Tensor], states: list[dict[str, Any]], group: dict[st
         # Tensors, because a step on the device is not read; `capturable` and fused optimizers keep it there.
         correction1 = 1 - beta1 ** state["step"]
         correction2 = 1 - beta2 ** state["step"]
-        denominator = (state[squares] / correction2.to(parameter.device)).sqrt_().add_(group["eps"])
+        # In at least 32 bits: a GPU rounds a 0-d tensor to the 16 bits of what it multiplies.
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        denominator = (state[squares].to(wide) / correction2.to(parameter.device)).sqrt_().add_(group["eps"])
         scale = group["lr"] * beta1 / (1 - beta1) / correction1
-        parameter.sub_((state["exp_avg"] * scale.to(parameter.device)).div_(denominator))
+        parameter.sub_((state["exp_avg"].to(wide) * scale.to(parameter.device)).div_(denominator))
 
 
 def _sgd(parameters: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> None:

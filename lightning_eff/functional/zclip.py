@@ -16,18 +16,17 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check, is_count
-from lightning_eff.functional.gradients import global_grad_norm, local_grads, scale_, statistics_dtype
+from lightning_eff.arguments import check_choice, check_count, check_flag, check_number
+from lightning_eff.functional.gradients import Gradients, statistics_dtype
 from lightning_eff.kernels import choose
 from lightning_eff.kernels import zclip as kernel
 
-Mode = Literal["zscore", "percentile"]
-ClipOption = Literal["adaptive_scaling", "mean"]
+ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 
 STD_FLOOR = 1e-3
 """Smallest standard deviation that a z-score is measured against, as a fraction of the mean.
@@ -71,10 +70,8 @@ class ZClipConfig:
         max_grad_norm: no step is longer than this, whatever the statistics say, in the warm-up too; None for no cap.
         eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
         warmup_steps: norms collected before the first decision, >= 1.
-        mode: ``"zscore"`` clips an outlier according to ``clip_option``; ``"percentile"`` clips it to
-            mean + z_thresh * std.
-        clip_option: where a ``"zscore"`` outlier is clipped to: ``"adaptive_scaling"`` to
-            mean + z_thresh^2 / z * std (the further out, the harder), ``"mean"`` to the mean.
+        clip_option: where an outlier is clipped to: ``"adaptive_scaling"`` to mean + z_thresh^2 / z * std (the further
+            out, the harder), ``"mean"`` to the mean, ``"percentile"`` to mean + z_thresh * std.
         clip_factor: multiplies the whole threshold of ``"adaptive_scaling"``, > 0.
         skip_update_on_spike: keep the statistics as they are on an outlier, rather than feeding them the threshold.
         relearn_after: after this many outliers in a row (at least ``warmup_steps``) the level has changed for good,
@@ -90,34 +87,24 @@ class ZClipConfig:
     max_grad_norm: float | None = 1.0
     eps: float = 1e-6
     warmup_steps: int = 25
-    mode: Mode = "zscore"
     clip_option: ClipOption = "adaptive_scaling"
     clip_factor: float = 1.0
     skip_update_on_spike: bool = False
     relearn_after: int | None = 100
 
     def __post_init__(self) -> None:
-        check("alpha", self.alpha, 0 <= self.alpha < 1, "in [0, 1)")
-        check("z_thresh", self.z_thresh, 0 < self.z_thresh < math.inf, "positive and finite")
-        if self.max_grad_norm is not None:
-            check("max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "positive, or None for no cap")
-        check("eps", self.eps, 0 <= self.eps < math.inf, "at least 0 and finite")
-        check("warmup_steps", self.warmup_steps, is_count(self.warmup_steps), "an integer of at least 1")
-        check("mode", self.mode, self.mode in get_args(Mode), f"one of {get_args(Mode)}")
-        check(
-            "clip_option", self.clip_option, self.clip_option in get_args(ClipOption), f"one of {get_args(ClipOption)}"
-        )
-        check("clip_factor", self.clip_factor, 0 < self.clip_factor < math.inf, "positive and finite")
-        if self.relearn_after is not None:
-            allowed = "an integer of at least 1, or None to never learn anew"
-            check("relearn_after", self.relearn_after, is_count(self.relearn_after), allowed)
-        if self.mode == "percentile" and self.clip_option != "adaptive_scaling":
-            warnings.warn(f"clip_option={self.clip_option!r} has no effect with mode='percentile'", stacklevel=3)
-        if self.clip_factor != 1.0 and (self.mode, self.clip_option) != ("zscore", "adaptive_scaling"):
+        check_number("alpha", self.alpha, least=0, below=1)
+        check_number("z_thresh", self.z_thresh, above=0)
+        check_number("max_grad_norm", self.max_grad_norm, above=0, optional=True)
+        check_number("eps", self.eps, least=0)
+        check_count("warmup_steps", self.warmup_steps)
+        check_choice("clip_option", self.clip_option, ClipOption)
+        check_number("clip_factor", self.clip_factor, above=0)
+        check_flag("skip_update_on_spike", self.skip_update_on_spike)
+        check_count("relearn_after", self.relearn_after, optional=True)
+        if self.clip_factor != 1.0 and self.clip_option != "adaptive_scaling":
             warnings.warn(
-                f"clip_factor={self.clip_factor} has an effect only with mode='zscore' and "
-                "clip_option='adaptive_scaling'",
-                stacklevel=3,
+                f"clip_factor={self.clip_factor} has an effect only with clip_option='adaptive_scaling'", stacklevel=3
             )
 
 
@@ -248,7 +235,7 @@ def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
     # Is it an outlier, and what is it clipped to?
     std = torch.maximum(var.sqrt(), STD_FLOOR * mean)
     z_score = (norm - mean) / (std + config.eps)
-    if config.mode == "percentile":
+    if config.clip_option == "percentile":
         trigger = target = mean + config.z_thresh * std
         outlier = norm > trigger
     else:
@@ -329,7 +316,7 @@ def _decide_in_one_launch(norm: Tensor, state: ZClipState, on_nonfinite: float) 
         state.values,
         state.norms,
         constants,
-        percentile=config.mode == "percentile",
+        percentile=config.clip_option == "percentile",
         to_mean=config.clip_option == "mean",
         skip_spikes=config.skip_update_on_spike,
     )
@@ -354,10 +341,8 @@ def zclip_grad_norm_(parameters: Iterable[Tensor], state: ZClipState) -> Tensor 
         >>> print(f"{parameter.grad.norm():.6f}")
         1.033777
     """
-    parameters = list(parameters)
-    norm = global_grad_norm(parameters)
-    if norm is None:
-        return None
-    coefficient = zclip_update(norm, state)
-    scale_(local_grads(parameters), coefficient, zero_nonfinite=True)
+    gradients = Gradients(parameters)
+    norm = gradients.norm()
+    if norm is not None:
+        gradients.scale_(zclip_update(norm, state), zero_nonfinite=True)
     return norm

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check, check_count
+from lightning_eff.training.trainer import tensorboards
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,8 @@ class HeatMap:
 
     def __init__(self, names: Sequence[str], columns: int = 512) -> None:
         check("names", names, len(names) > 0, "a list with a name for each row")
-        check("columns", columns, is_count(columns) and columns % 2 == 0, "an even integer of at least 2")
+        check_count("columns", columns, least=2)
+        check("columns", columns, columns % 2 == 0, "an even integer")
         self.names = list(names)
         self.columns = columns
         self.steps: list[int] = []
@@ -160,13 +161,12 @@ class HeatMap:
             path = Path(folder) / f"{tag.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=120)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                canvas.draw()
-                pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-                width, height = canvas.get_width_height()
-                image = pixels.view(height, width, 4)[..., :3]
-                logger.experiment.add_image(tag, image, trainer.global_step, dataformats="HWC")
+        for board in tensorboards(trainer):
+            canvas.draw()
+            pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+            width, height = canvas.get_width_height()
+            image = pixels.view(height, width, 4)[..., :3]
+            board.add_image(tag, image, trainer.global_step, dataformats="HWC")
         return path
 
     def state_dict(self, *, by_reference: bool = False) -> dict[str, Any]:

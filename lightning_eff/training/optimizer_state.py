@@ -64,12 +64,12 @@ def release_state(optimizers: Sequence[Optimizer], parameters: Iterable[Tensor])
     return held
 
 
-def check_release_support(optimizers: Iterable[Optimizer], *, reopen: bool = True) -> None:
+def check_release_support(optimizers: Iterable[Optimizer], *, again: bool = True) -> None:
     """Say when the optimizers exist, in ``on_fit_start``, whether the state of some parameters can be released.
 
     Args:
         optimizers: ``trainer.optimizers``.
-        reopen: whether a parameter may be trained again after its state was released.
+        again: whether a parameter may be trained again after its state was released.
 
     Raises:
         MisconfigurationException: for an optimizer whose state is not each parameter's own (LBFGS), is divided over
@@ -82,7 +82,7 @@ def check_release_support(optimizers: Iterable[Optimizer], *, reopen: bool = Tru
             why = "keeps one state for all parameters together"
         elif hasattr(optimizer, "consolidate_state_dict"):
             why = "divides the state over the ranks by whole parameters"
-        elif reopen and isinstance(optimizer, Adagrad):
+        elif again and isinstance(optimizer, Adagrad):
             why = "makes its state when it is built and cannot make it again"
         if why is not None:
             raise MisconfigurationException(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.hooks import FollowsTrainable, tell
-from lightning_eff.training.trainer import ranks_agree
+from lightning_eff.training.trainer import callbacks_of, ranks_agree
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
@@ -122,6 +123,30 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
         _wrap_anew(strategy)
     tell(trainer, FollowsTrainable, change)
     return change
+
+
+def trainable_by_name(module: nn.Module, trainable: Mapping[nn.Parameter, bool]) -> dict[str, bool]:
+    """What ``set_trainable`` takes, for parameters whose names may have changed; those that are gone are left out.
+
+    Pruning and other re-parametrizations in the midst of a run rename a parameter (``weight`` to ``weight_orig``).
+    """
+    named = clean_named_parameters(module)
+    return {name: trainable[parameter] for name, parameter in named.items() if parameter in trainable}
+
+
+def refuse_other_deciders(trainer: Trainer, callback: Callback) -> None:
+    """Refuse in ``setup`` a second callback that decides which parameters are trained.
+
+    Raises:
+        MisconfigurationException: it has ``changes_trainable``, or is Lightning's BaseFinetuning.
+    """
+    for other in callbacks_of(trainer):
+        decides = getattr(other, "changes_trainable", False) or isinstance(other, BaseFinetuning)
+        if decides and other is not callback:
+            raise MisconfigurationException(
+                f"{type(callback).__name__} and {type(other).__name__} would both decide which parameters are trained: "
+                "keep one of them"
+            )
 
 
 def _check_names(parameters: Mapping[str, nn.Parameter], trainable: Mapping[str, bool]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_eff.functional.gradients import sparse_gradients
 from lightning_eff.training.hooks import Order
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
@@ -119,6 +120,21 @@ def refuse_flattened(trainer: Trainer, who: str, why: str) -> None:
             f"{who} does not support {type(trainer.strategy).__name__}, which {why}: use ModelParallelStrategy (FSDP2) "
             "in its place"
         )
+
+
+def refuse_sparse_gradients(module: LightningModule, parameters: Iterable[Tensor], who: str) -> None:
+    """Refuse those of these parameters that an embedding gives sparse gradients, before the first step.
+
+    Raises:
+        MisconfigurationException: with the parameter's name and the mend.
+    """
+    wanted = {id(parameter) for parameter in parameters if parameter.requires_grad}
+    for name, parameter in sparse_gradients(module).items():
+        if id(parameter) in wanted:
+            raise MisconfigurationException(
+                f"{who} does not support sparse gradients, and {name} has sparse ones: build its layer "
+                "with sparse=False"
+            )
 
 
 def replicas_are_equal(strategy: Strategy) -> bool:

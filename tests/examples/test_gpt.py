@@ -257,7 +257,7 @@ def test_a_sample_of_matrices_at_a_time(text, tmp_path):
         --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
     """
     config = tmp_path / "misa.yaml"
-    config.write_text((CONFIGS / "misa.yaml").read_text().replace("interval: 50\n", "interval: 2\n"))
+    config.write_text((CONFIGS / "misa.yaml").read_text().replace("every_n_steps: 50\n", "every_n_steps: 2\n"))
     cli = train(["fit", "--config", str(config), *overrides.split()])
     metrics = cli.trainer.callback_metrics
     assert 0 < metrics["misa/used"] <= 1

@@ -16,7 +16,7 @@ from lightning_eff.functional.grades import (
     grades_update,
     neighbour_signal,
     settled_units,
-    units_to_reopen,
+    units_to_unfreeze,
 )
 from lightning_eff.structure.flops import backward_flops
 from tests.operators import OperatorCounter
@@ -200,11 +200,11 @@ def test_a_unit_is_reopened_when_its_signal_has_risen_and_needs_more_patience_th
     opened = []
     for value in (1.2, 1.2, math.nan, 9.0, 9.0):
         grades_signal(torch.tensor(value), state)
-        opened.append(units_to_reopen(state).tolist())
+        opened.append(units_to_unfreeze(state).tolist())
     # 1.2 is below; with 9 the running mean passes 1.5 at once, and patience asks for it twice.
     assert opened == [[False, False]] * 4 + [[True, False]]
     state.mark([], [0])
-    assert not units_to_reopen(state).any()
+    assert not units_to_unfreeze(state).any()
     needed = 0
     while settled_units(state)[0].isnan():
         grades_update(torch.tensor([0.5, math.nan]), state, armed=True)
@@ -237,7 +237,7 @@ def test_nothing_waits_for_the_device():
             ratio = grades_update(metric.measure(), state, armed=armed)
             grades_signal(neighbour_signal(state, ratio, torch.tensor([0, 1])), state)
             settled_units(state)
-            units_to_reopen(state)
+            units_to_unfreeze(state)
             state.mark([0], [1])
     assert counter.host_syncs == 0
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_eff.functional.gradients import global_grad_norm, local_grads, scale_, sum_of_squares
+from lightning_eff.functional.gradients import Gradients, squared_grad_norms
+from tests.gpu_rounding import GpuRounding
+from tests.operators import OperatorCounter
+
+
+def global_grad_norm(parameters):
+    return Gradients(parameters).norm()
 
 
 def parameters_with_grads(*grads):
@@ -47,33 +53,67 @@ def test_non_contiguous_gradients():
     parameter = parameters_with_grads(grad)[0]
     parameter.grad = grad.t().contiguous().t()
     assert global_grad_norm([parameter]).item() == pytest.approx(grad.norm().item(), rel=1e-6)
-    scale_(local_grads([parameter]), torch.tensor(0.5))
+    Gradients([parameter]).scale_(torch.tensor(0.5))
     assert torch.equal(parameter.grad, grad * 0.5)
 
 
 def test_a_nonfinite_element_gives_a_nonfinite_norm():
     for bad in (math.nan, math.inf, -math.inf):
-        assert not sum_of_squares([torch.ones(5), torch.tensor([1.0, bad])]).isfinite()
+        assert not global_grad_norm(parameters_with_grads(torch.ones(5), torch.tensor([1.0, bad]))).isfinite()
 
 
 def test_scale_works_in_place_on_every_dtype():
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
     tensors = [torch.full((3,), 2.0, dtype=dtype) for dtype in dtypes]
-    scale_(tensors, torch.tensor(0.25, dtype=torch.float64))
+    Gradients(parameters_with_grads(*tensors)).scale_(torch.tensor(0.25, dtype=torch.float64))
     for tensor, dtype in zip(tensors, dtypes, strict=True):
         assert torch.equal(tensor, torch.full((3,), 0.5, dtype=dtype))
 
 
 def test_scaling_bfloat16_does_not_round_the_coefficient():
     tensor = torch.full((1,), 384.0, dtype=torch.bfloat16)
-    scale_([tensor], torch.tensor(1 / 3))
+    Gradients(parameters_with_grads(tensor)).scale_(torch.tensor(1 / 3))
     assert tensor.item() == 128.0  # with 1/3 rounded to bfloat16 it would be 128.5, rounded to 128 or 129
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [7, 2**13])
+def test_a_gpu_does_not_round_the_coefficient_either(dtype, size):
+    values = torch.randn(size).to(dtype)
+    coefficient = torch.tensor(0.7012345, dtype=torch.float64)
+    parameters = parameters_with_grads(values.clone())
+    with GpuRounding():
+        Gradients(parameters).scale_(coefficient)
+    assert torch.equal(parameters[0].grad, (values.float() * coefficient.float()).to(dtype))
+    with GpuRounding():
+        rounded = values * coefficient.float()
+    assert not torch.equal(rounded, parameters[0].grad)  # what is guarded against
+
+
+def test_a_norm_takes_one_operator_beside_the_sum(monkeypatch):
+    total = torch.tensor(25.0, dtype=torch.float64)
+    parameters = parameters_with_grads(torch.tensor([3.0]), torch.tensor([4.0, 0.0]))
+    monkeypatch.setattr("lightning_eff.kernels.grad_norm.sum_of_squares", lambda _: total)
+    with OperatorCounter() as counter:
+        assert Gradients(parameters).norm() is not None
+    assert counter.operators == {"aten::sqrt": 1}
+
+
+def test_squared_norms_are_each_groups_own_whatever_its_members():
+    sizes = [[(3, 4), (5,)], [(3, 4)], [], [(2**13,), (), (3, 4)]]
+    groups = [parameters_with_grads(*(torch.randn(shape) for shape in shapes)) for shapes in sizes]
+    groups[3].append(nn.Parameter(torch.zeros(2)))  # without a gradient
+    expected = [sum(p.grad.double().square().sum().item() for p in group if p.grad is not None) for group in groups]
+    assert squared_grad_norms(groups).tolist() == pytest.approx(expected, rel=1e-6)
+    assert squared_grad_norms([[nn.Parameter(torch.zeros(2))]]) is None
+
+
 def test_zero_nonfinite():
-    tensors = [torch.tensor([1.0, math.nan, math.inf, -math.inf]), torch.ones(2)]
-    scale_(tensors, torch.tensor(0.0), zero_nonfinite=True)
-    assert [t.tolist() for t in tensors] == [[0.0] * 4, [0.0] * 2]
+    large = torch.ones(2**13)
+    large[5] = math.nan
+    tensors = [torch.tensor([1.0, math.nan, math.inf, -math.inf]), torch.ones(2), large]
+    Gradients(parameters_with_grads(*tensors)).scale_(torch.tensor(0.0), zero_nonfinite=True)
+    assert [t.tolist() for t in tensors] == [[0.0] * 4, [0.0] * 2, [0.0] * 2**13]
 
 
 def test_sparse_gradients_are_refused():
@@ -86,8 +126,6 @@ def test_sparse_gradients_are_refused():
 def _fsdp2_norms(dtype_name):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from tests.operators import OperatorCounter
 
     results = {}
     for kind in ("fsdp", "hsdp"):
@@ -108,7 +146,7 @@ def _fsdp2_norms(dtype_name):
             norm = global_grad_norm(parameters)
         full = [parameter.grad.full_tensor().double() for parameter in model.parameters()]
         expected = math.sqrt(sum(grad.square().sum().item() for grad in full) + 25)
-        scale_(local_grads(parameters), torch.tensor(0.5))
+        Gradients(parameters).scale_(torch.tensor(0.5))
         after = [parameter.grad.full_tensor().double() for parameter in model.parameters()]
         halved = all(torch.equal(a, f * 0.5) for a, f in zip(after, full, strict=True))
         results[kind] = (norm.item(), expected, counter.collectives, halved)

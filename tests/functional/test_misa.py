@@ -11,11 +11,11 @@ import torch
 from lightning_eff.functional.misa import Sampler, SamplerConfig, debiased, importance, probabilities
 
 
-def recursion(measured, *, mode, beta=0.8):
+def recursion(measured, *, variant, beta=0.8):
     value, values = torch.zeros(1, dtype=torch.float64), []
     for k, x in enumerate(measured, 1):
         x = torch.tensor([x], dtype=torch.float64)
-        value = importance(value, x, beta=beta, mode=mode, interval=k)
+        value = importance(value, x, beta=beta, variant=variant, interval=k)
         values.append(value.item())
     return values
 
@@ -23,38 +23,38 @@ def recursion(measured, *, mode, beta=0.8):
 def test_the_released_recursion_divides_again_what_was_divided():
     # Golden: the released optimizer run with a constant gradient norm of 1, beta 0.8.
     golden = [1.0, 2.7778, 4.9636, 7.0645, 8.7035, 9.7076]
-    assert recursion([1.0] * 6, mode="official") == pytest.approx(golden, abs=5e-5)
+    assert recursion([1.0] * 6, variant="official") == pytest.approx(golden, abs=5e-5)
 
 
 def test_the_papers_recursion():
     # By hand: G = 0.8 G' + 0.2 x of x = 1, 1, 4.
-    assert recursion([1.0, 1.0, 4.0], mode="paper") == pytest.approx([0.2, 0.36, 1.088], rel=1e-12)
+    assert recursion([1.0, 1.0, 4.0], variant="paper") == pytest.approx([0.2, 0.36, 1.088], rel=1e-12)
 
 
 def test_a_constant_measure_is_its_own_debiased_importance():
-    values = torch.tensor(recursion([3.0] * 6, mode="paper"), dtype=torch.float64)
+    values = torch.tensor(recursion([3.0] * 6, variant="paper"), dtype=torch.float64)
     assert debiased(values, torch.arange(1, 7), 0.8).tolist() == pytest.approx([3.0] * 6, rel=1e-12)
     assert debiased(torch.zeros(2), torch.tensor([0, 0]), 0.8).tolist() == [0.0, 0.0]
     assert debiased(torch.ones(1), torch.ones(1, dtype=torch.int64), 0.0).item() == 1.0
 
 
-@pytest.mark.parametrize("mode", ["paper", "official"])
-def test_nothing_measured_leaves_the_importance_alone(mode):
-    assert recursion([1.0, math.nan, math.inf], mode=mode)[1:] == recursion([1.0], mode=mode) * 2
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_nothing_measured_leaves_the_importance_alone(variant):
+    assert recursion([1.0, math.nan, math.inf], variant=variant)[1:] == recursion([1.0], variant=variant) * 2
 
 
 def test_probabilities_by_hand():
     values = torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64)
     weights = [1.0, math.exp(0.5), math.exp(1.5)]
-    paper = probabilities(values, eta=0.5, mode="paper").tolist()
+    paper = probabilities(values, eta=0.5, variant="paper").tolist()
     assert paper == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-12)
     weights = [1.0, math.exp(0.5), math.exp(4.5)]
-    official = probabilities(values, eta=0.5, mode="official").tolist()
+    official = probabilities(values, eta=0.5, variant="official").tolist()
     assert official == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-12)
     weights = [1.0, math.exp(1.0), math.exp(5.0)]  # the exponent ends at 5
-    official = probabilities(values, eta=1.0, mode="official").tolist()
+    official = probabilities(values, eta=1.0, variant="official").tolist()
     assert official == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-12)
-    assert probabilities(values * 1e6, eta=1.0, mode="paper").tolist() == [0.0, 0.0, 1.0]
+    assert probabilities(values * 1e6, eta=1.0, variant="paper").tolist() == [0.0, 0.0, 1.0]
 
 
 def test_the_papers_probabilities_solve_their_problem():
@@ -64,7 +64,7 @@ def test_the_papers_probabilities_solve_their_problem():
     def objective(p):
         return (p * values).sum() - (p * (p * len(p)).log()).sum() / eta
 
-    best = probabilities(values, eta=eta, mode="paper")
+    best = probabilities(values, eta=eta, variant="paper")
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         other = torch.softmax(best.log() + 0.1 * torch.randn(4, generator=generator, dtype=torch.float64), 0)
@@ -198,7 +198,7 @@ def test_the_users_random_numbers_are_left_alone():
         ("eta", math.inf),
         ("beta", 1.0),
         ("sampling", "greedy"),
-        ("mode", "code"),
+        ("variant", "code"),
         ("sample_last", -1),
         ("seed", -1),
     ],

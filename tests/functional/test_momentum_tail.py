@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightning_eff.functional.momentum_tail import has_momentum_tail, momentum_tail_
+from tests.gpu_rounding import GpuRounding
 
 LR = 0.1
 
@@ -40,6 +41,20 @@ def test_adams_step_by_its_formula(name):
     torch.testing.assert_close(one.detach(), before - step, rtol=1e-6, atol=0)
     assert torch.equal(other, untouched)
     assert state["step"].item() == 5  # the state is read alone
+
+
+def test_a_gpu_does_not_round_the_correction_of_bias_to_sixteen_bits():
+    weight = torch.nn.Parameter(torch.randn(200, generator=torch.Generator().manual_seed(0)).bfloat16())
+    optimizer = torch.optim.AdamW([weight], lr=LR)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state, before = optimizer.state[weight], weight.detach().clone()
+    state["exp_avg"].copy_(torch.linspace(0.01, 1, 200))
+    m, v = state["exp_avg"].double() / (1 - 0.9), state["exp_avg_sq"].double() / (1 - 0.999)
+    expected = (before.double() - LR * 9 * m / (v.sqrt() + 1e-8)).bfloat16()
+    with GpuRounding():
+        momentum_tail_(optimizer, [weight])
+    assert torch.equal(weight.detach(), expected)
 
 
 def test_after_many_steps_it_is_the_papers_formula():

@@ -109,7 +109,7 @@ def test_golden_values_through_the_callback(name: str, launches: dict[str, int])
         {},
         {"max_grad_norm": None},
         {"max_grad_norm": None, "clip_option": "mean"},
-        {"max_grad_norm": None, "mode": "percentile"},
+        {"max_grad_norm": None, "clip_option": "percentile"},
         {"max_grad_norm": None, "skip_update_on_spike": True},
         {"max_grad_norm": None, "clip_factor": 0.5},
         {"max_grad_norm": None, "relearn_after": None},

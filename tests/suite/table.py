@@ -151,7 +151,7 @@ _GRADES_WAITS = (
 
 _MISA_COPIES = "the sampler's few numbers are copied, which lie on the host anyway"
 _MISA_WAITS = (
-    "AdamW on the CPU reads its count of steps for each parameter, and of a closed one none: that hides the callback's "
+    "AdamW on the CPU reads its count of steps for each parameter, and of a frozen one none: that hides the callback's "
     "own reads, which tests/callbacks/misa/test_misa.py counts"
 )
 
@@ -183,17 +183,18 @@ ROWS = (
             {"max_grad_norm": 0.0},
             {"eps": -1e-6},
             {"warmup_steps": 0},
-            {"mode": "median"},
             {"clip_option": "max"},
             {"clip_factor": 0.0},
             {"relearn_after": 0},
             {"nonfinite": "explode"},
+            {"skip_update_on_spike": "false"},
+            {"log_details": 1},
         ),
         conflicts=(({"gradient_clip_val": 1.0}, "gradient_clip_val"),),
     ),
     Row(
         ZClip,
-        {**_ZCLIP, "max_grad_norm": None, "nonfinite": "skip", "mode": "percentile", "log_statistics": True},
+        {**_ZCLIP, "max_grad_norm": None, "nonfinite": "skip", "clip_option": "percentile", "log_details": True},
         name="ZClip-skip",
         crash_steps=(6,),
         tags=(*_zclip_tags("zclip"), "zclip/mean", "zclip/std", "zclip/spikes", "zclip/relearned"),
@@ -303,7 +304,7 @@ ROWS = (
         {
             "tau": 5.0,
             "alpha": 0.2,
-            "check_every_n_steps": 1,
+            "every_n_steps": 1,
             "patience": 1,
             "max_frozen_ratio": 0.5,
             "stop_when_frozen": False,
@@ -326,7 +327,7 @@ ROWS = (
             {"alpha": -0.1},
             {"metric": "hessian"},
             {"tau_mode": "median"},
-            {"check_every_n_steps": 0},
+            {"every_n_steps": 0},
             {"patience": 0},
             {"include": "*"},
             {"exclude": []},
@@ -336,6 +337,10 @@ ROWS = (
             {"max_events": 0},
             {"unfreeze": "always"},
             {"unfreeze_factor": 1.0},
+            {"stop_when_frozen": "false"},
+            {"release_state": 1},
+            {"log_details": None},
+            {"heat_map": "true"},
         ),
         conflicts=(({"max_steps": -1, "max_epochs": -1}, "give the Trainer max_steps"),),
         exceptions={"waits_for_nothing": _GRADES_WAITS},
@@ -347,7 +352,7 @@ ROWS = (
             "alpha": 0.1,
             "metric": "weight_change",
             "tau_mode": "absolute",
-            "check_every_n_steps": 2,
+            "every_n_steps": 2,
             "include": ["*weight"],
             "patience": 1,
             "max_frozen_ratio": 0.5,
@@ -355,8 +360,7 @@ ROWS = (
             "max_events": None,
             "unfreeze": "neighbours",
             "unfreeze_factor": 1.2,
-            "log_metric": True,
-            "heat_map": False,
+            "log_details": True,
         },
         name="GradES-absolute",
         crash_steps=(3, 7),
@@ -392,7 +396,13 @@ ROWS = (
     Row(
         MISA,
         # Intervals end after 2 and 11 steps: all matrices have had a turn by then.
-        {"budget": 0.7, "first_interval": 2, "interval": 9, "always": ["*bias", "*norm*", "head*"], "eta": 1000.0},
+        {
+            "budget": 0.7,
+            "first_every_n_steps": 2,
+            "every_n_steps": 9,
+            "always": ["*bias", "*norm*", "head*"],
+            "eta": 1000.0,
+        },
         crash_steps=(1, 2, 7),  # in the first interval, at its end before the new state is there, and in the second
         tags=_misa_tags(),
         refused_models={"gan": "belong to 2 optimizers"},
@@ -400,24 +410,35 @@ ROWS = (
         bad_arguments=(
             {"budget": 0.0},
             {"budget": 1.5},
-            {"interval": 0},
+            {"every_n_steps": 0},
             {"eta": -1.0},
             {"beta": 1.0},
             {"granularity": "head"},
             {"sampling": "greedy"},
-            {"mode": "code"},
+            {"variant": "code"},
             {"units": 0},
             {"include": []},
             {"exclude": "*bias"},
             {"always": []},
             {"sample_last": -1},
-            {"first_interval": 0},
+            {"first_every_n_steps": 0},
             {"seed": -1},
+            {"debias": "no"},
+            {"momentum_step": 1},
+            {"log_details": "yes"},
+            {"heat_map": "yes"},
         ),
     ),
     Row(
         MISA,
-        {"mode": "official", "granularity": "layer", "units": 1, "interval": 3, "always": ["head*"], "eta": 99.0},
+        {
+            "variant": "official",
+            "granularity": "layer",
+            "units": 1,
+            "every_n_steps": 3,
+            "always": ["head*"],
+            "eta": 99.0,
+        },
         name="MISA-official-layers",
         crash_steps=(1, 5),
         tags=_misa_tags(),

@@ -89,7 +89,7 @@ def test_a_released_parameter_is_stepped_as_one_that_is_new(name):
 def test_optimizers_that_cannot_do_with_it_are_refused():
     check_release_support([build(_weights()) for build in OPTIMIZERS.values()])
     adagrad = torch.optim.Adagrad(_weights())
-    check_release_support([adagrad], reopen=False)
+    check_release_support([adagrad], again=False)
     with pytest.raises(MisconfigurationException, match="Adagrad makes its state when it is built"):
         check_release_support([adagrad])
     with pytest.raises(MisconfigurationException, match="LBFGS keeps one state for all"):

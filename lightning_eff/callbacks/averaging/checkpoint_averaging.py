@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_eff.arguments import check, check_choice, check_count, check_number, check_text, readable_size
-from lightning_eff.callbacks.averaging.averaged_weights import AveragedWeights, Buffers, Save, ValidateWith
+from lightning_eff.callbacks.averaging.averaged_weights import AveragedWeights, Buffers
 from lightning_eff.callbacks.averaging.beside_checkpoints import Save
 from lightning_eff.callbacks.averaging.evaluations import ValidateWith
 from lightning_eff.callbacks.averaging.window_average import WindowAverage, WindowScheme

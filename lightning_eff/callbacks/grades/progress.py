@@ -34,3 +34,8 @@ def passed_slots(done: float, start: float, count: int) -> int:
         [0, 0, 1, 4, 4]
     """
     return max(0, min(count, int((done - start) / (1 - start) * (count + 1) + 1e-9)))
+
+
+def may_stop(trainer: Trainer) -> bool:
+    """Whether Lightning ends the training for ``trainer.should_stop``: ``min_steps`` and ``min_epochs`` are reached."""
+    return trainer.fit_loop._can_stop_early

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_eff.callbacks.grades.units import FreezableUnits
 from lightning_eff.functional.grades import (
+    MEMORY,
     GradESConfig,
     GradESState,
     MatrixMetric,
@@ -22,22 +23,23 @@ from lightning_eff.functional.grades import (
     grades_update,
     neighbour_signal,
     settled_units,
-    units_to_reopen,
+    units_to_unfreeze,
 )
 from lightning_eff.training.heat_map import HeatMap
 from lightning_eff.training.host_copy import HostCopy
+from lightning_eff.training.trainer import loss_of
 
 Unfreeze = Literal["loss", "neighbours"]
 
 
 class UnitWatch:
-    """Measures the units, keeps their state and their picture, and says which are to be frozen or re-opened.
+    """Measures the units, keeps their state and their picture, and says which are to be frozen or unfrozen.
 
     Args:
         units: those of the model that is trained now.
         config: when a unit has converged.
         metric: what is measured.
-        unfreeze: what speaks for re-opening; None: nothing.
+        unfreeze: what speaks for unfreezing; None: nothing.
         heat_map: whether there is a picture.
         device: where the state lies.
     """
@@ -91,28 +93,28 @@ class UnitWatch:
         return True
 
     def hear_loss(self, loss: Tensor) -> None:
-        """Take the loss, 0-d and equal on all ranks, as what speaks for re-opening."""
+        """Take the loss, 0-d and equal on all ranks, as what speaks for unfreezing."""
         grades_signal(loss, self._state)
 
     def decide(self) -> HostCopy:
-        """Send to the host which units have converged, the most settled lowest, and which are to be re-opened."""
+        """Send to the host which units have converged, the most settled lowest, and which are to be unfrozen."""
         settled = settled_units(self._state)
-        reopen = units_to_reopen(self._state) if self._unfreeze is not None else torch.zeros_like(settled)
-        return HostCopy(torch.stack([settled, reopen.to(settled.dtype)]))
+        rising = units_to_unfreeze(self._state) if self._unfreeze is not None else torch.zeros_like(settled)
+        return HostCopy(torch.stack([settled, rising.to(settled.dtype)]))
 
     def chosen(self, decision: HostCopy, limit: int) -> tuple[list[int], list[int]]:
-        """The units to be frozen, the most settled first if not all may be, and those to be re-opened."""
-        settled, reopen = decision.read().tolist()
-        opened = [unit for unit, flag in enumerate(reopen) if flag]
+        """The units to be frozen, the most settled first if not all may be, and those to be unfrozen."""
+        settled, rising = decision.read().tolist()
+        unfrozen = [unit for unit, flag in enumerate(rising) if flag]
         ready = sorted((value, unit) for unit, value in enumerate(settled) if value == value)  # without NaN
-        room = max(0, limit - len(self.frozen) + len(opened))
-        return sorted(unit for _, unit in ready[:room]), opened
+        room = max(0, limit - len(self.frozen) + len(unfrozen))
+        return sorted(unit for _, unit in ready[:room]), unfrozen
 
-    def mark(self, step: int, frozen: list[int], opened: list[int]) -> None:
-        """Note that units were frozen and re-opened; what is kept of the frozen ones is freed."""
-        self._state.mark(frozen, opened)
+    def mark(self, step: int, frozen: list[int], unfrozen: list[int]) -> None:
+        """Note that units were frozen and unfrozen; what is kept of the frozen ones is freed."""
+        self._state.mark(frozen, unfrozen)
         self._metric.forget(frozen)
-        for unit in opened:
+        for unit in unfrozen:
             del self.frozen[self.units.names[unit]]
         self.frozen |= {self.units.names[unit]: step for unit in frozen}
 
@@ -120,27 +122,37 @@ class UnitWatch:
         """In words."""
         return f"{len(self.frozen)} of {len(self.units.names)} matrices"
 
-    def describe(self, step: int, frozen: list[int], opened: list[int]) -> tuple[str, str]:
+    def describe(self, step: int, frozen: list[int], unfrozen: list[int]) -> tuple[str, str]:
         """An event in one line, and the names in it."""
-        units = (("froze", frozen), ("re-opened", opened))
+        units = (("froze", frozen), ("unfroze", unfrozen))
         events = [(verb, [self.units.names[unit] for unit in of]) for verb, of in units if of]
         counts = ", ".join(f"{verb} {len(names)}" for verb, names in events)
         lists = "".join(f"\n\n{verb}: {', '.join(names)}" for verb, names in events)
         return f"GradES, step {step}: {counts}; {self.count()} are frozen", lists
 
     def why_none(self) -> str:
-        """Why no unit has settled, in words. Waits for the device, once."""
+        """Why no unit has been frozen, in words. Waits for the device, once."""
         config = self._state.config
         relative = config.tau_mode == "relative"
-        rows = torch.stack([self._state["metric"], self._state["level"]]).T.tolist()
-        seen = [(*row, name) for row, name in zip(rows, self.units.names, strict=True) if all(row)]
+        first = MEMORY if relative else 1  # observations before the first that is compared with a threshold
+        names = ("count", "metric", "level", "streak")
+        rows = zip(*torch.stack([self._state[name] for name in names]).tolist(), self.units.names, strict=True)
+        seen = [(int(count), m / level if relative else m, int(streak), name) for count, m, level, streak, name in rows
+                if count]  # fmt: skip
         if not seen:
-            return "none of them ever had a gradient"
-        value, name = min((metric / level if relative else metric, name) for metric, level, name in seen)
-        return (
-            f"{name}, the most settled, was at {value:.3g}{' of its level' if relative else ''} at its last check, and "
-            f"a matrix is frozen that is below tau={config.tau:g} for patience={config.patience} checks"
-        )
+            return "none of them ever had a gradient that changed"
+        most = max(count for count, *_ in seen)
+        if most <= first:
+            return f"none was checked more than {most} times, and the first {first} tell what is usual for it"
+        compared = [(-streak, value, name) for count, value, streak, name in seen if count > first]
+        streak, value, name = min(compared)
+        at = f"{name}, the most settled, was at {value:.3g}{' of its level' if relative else ''} at its last check"
+        below, needed = f"below tau={config.tau:g}", f"patience={config.patience}"
+        if -streak >= config.patience:
+            return f"{at} and had settled, but the run ended before the next of max_events was due"
+        if streak:
+            return f"{at}, {below}, but only for {-streak} in a row, and {needed} are asked for"
+        return f"{at}, and after the grace period a matrix has to be {below} for {needed} checks in a row"
 
     def scalars(self, each: bool) -> dict[str, float | Tensor]:
         """What is logged; with ``each`` also the metric of every matrix."""
@@ -148,7 +160,7 @@ class UnitWatch:
         frozen = Counter(matrix.role for matrix in self.units.matrices if matrix.name in self.frozen)
         values: dict[str, float | Tensor] = {
             "frozen_ratio": len(self.frozen) / len(self.units.names),
-            "frozen_params": float(self.units.elements(self.units.closed(self.frozen))),
+            "frozen_params": float(self.units.elements(self.units.frozen_parameters(self.frozen))),
             **{f"frozen_{role}": float(frozen[role]) for role in roles},
         }
         if each:
@@ -199,13 +211,13 @@ def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
     Raises:
         MisconfigurationException: it has returned none.
     """
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    if not isinstance(loss, Tensor):
+    loss = loss_of(outputs)
+    if loss is None:
         raise MisconfigurationException(
             "GradES(unfreeze='loss') needs training_step to return the loss, and it returned "
             f"{type(outputs).__name__}: return it, or take unfreeze='neighbours'"
         )
-    mean = trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+    mean = trainer.strategy.reduce(loss.clone(), reduce_op="mean")
     assert isinstance(mean, Tensor)
     return mean
 

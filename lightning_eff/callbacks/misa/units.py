@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eff.structure import Matrix, clean_named_parameters, select_matrices
+from lightning_eff.structure.select import listed, select
 from lightning_eff.training.dtensor import reshard
+from lightning_eff.training.trainer import refuse_sparse_gradients
 
 Granularity = Literal["module", "layer"]
 
@@ -22,7 +23,7 @@ class ModuleUnits:
     """The units of a model, of those parameters that can be trained and that an optimizer steps.
 
     Args:
-        module: with its parameters in place, all of them open that may be trained at any time.
+        module: with its parameters in place, all of them unfrozen that may be trained at any time.
         optimizers: one of them steps all units.
         granularity: ``"module"``: each matrix (or LoRA pair) by itself. ``"layer"``: the matrices of a block together,
             with its vectors (norms, biases); a matrix outside the blocks by itself.
@@ -31,7 +32,8 @@ class ModuleUnits:
         always: globs on clean names of parameters that are no units and always trained.
 
     Raises:
-        MisconfigurationException: patterns that select nothing or nothing that is trained; units of several optimizers.
+        MisconfigurationException: patterns that select nothing or nothing that is trained; sparse gradients; units of
+            several optimizers.
     """
 
     def __init__(
@@ -51,29 +53,34 @@ class ModuleUnits:
         try:
             selected = select_matrices(module, include, exclude)
         except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+            raise MisconfigurationException(f"MISA: {error}") from error
         matrices = [matrix for matrix in selected if trained.issuperset(matrix.parameters)]
         numbers = {owners[id(self.parameters[name])] for matrix in matrices for name in matrix.parameters}
         if len(numbers) > 1:
             raise MisconfigurationException(
-                f"the sampled matrices belong to {len(numbers)} optimizers, and it would be ambiguous whose steps an "
-                "interval counts: select those of one optimizer with include=[...]; the others are left as they are"
+                f"MISA: the sampled matrices belong to {len(numbers)} optimizers, and it would be ambiguous whose "
+                "steps an interval counts: select those of one with include=[...]; the others are left as they are"
             )
-        self.always = _matching(sorted(trained), always or ())
+        try:
+            self.always = set(select(sorted(trained), always or (), "always", "trained parameter"))
+        except ValueError as error:
+            raise MisconfigurationException(f"MISA: {error}") from error
         matrices = [matrix for matrix in matrices if not self.always & set(matrix.parameters)]
         if not matrices:
-            names = ", ".join(matrix.name for matrix in selected[:10])
+            names = listed([matrix.name for matrix in selected], limit=10)
             raise MisconfigurationException(
-                f"no selected matrix is left to sample: each is frozen, in no optimizer, or always trained: {names}"
+                "MISA: no selected matrix is left to sample: each is frozen, in no optimizer, or always trained: "
+                f"{names}"
             )
+        sampled = [self.parameters[name] for matrix in matrices for name in matrix.parameters]
+        refuse_sparse_gradients(module, sampled, "MISA")
         self.units = _grouped(matrices, granularity, trained - self.always, self.parameters)
         """Name of each unit -> the names of its parameters."""
         (self.optimizer,) = numbers
         """The number of the optimizer that steps the units."""
         mine = {name for name in trained if owners[id(self.parameters[name])] == self.optimizer}
-        sampled = {name for names in self.units.values() for name in names}
-        self.never = mine - sampled - self.always
-        """Parameters of that optimizer that are closed for the whole fit."""
+        self.never = mine - self.always - {name for names in self.units.values() for name in names}
+        """Parameters of that optimizer that are frozen for the whole fit."""
 
     @property
     def names(self) -> list[str]:
@@ -91,7 +98,7 @@ class ModuleUnits:
         return [[self.parameters[name] for name in names[index]] for index in active]
 
     def trainable(self, active: Collection[int]) -> dict[str, bool]:
-        """Which parameters are to be open and which closed while these units are active."""
+        """Which parameters are trained, and which are not, while these units are active."""
         units = enumerate(self.units.values())
         wanted = {name: index in active for index, names in units for name in names}
         return wanted | dict.fromkeys(self.never, False)
@@ -141,14 +148,3 @@ def _grouped(
         units[block] += [name for name in free if name.startswith(f"{block}.") and order[name].ndim < 2]
     places = {name: place for place, name in enumerate(order)}
     return {name: tuple(sorted(members, key=places.__getitem__)) for name, members in units.items()}
-
-
-def _matching(names: Sequence[str], patterns: Sequence[str]) -> set[str]:
-    found: set[str] = set()
-    for pattern in patterns:
-        hit = {name for name in names if fnmatchcase(name, pattern)}
-        if not hit:
-            some = ", ".join(names[:20])
-            raise MisconfigurationException(f"always={pattern!r} matches no trained parameter. The first are: {some}")
-        found |= hit
-    return found

@@ -14,12 +14,22 @@ from torch import Tensor
 
 from lightning_eff.kernels.dispatch import choose
 from lightning_eff.kernels.grad_norm import reference
-from lightning_eff.kernels.tables import inspect
+from lightning_eff.kernels.tables import TensorList, inspect
 
-__all__ = ["scale_", "sum_of_squares"]
+__all__ = ["read", "scale_", "sum_of_squares"]
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+def read(tensors: Sequence[Tensor], op: str = "grad_norm") -> TensorList:
+    """Read a list of tensors once for several calls, which must not outlive its tensors' place in memory.
+
+    Raises:
+        TypeError: something in the list is no dense floating tensor.
+        ValueError: the tensors are on different devices.
+    """
+    return inspect(op, tensors, strided=False)
+
+
+def sum_of_squares(tensors: Sequence[Tensor] | TensorList) -> Tensor:
     """Sum of the squared elements of a list of tensors, in one pass over them.
 
     Accumulated in float32 within chunks (the kernel: of 16,384 elements) and in float64 over these, in a fixed order:
@@ -29,6 +39,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     Args:
         tensors: float32, bfloat16 or float16 tensors of any shapes on one device, mixed at will; zero-size ones
             count as nothing. Lists with other floating dtypes, or with gaps between elements, take the reference.
+            What :func:`read` gave for a list saves reading it again.
 
     Returns:
         A 0-d float64 tensor (float32 on MPS) on the tensors' device; 0 on the CPU for an empty list.
@@ -42,17 +53,17 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
         25.0
     """
     op = "grad_norm.sum_of_squares"
-    listed = inspect(op, tensors, strided=False)
+    listed = tensors if isinstance(tensors, TensorList) else read(tensors, op)
     if listed.device is None:
         return torch.zeros((), dtype=torch.float64)
     if choose(op, listed.device, listed.obstacle).implementation == "triton":
         from lightning_eff.kernels.grad_norm import kernel
 
         return kernel.sum_of_squares(listed)
-    return reference.sum_of_squares(tensors)
+    return reference.sum_of_squares(listed.tensors)
 
 
-def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:
+def scale_(tensors: Sequence[Tensor] | TensorList, coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:
     """Multiply every tensor of a list in place by a coefficient that stays on the device.
 
     The product is taken in float32 and rounded once. The kernel reads and writes nothing for a coefficient of 1 (once
@@ -75,7 +86,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bo
         tensor([0., 0.])
     """
     op = "grad_norm.scale_"
-    listed = inspect(op, tensors, strided=False)
+    listed = tensors if isinstance(tensors, TensorList) else read(tensors, op)
     if not isinstance(coefficient, Tensor) or not coefficient.dtype.is_floating_point:
         raise TypeError(f"{op}: coefficient={coefficient!r} is not allowed: it must be a floating tensor")
     if coefficient.numel() != 1:
@@ -91,4 +102,4 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor, *, zero_nonfinite: bo
 
         kernel.scale_(listed, coefficient)
     else:
-        reference.scale_(tensors, coefficient, zero_nonfinite)
+        reference.scale_(listed.tensors, coefficient, zero_nonfinite)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+SMALL = 2**12
+"""Tensors of one size of up to so many elements become the rows of one: that costs less than calls for each of them."""
 
 
 @torch.no_grad()
@@ -13,13 +17,44 @@ def tensor_stats(tensors: Sequence[Tensor], copies: Sequence[Tensor] | None, upd
     """L1 norm, squared L2 norm and L1 norm of the change, as rows of a (3, len(tensors)) tensor."""
     device = tensors[0].device
     total = torch.float32 if device.type == "mps" else torch.float64
-    rows = []
-    for index, tensor in enumerate(tensors):
-        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        values = tensor.to(dtype)
-        change = torch.zeros((), dtype=dtype, device=device)
+    columns: list[Tensor] = []
+    order: list[int] = []
+    for members in _alike(tensors):
+        group = [tensors[index] for index in members]
+        rows = _rows(group)
+        values = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        change = torch.zeros(len(group), dtype=values.dtype, device=device)
         if copies is not None:
-            change = (values - copies[index].to(dtype)).abs().sum()
-            copies[index].copy_(tensor if update is None else torch.where(update != 0, tensor, copies[index]))
-        rows.append(torch.stack([values.abs().sum(), values.square().sum(), change]).to(total))
-    return torch.stack(rows, dim=1)
+            kept = [copies[index] for index in members]
+            old = _rows(kept)
+            change = (values - old).abs().sum(1)
+            if update is None:
+                torch._foreach_copy_(kept, group)
+            else:
+                chosen = torch.where(update != 0, rows, old).view(-1)
+                torch._foreach_copy_(kept, _unflatten_dense_tensors(chosen, kept))  # type: ignore[no-untyped-call]
+        columns.append(torch.stack([values.abs().sum(1), values.square().sum(1), change]).to(total))
+        order += members
+    found = torch.cat(columns, dim=1)
+    if order == list(range(len(order))):
+        return found
+    places = torch.tensor(order).argsort().to(device, non_blocking=True)
+    return found.index_select(1, places)
+
+
+def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The places in the list of those that are taken together."""
+    groups: dict[tuple[torch.dtype, int], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        size = tensor.numel()
+        if size > SMALL:
+            yield [index]
+        else:
+            groups.setdefault((tensor.dtype, size), []).append(index)
+    yield from groups.values()
+
+
+def _rows(tensors: list[Tensor]) -> Tensor:
+    """Tensors of one size, each a row."""
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat.view(len(tensors), tensors[0].numel())

@@ -137,24 +137,24 @@ class Told(GradES):
     """
 
     def __init__(self, schedule, **arguments):
-        defaults = dict(tau=1.0, tau_mode="absolute", alpha=0.0, check_every_n_steps=1, patience=1, max_events=None)
+        defaults = dict(tau=1.0, tau_mode="absolute", alpha=0.0, every_n_steps=1, patience=1, max_events=None)
         super().__init__(**{**defaults, "heat_map": False, **arguments})
         self.schedule = schedule
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        measure, told = self._watch._metric.measure, self.schedule
-        names, step = self._watch.units.names, trainer.global_step + 1
+        measure, told = self._fit.watch._metric.measure, self.schedule
+        names, step = self._fit.watch.units.names, trainer.global_step + 1
 
         def replaced(members=None):
             real = measure(members)
             low = [any(step >= since and key in name for since, key in told) for name in names]
             return torch.where(real.isfinite(), torch.where(torch.tensor(low), 0.5, 2.0).to(real), real)
 
-        self._watch._metric.measure = replaced
+        self._fit.watch._metric.measure = replaced
         try:
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
         finally:
-            self._watch._metric.measure = measure
+            self._fit.watch._metric.measure = measure
 
 
 def fit(*callbacks, model=None, strategy="auto", data=None, resume=None, **options):

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -51,7 +52,7 @@ def _assert_equal(one, other):
 def test_the_matrices_of_the_blocks_are_found_under_any_names(naming, compiled):
     seen = []
     callback = GradES(heat_map=False)
-    fit(callback, Each(lambda *_: seen.append(callback._watch.units.names)), model=Model(naming), max_steps=1)
+    fit(callback, Each(lambda *_: seen.append(callback._fit.watch.units.names)), model=Model(naming), max_steps=1)
     path, _, names = NAMINGS[naming]
     assert seen == [[f"{path}.{block}.{name}.weight" for block in range(2) for name in names]]
 
@@ -59,7 +60,7 @@ def test_the_matrices_of_the_blocks_are_found_under_any_names(naming, compiled):
 def test_a_low_rank_pair_is_one_unit():
     seen = []
     callback = GradES(heat_map=False)
-    fit(callback, Each(lambda *_: seen.append(callback._watch.units.matrices)), model=Model(lora=True), max_steps=1)
+    fit(callback, Each(lambda *_: seen.append(callback._fit.watch.units.matrices)), model=Model(lora=True), max_steps=1)
     units = {matrix.name: matrix.parameters for matrix in seen[0]}
     pair = "transformer.h.1.attn.q"
     assert len(units) == 4
@@ -75,7 +76,11 @@ def test_a_low_rank_pair_is_one_unit():
             r"include='\*nothing\*' matches no matrix. Candidates: .*transformer.wte.weight",
         ),
         ({"exclude": ["*"]}, {}, "exclude leaves nothing. Candidates"),
-        ({"exclude": ["*lora*"], "include": ["*head*"]}, {"lora": True}, "no selected matrix is trained.*head.weight"),
+        (
+            {"exclude": ["*lora*"], "include": ["*head*"]},
+            {"lora": True},
+            "^GradES: no selected matrix is trained.*head.weight",
+        ),
         ({"prefix": ["*wpe*"]}, {}, r"prefix='\*wpe\*' matches no parameter.*transformer.wte.weight"),
         ({"prefix": ["*wte*"]}, {"tied": True}, "tied to 'head.weight'"),
     ],
@@ -88,8 +93,10 @@ def test_patterns_that_cannot_work_are_refused(arguments, model, words):
 def test_conflicts_are_refused():
     other = L.Callback()
     other.changes_trainable = True
-    with pytest.raises(MisconfigurationException, match="GradES and Callback would both open and close"):
+    with pytest.raises(MisconfigurationException, match="GradES and Callback would both decide which"):
         fit(GradES(), other)
+    with pytest.raises(MisconfigurationException, match="GradES and BackboneFinetuning would both decide which"):
+        fit(GradES(), BackboneFinetuning())
     static = SimpleNamespace(strategy=DDPStrategy(static_graph=True), callbacks=[])
     with pytest.raises(MisconfigurationException, match="remove static_graph"):
         GradES().setup(static, None, "fit")
@@ -124,7 +131,7 @@ def test_everything_else_trains_on_as_if_only_the_updates_were_missing(options, 
     assert told.frozen == {f"transformer.h.{block}.{Q[0]}": 5 for block in range(2)}
     _, other = fit(DropsGradients(5, Q[0]), model=Model(optimizer=optimizer), **options)
     _assert_equal(weights(module), weights(other))
-    assert all(parameter.requires_grad for parameter in module.parameters())  # open again after the fit
+    assert all(parameter.requires_grad for parameter in module.parameters())  # unfrozen after the fit
 
 
 def test_the_weight_gradient_is_really_left_out_and_the_one_behind_is_not():
@@ -143,7 +150,7 @@ def test_the_weight_gradient_is_really_left_out_and_the_one_behind_is_not():
 
 def test_a_real_run_freezes_by_its_own_metric_and_never_at_first_sight():
     # The authors' code freezes all at its first check in this setting and stops.
-    callback = GradES(tau=1e9, tau_mode="absolute", alpha=0.0, check_every_n_steps=2, patience=1, max_events=None)
+    callback = GradES(tau=1e9, tau_mode="absolute", alpha=0.0, every_n_steps=2, patience=1, max_events=None)
     trainer, _ = fit(callback)
     assert (
         trainer.global_step == 7
@@ -154,7 +161,7 @@ def test_a_real_run_freezes_by_its_own_metric_and_never_at_first_sight():
 
 def test_the_grace_period_is_a_fraction_of_the_run():
     for limit in ({"max_steps": 20}, {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 10}):
-        callback = GradES(tau=1e9, tau_mode="absolute", alpha=0.5, check_every_n_steps=1, patience=1, max_events=None)
+        callback = GradES(tau=1e9, tau_mode="absolute", alpha=0.5, every_n_steps=1, patience=1, max_events=None)
         trainer, _ = fit(callback, **limit)
         assert trainer.global_step == 12, limit  # step 11 is the first behind half of 20; done at the end of 12
 
@@ -178,8 +185,76 @@ def test_the_optimizers_state_is_freed_and_its_groups_stay():
 def test_copies_are_freed_with_what_is_frozen(metric):
     sizes = []
     told = Told([(4, Q[0])], metric=metric)
-    fit(told, Each(lambda *_: sizes.append(len(told._watch._metric.copies))))
+    fit(told, Each(lambda *_: sizes.append(len(told._fit.watch._metric.copies))))
     assert sizes == ([0] * STEPS if metric == "grad" else [12] * 4 + [10] * (STEPS - 4))
+
+
+class Sparse(Model):
+    def __init__(self):
+        super().__init__()
+        self.get_submodule(self.embedding_at).sparse = True
+
+
+def test_sparse_gradients_are_refused_before_the_first_step():
+    with pytest.raises(MisconfigurationException, match=r"GradES .*transformer\.wte\.weight has sparse ones"):
+        fit(GradES(include=["*wte*"]), model=Sparse())
+
+
+class Complex(Model):
+    """A block's input goes through a complex matrix, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = torch.nn.Parameter(torch.eye(WIDTH, dtype=torch.complex64) + 0.1j)
+        self.get_submodule(self.embedding_at).register_forward_hook(
+            lambda m, _, out: (out + 0j).matmul(self.mixing).real
+        )
+
+
+@pytest.mark.parametrize("metric", ["grad_change", "grad", "weight_change"])
+def test_complex_weights_are_measured_as_pairs_of_reals(metric):
+    metrics, moved = [], []
+
+    def look(trainer, module):
+        moved.append((module.mixing if metric == "weight_change" else module.mixing.grad).detach().clone())
+        metrics.append(grades._fit.watch._state["metric"].item())
+
+    grades = GradES(tau=1e-9, include=["mixing"], metric=metric, alpha=0.0, every_n_steps=1, max_events=None)
+    fit(grades, Each(look), model=Complex())
+    pairs = [torch.view_as_real(value).double() for value in moved]
+    if metric == "grad":
+        assert metrics == pytest.approx([pair.abs().sum().item() for pair in pairs], rel=1e-5)
+        return
+    changes = [(new - old).abs().sum().item() for old, new in itertools.pairwise(pairs)]
+    # Weights are measured before the step: what is seen at the end of step n is measured in step n + 1.
+    first = 1 if metric == "grad_change" else 2
+    assert metrics[first:] == pytest.approx(changes[: len(metrics) - first], rel=1e-5)
+
+
+class Pruned(ModelPruning):
+    """Renames ``weight`` to ``weight_orig`` at the end of the first epoch."""
+
+    def __init__(self):
+        super().__init__(
+            "l1_unstructured", amount=0.25, parameter_names=["weight"], apply_pruning=lambda epoch: not epoch
+        )
+
+    def filter_parameters_to_prune(self, parameters_to_prune=()):
+        return [(module, name) for module, name in parameters_to_prune if isinstance(module, torch.nn.Linear)]
+
+
+def test_a_parameter_that_is_renamed_in_mid_run_is_followed():
+    trained = []
+    names = ("transformer.h.0.attn.q", "transformer.h.1.attn.q")
+
+    def look(trainer, module):
+        weights = [getattr(module.get_submodule(name), "weight_orig", None) for name in names]
+        trained.append([None if weight is None else weight.requires_grad for weight in weights])
+
+    told = Told([(8, Q[0])])
+    fit(Pruned(), told, Each(look), max_steps=-1, max_epochs=3, limit_train_batches=5)
+    assert trained == [[None] * 2] * 5 + [[True] * 2] * 3 + [[False] * 2] * 7
+    assert set(told.frozen.values()) == {9}
 
 
 # --- the end -------------------------------------------------------------------------------------------------------
@@ -197,7 +272,7 @@ def test_training_stops_when_all_are_frozen(caplog):
 @pytest.mark.parametrize("arguments", [{"tau": 1e-4}, {"tau": 1e-9, "tau_mode": "absolute"}])
 def test_it_says_why_nothing_was_frozen(caplog, arguments):
     with caplog.at_level(logging.INFO):
-        grades = GradES(alpha=0.3, check_every_n_steps=1, patience=1, **arguments)
+        grades = GradES(alpha=0.3, every_n_steps=1, patience=1, **arguments)
         fit(grades)
     assert not grades.frozen
     (said,) = re.findall(r"GradES froze nothing of 12 matrices: (\S+), the most settled, was at ([\d.]+)", caplog.text)
@@ -210,6 +285,48 @@ def test_training_stops_when_nothing_is_left_to_train(caplog):
         trainer, _ = fit(Told([(4, "")], stop_when_frozen=False), model=Model(lora=True))
     assert trainer.global_step == 5
     assert "nothing else is trained" in caplog.text
+
+
+@pytest.mark.parametrize("limit", [{"min_steps": 9}, {"max_epochs": 4, "min_epochs": 3}])
+def test_what_is_reported_as_frozen_is_frozen_until_the_trainer_may_stop(limit, caplog):
+    seen = {}
+    look = Each(lambda t, m: seen.update({t.global_step: weights(m)}))
+    with caplog.at_level(logging.INFO):
+        trainer, _ = fit(Told([(4, "")]), look, limit_train_batches=3, **limit)
+    assert "12 of 12 matrices are frozen: training stops when it has come to min_steps and min_epochs" in caplog.text
+    assert trainer.global_step == 9
+    moved = {name for name in seen[5] if not torch.equal(seen[5][name], seen[9][name])}
+    assert "transformer.wte.weight" in moved
+    assert not any(".attn." in name or ".mlp." in name for name in moved)
+
+
+def test_something_is_trained_until_the_trainer_may_stop():
+    trained = []
+    told = Told([(4, "")])
+    look = Each(lambda t, m: trained.append(sum(p.requires_grad for p in m.parameters())))
+    trainer, _ = fit(told, look, model=Model(lora=True), min_steps=9, limit_train_batches=3)
+    assert trained == [8] * 4 + [2] * 4 + [2]  # four pairs, then the least settled of them
+    assert trainer.global_step == 9
+    assert len(told.frozen) == 4
+
+
+EVERY = dict(tau=1e9, tau_mode="absolute", every_n_steps=1)
+WHY_NONE = {
+    "short": (dict(tau=0.5, every_n_steps=2), 4, "none was checked more than 2 times, and the first 5 tell"),
+    "impatient": ({**EVERY, "patience": 9}, 6, "only for 5 in a row, and patience=9"),
+    "undue": ({**EVERY, "stop_when_frozen": False}, 8, "had settled, but the run ended before"),
+    "moving": (dict(tau=1e-9, every_n_steps=1), 12, "has to be below tau=1e-09 for patience=3 checks in a row"),
+}
+
+
+@pytest.mark.parametrize("name", WHY_NONE)
+def test_why_nothing_was_frozen_is_no_contradiction(name, caplog):
+    arguments, steps, words = WHY_NONE[name]
+    with caplog.at_level(logging.INFO):
+        stop = Each(lambda trainer, _: setattr(trainer, "should_stop", trainer.global_step == steps))
+        fit(GradES(alpha=0.0, metric="grad", **arguments), stop, max_steps=100 if name == "undue" else steps)
+    (said,) = [record.message for record in caplog.records if "froze nothing of 12" in record.message]
+    assert words in said
 
 
 def test_no_more_than_the_ratio_is_frozen_and_the_most_settled_first():
@@ -250,14 +367,14 @@ def test_the_backward_pass_ends_behind_a_frozen_prefix():
 
     flops = []
     told = Told([(3, "h.0")], prefix=["*wte*"])
-    fit(told, Each(lambda *_: flops.append(told._flops)))
+    fit(told, Each(lambda *_: flops.append(told._fit.flops)))
     head = WIDTH * TOKENS
     blocks = 2 * (4 * WIDTH * WIDTH + 2 * 2 * WIDTH * WIDTH)
     assert flops[0] == (4 * (blocks + head),) * 2
     assert flops[-1] == (4 * (blocks + head), 4 * (blocks // 2 + head))
 
 
-# --- re-opening ----------------------------------------------------------------------------------------------------
+# --- unfreezing ----------------------------------------------------------------------------------------------------
 
 
 class RisingLoss(Model):
@@ -279,16 +396,16 @@ class ReturnsNothing(Model):
         optimizer.step()
 
 
-def test_a_matrix_is_reopened_when_the_loss_rises():
+def test_a_matrix_is_unfrozen_when_the_loss_rises():
     frozen = []
     told = Told([(3, Q[0])], unfreeze="loss", unfreeze_factor=2.0, stop_when_frozen=False)
-    fit(told, Each(lambda *_: frozen.append(len(told._watch.frozen))), model=RisingLoss(), max_steps=11)
+    fit(told, Each(lambda *_: frozen.append(len(told._fit.watch.frozen))), model=RisingLoss(), max_steps=11)
     assert frozen == [0, 0, 0, 2, 2, 2, 2, 2, 2, 0, 0]  # rises at step 9, is read a step later
     with pytest.raises(MisconfigurationException, match="needs training_step to return the loss"):
         fit(Told([], unfreeze="loss"), model=ReturnsNothing())
 
 
-def test_a_matrix_is_reopened_when_its_neighbours_move():
+def test_a_matrix_is_unfrozen_when_its_neighbours_move():
     class Rising(Told):
         def on_before_optimizer_step(self, trainer, *arguments):
             self.schedule = [(3, Q[0])] if trainer.global_step < 8 else []
@@ -296,7 +413,7 @@ def test_a_matrix_is_reopened_when_its_neighbours_move():
 
     frozen = []
     told = Rising([], unfreeze="neighbours", unfreeze_factor=1.5, stop_when_frozen=False)
-    fit(told, Each(lambda *_: frozen.append(sorted(told._watch.frozen.values()))))
+    fit(told, Each(lambda *_: frozen.append(sorted(told._fit.watch.frozen.values()))))
     assert frozen[5] == [4, 4]  # steady neighbours keep it frozen
     assert frozen[-1] == [4, 4]
 
@@ -366,7 +483,7 @@ class RollsBack(L.Callback):
 
 
 @pytest.mark.parametrize(("save", "closed"), [(3, set()), (6, {f"transformer.h.{b}.{Q[0]}" for b in range(2)})])
-def test_a_rollback_opens_what_was_frozen_later(save, closed):
+def test_a_rollback_unfreezes_what_was_frozen_later(save, closed):
     told = Told([(4, Q[0]), (7, "mlp")])
     guard = RollsBack(told, save, 9)
     _, module = fit(told, guard)
@@ -444,7 +561,7 @@ def test_the_suites_compression_forgets_what_is_frozen_and_sends_less(pool):
 def test_the_host_reads_once_a_check_after_the_grace_period_and_never_in_it():
     counts = {}
     for alpha in (0.5, 0.9):
-        for name, callbacks in (("with", [GradES(tau=1e-9, alpha=alpha, check_every_n_steps=2)]), ("without", [])):
+        for name, callbacks in (("with", [GradES(tau=1e-9, alpha=alpha, every_n_steps=2)]), ("without", [])):
             with OperatorCounter() as counter:
                 fit(*callbacks, max_steps=20)
             counts[alpha, name] = counter.host_syncs
@@ -504,7 +621,7 @@ def test_tensorboard_has_the_numbers_the_events_and_the_picture(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)
-    told = Told([(4, Q[0])], heat_map=True, log_metric=True)
+    told = Told([(4, Q[0])], heat_map=True, log_details=True)
     fit(told, logger=logger, log_every_n_steps=1)
     events = EventAccumulator(logger.log_dir).Reload()
     values = {tag: [event.value for event in events.Scalars(f"grades/{tag}")] for tag in

@@ -51,7 +51,7 @@ class Watch(L.Callback):
 
 def train(folder, steps=10, *others, model_arguments=None, **arguments):
     """Returns the run, the callback and what was seen."""
-    misa, watch = MISA(**{"budget": 0.3, "interval": 3, "eta": SHARP, **arguments}), Watch()
+    misa, watch = MISA(**{"budget": 0.3, "every_n_steps": 3, "eta": SHARP, **arguments}), Watch()
     run = fit(None, folder, callback=misa, around=[watch, *others], steps=steps, model_arguments=model_arguments)
     return run, misa, watch
 
@@ -134,7 +134,7 @@ def test_lora_pairs_are_sampled_as_one(tmp_path):
         def configure_optimizers(self):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
-    misa, watch, model = MISA(units=1, interval=2, eta=SHARP), Watch(), Adapted()
+    misa, watch, model = MISA(units=1, every_n_steps=2, eta=SHARP), Watch(), Adapted()
     trainer = L.Trainer(
         accelerator="cpu", max_steps=8, callbacks=[misa, watch], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
@@ -168,14 +168,14 @@ def test_embeddings_and_heads_by_name(tmp_path):
 # --- intervals, importance, momentum --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["paper", "official"])
-def test_importance_is_what_the_gradients_say(tmp_path, mode):
-    _, misa, watch = train(tmp_path, mode=mode, first_interval=3, sampling="cyclic", momentum_step=False)
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_importance_is_what_the_gradients_say(tmp_path, variant):
+    _, misa, watch = train(tmp_path, variant=variant, first_every_n_steps=3, sampling="cyclic", momentum_step=False)
     expected, beta = {}, 0.8
     for k in range(1, 4):  # intervals that have ended
         for name in watch.active[3 * k - 3]:
             squares = [watch.squares[step][name].item() for step in range(3 * k - 3, 3 * k)]
-            if mode == "paper":
+            if variant == "paper":
                 x = sum(squares) / 3 / size([name])
                 expected[name] = beta * expected.get(name, 0) + (1 - beta) * x
             else:
@@ -186,7 +186,7 @@ def test_importance_is_what_the_gradients_say(tmp_path, mode):
 
 
 def test_an_interval_counts_optimizer_steps(tmp_path):
-    misa, watch = MISA(budget=0.3, interval=3, eta=SHARP), Watch()
+    misa, watch = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Watch()
     fit(
         None, tmp_path, callback=misa, around=[watch], steps=5, accumulate_grad_batches=2, val_check_interval=6,
         model_arguments={"micro_batches": 2},
@@ -195,21 +195,21 @@ def test_an_interval_counts_optimizer_steps(tmp_path):
 
 
 def test_first_interval_until_all_had_a_turn(tmp_path):
-    _, _, watch = train(tmp_path, first_interval=1, interval=6, sampling="cyclic", momentum_step=False)
+    _, _, watch = train(tmp_path, first_every_n_steps=1, every_n_steps=6, sampling="cyclic", momentum_step=False)
     changes = [step for step in range(1, 10) if watch.active[step] != watch.active[step - 1]]
     turns = [watch.active[step] for step in (0, *changes)]
     rounds = next(n for n in range(1, 9) if set().union(*turns[:n]) == set(MATRICES))
     assert changes == [*range(1, rounds), rounds - 1 + 6]
 
 
-@pytest.mark.parametrize("mode", ["paper", "official"])
-def test_state_of_what_is_sampled_again(tmp_path, mode):
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_state_of_what_is_sampled_again(tmp_path, variant):
     """The paper clears it, the released code keeps it."""
-    run, _, watch = train(tmp_path, 5, mode=mode, budget=1.0, first_interval=3)
+    run, _, watch = train(tmp_path, 5, variant=variant, budget=1.0, first_every_n_steps=3)
     assert watch.active[0] == watch.active[4] == MATRICES
     (optimizer,) = run.trainer.optimizers
     steps = {optimizer.state[p]["step"].item() for n, p in run.model.named_parameters() if n in MATRICES}
-    assert steps == {2 if mode == "paper" else 5}
+    assert steps == {2 if variant == "paper" else 5}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -248,7 +248,7 @@ def test_gradients_under_a_scaler_are_measured_unscaled(tmp_path, fused):
 
     found = []
     for scale in (1.0, 1024.0):
-        misa, model = MISA(budget=0.3, interval=3, eta=SHARP), Fused()
+        misa, model = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Fused()
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
         trainer = L.Trainer(
             accelerator="cpu", max_steps=4, callbacks=[misa], logger=False, enable_checkpointing=False,
@@ -284,7 +284,7 @@ def test_nothing_waits_inside_an_interval():
         return counter.host_syncs
 
     def extra(steps):
-        return syncs(steps, MISA(budget=0.3, interval=6)) - syncs(steps, None)
+        return syncs(steps, MISA(budget=0.3, every_n_steps=6)) - syncs(steps, None)
 
     start, four, eight = extra(1), extra(4), extra(8)
     assert start == four  # three more steps
@@ -298,7 +298,7 @@ def _together(strategy, folder, model_arguments):
     """MISA, ZClip and an average of the weights: broken in the middle of an interval, and resumed."""
 
     def callbacks():
-        misa = MISA(budget=0.3, interval=4, eta=SHARP, always=["*norm*"])
+        misa = MISA(budget=0.3, every_n_steps=4, eta=SHARP, always=["*norm*"])
         zclip = ZClip(warmup_steps=2, z_thresh=1.5, alpha=0.8, max_grad_norm=None)
         return [zclip, misa, CheckpointAveraging(window=2, every_n_steps=2, validate_with="average", save="none")]
 
@@ -347,7 +347,9 @@ def test_an_intervals_change_is_no_spike_to_zclip(tmp_path):
     spikes = {}
     for reacts in (True, False):
         zclip = ZClip(warmup_steps=3, max_grad_norm=None, z_thresh=100.0)
-        misa = MISA(units=1, include=["blocks.0.qkv.weight", "blocks.0.proj.weight"], sampling="cyclic", interval=4)
+        misa = MISA(
+            units=1, include=["blocks.0.qkv.weight", "blocks.0.proj.weight"], sampling="cyclic", every_n_steps=4
+        )
         if not reacts:
             zclip.on_trainable_change = lambda *_: None
         trainer = L.Trainer(
@@ -368,7 +370,7 @@ def test_lightnings_clip_sees_what_is_trained(tmp_path):
             grads = [p.grad for p in self.parameters() if p.grad is not None]
             norms.append((len(grads), torch.nn.utils.get_total_norm(grads).item()))
 
-    misa = MISA(units=2, interval=3, eta=SHARP)
+    misa = MISA(units=2, every_n_steps=3, eta=SHARP)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=8, callbacks=[misa], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, gradient_clip_val=1e-3,
@@ -392,7 +394,7 @@ def test_a_checkpoint_between_the_last_step_and_the_end_of_an_interval(tmp_path)
     path = tmp_path / "early.ckpt"
     outcomes = []
     for resume in (None, path):
-        misa = MISA(budget=0.3, interval=3, eta=SHARP)
+        misa = MISA(budget=0.3, every_n_steps=3, eta=SHARP)
         run = fit(None, tmp_path, around=[SavesEarly(6, path), misa], resume=resume)
         outcomes.append({**run.outcome(), "misa": misa.state_dict()})
     assert differences(*outcomes) == []
@@ -412,14 +414,14 @@ def test_rolled_back_in_the_middle_of_a_fit(tmp_path):
                 assert [n for n, p in pl_module.named_parameters() if p.requires_grad] == self.active
                 assert differences(misa.state_dict(), self.state) == []
 
-    misa = MISA(budget=0.3, interval=3, eta=SHARP)
+    misa = MISA(budget=0.3, every_n_steps=3, eta=SHARP)
     fit(None, tmp_path, callback=misa, around=[Rolls()])
 
 
 def test_added_to_a_run_that_trained_everything(tmp_path):
     path = tmp_path / "full.ckpt"
     fit(None, tmp_path, around=[SaveAt(4, path)], steps=4)
-    misa, watch = MISA(budget=0.3, interval=3, eta=SHARP), Watch()
+    misa, watch = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Watch()
     run = fit(None, tmp_path, callback=misa, around=[watch], resume=path, steps=6)
     state = run.trainer.optimizers[0].state
     held = [name for name, parameter in run.model.named_parameters() if parameter in state]
@@ -461,7 +463,7 @@ def _count_and_reduce(counter, bucket):
 
 def _under_ddp(folder):
     # MISA comes first, so that the counter registers its hook at the wrapper that MISA has made.
-    misa, watch, counter = MISA(budget=0.3, interval=3, eta=SHARP), Watch(), CountsElements()
+    misa, watch, counter = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Watch(), CountsElements()
     fit(None, folder, callback=misa, around=[watch, counter], strategy=DDP)
     return watch.active, counter.steps, misa.importance
 
@@ -482,7 +484,7 @@ def test_logs_of_every_module_and_heat_maps(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path)
-    misa = MISA(budget=0.3, interval=2, eta=SHARP, log_modules=True, heat_map=True)
+    misa = MISA(budget=0.3, every_n_steps=2, eta=SHARP, log_details=True, heat_map=True)
     fit(None, tmp_path, callback=misa, logger=logger, log_every_n_steps=1, limit_val_batches=0)
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir).Reload()
@@ -500,7 +502,7 @@ def test_logs_of_every_module_and_heat_maps(tmp_path):
 
 
 def test_charts_are_of_tags_that_are_logged():
-    charts = MISA(log_modules=True).tensorboard_charts(None)
+    charts = MISA(log_details=True).tensorboard_charts(None)
     tags = {tag for _, tags in charts.values() for tag in tags}
     assert {"misa/importance/.*", "misa/probability/.*", "misa/optimizer_bytes"} <= tags
 
@@ -544,6 +546,26 @@ def test_what_cannot_work_is_refused_with_the_mend(arguments, model, message):
         _start(MISA(**arguments), None if model is None else model())
 
 
+def test_messages_name_the_callback():
+    for arguments in ({"include": ["*query*"]}, {"units": 1, "always": ["blocks*"]}, {"budget": 0.03}):
+        with pytest.raises(MisconfigurationException, match=r"^MISA: "):
+            _start(MISA(**arguments))
+
+
+def test_a_parameter_that_is_renamed_in_mid_run_is_followed(tmp_path):
+    class Prunes(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 5:
+                for block in (pl_module.blocks[0], pl_module.blocks[2]):
+                    nn.utils.prune.l1_unstructured(block.qkv, "weight", 0.2)
+
+    _, _, watch = train(tmp_path, 12, Prunes())
+    renamed = {f"blocks.{block}.qkv.weight": f"blocks.{block}.qkv.weight_orig" for block in (0, 2)}
+    for step, (active, trained) in enumerate(zip(watch.active, watch.trained, strict=True)):
+        assert sorted(renamed.get(name, name) if step >= 5 else name for name in active) == sorted(trained)
+    assert any(name in renamed for active in watch.active[6:] for name in active)
+
+
 def test_one_optimizer_of_several_can_be_chosen():
     model = Gan()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -574,7 +596,7 @@ def test_another_that_changes_trainable_is_refused():
 
 @pytest.mark.parametrize("strategy", [DDPStrategy(static_graph=True), FSDPStrategy.__new__(FSDPStrategy)])
 def test_strategies_that_fix_what_is_trained_are_refused(strategy):
-    with pytest.raises(MisconfigurationException, match=r"trained parameters never changes|does not support opening"):
+    with pytest.raises(MisconfigurationException, match=r"trained parameters never changes|does not support freezing"):
         MISA().setup(SimpleNamespace(strategy=strategy, callbacks=[]), None, "fit")
 
 
@@ -594,7 +616,7 @@ def test_an_eta_without_effect_says_so(tmp_path):
 
 def test_a_state_of_other_matrices_starts_anew(tmp_path):
     _, saved, _ = train(tmp_path, 4)
-    misa = MISA(budget=0.3, interval=3, exclude=["blocks.0.*"], eta=SHARP)
+    misa = MISA(budget=0.3, every_n_steps=3, exclude=["blocks.0.*"], eta=SHARP)
     misa.load_state_dict(saved.state_dict())
     with pytest.warns(UserWarning, match="of other matrices"):
         fit(None, tmp_path, callback=misa, steps=3)

@@ -23,17 +23,16 @@ GRADES = {
     "tau": 1e9,
     "tau_mode": "absolute",
     "alpha": 0.0,
-    "check_every_n_steps": 1,
+    "every_n_steps": 1,
     "patience": 6,
     "include": WEIGHTS,
     "max_frozen_ratio": 0.67,
     "max_events": None,
     "stop_when_frozen": False,
     "release_state": True,
-    "heat_map": False,
 }
 # One of three at a time, another after every third step.
-MISA = {"units": 1, "interval": 3, "include": WEIGHTS, "always": ["*bias"], "heat_map": True}
+MISA = {"units": 1, "every_n_steps": 3, "include": WEIGHTS, "always": ["*bias"], "heat_map": True}
 # Clips often, and collects after every second step.
 AVERAGES = {
     "ZClip": {"warmup_steps": 5, "z_thresh": 1.0, "max_grad_norm": None},
