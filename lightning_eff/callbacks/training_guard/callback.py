@@ -158,6 +158,11 @@ class TrainingGuard(Callback):
         self._told = False  # how much memory the snapshots take
         self._fresh = self.state_dict()
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether it goes back to an earlier state of the run on an alarm; see ``training/hooks.py``."""
+        return self.action == "rollback"
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
