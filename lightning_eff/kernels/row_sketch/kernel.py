@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, CompileCase, typed_pointer
 from lightning_eff.kernels.matrices import ROWS, MatrixList, matrix_table
-from lightning_eff.kernels.tables import address_table, to_device
+from lightning_eff.kernels.tables import CACHE_SIZE, address_table, stream_of, to_device
 
 COLUMNS = 64
 RANK = 16  # what a matrix unit takes at least; columns of V beyond the rank are computed and not stored
@@ -141,6 +142,12 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+@functools.lru_cache(CACHE_SIZE)
+def _streams(device: torch.device, stream: int, streams: tuple[int, ...]) -> Tensor:
+    """int32 (matrices,) on the device; ``stream`` is the CUDA stream that copies it."""
+    return to_device([_signed(number) for number in streams], torch.int32, device)
+
+
 def row_sketch(matrices: MatrixList, errors: MatrixList | None, rank: int, seed: int, streams: Sequence[int]) -> Tensor:
     """Launch the kernel over lists that have been inspected."""
     device = matrices.listed.device
@@ -150,7 +157,7 @@ def row_sketch(matrices: MatrixList, errors: MatrixList | None, rank: int, seed:
     out = torch.empty((table.total_rows, rank), dtype=torch.float32, device=device)
     if table.blocks == 0:
         return out
-    numbers = to_device([_signed(stream) for stream in streams], torch.int32, device)
+    numbers = _streams(device, stream_of(device), tuple(streams))
     with torch.cuda.device_of(out):
         _sketch[(table.blocks,)](
             addresses, addresses if errors is None else address_table(errors.listed), table.rows, table.columns,
