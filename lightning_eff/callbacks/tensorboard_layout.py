@@ -60,7 +60,9 @@ class TensorBoardLayout(Callback):
     """
 
     def __init__(self, charts: dict[str, dict[str, list[Any]]] | None = None) -> None:
-        check("charts", charts, charts is None or isinstance(charts, dict), "{category: {title: chart}}, or None")
+        check(
+            "charts", charts, charts is None or isinstance(charts, dict), "a dict {category: {title: chart}}, or None"
+        )
         self.charts = charts or {}
         for category, category_charts in self.charts.items():
             _check(category_charts, f"charts[{category!r}]")

@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_count, check_number
 from lightning_eff.compression.exchange import BucketExchange, Memory, Slot, Step, exchange_bucket, finish
 from lightning_eff.compression.forecast.link import Link, waiter
 from lightning_eff.compression.interface import AllGather, AllReduce, Collective, Compressor, all_reduce_bytes
@@ -66,8 +67,14 @@ def rehearse(
         world_size: number of ranks to be counted with.
         bucket_mb: DDP's ``bucket_cap_mb``, in MiB.
         device: where the gradients are.
-        repeats: times that a bucket is compressed; the fastest counts, after one that does not.
+        repeats: times that a bucket is compressed, >= 1; the fastest counts, after one that does not.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
+    check_count("world_size", world_size)
+    check_number("bucket_mb", bucket_mb, above=0, unit="MiB")
+    check_count("repeats", repeats)
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(0)
     plans = []
