@@ -86,7 +86,7 @@ def inspect_errors(op: str, errors: Sequence[Tensor], matrices: MatrixList) -> M
 
 
 def matrix_table(matrices: MatrixList, block_rows: int = 32) -> MatrixTable:
-    """The table of a non-empty list: everything but the addresses. One program of a kernel takes ``block_rows`` rows."""
+    """The table of a non-empty list: everything but the addresses; a program of a kernel takes ``block_rows`` rows."""
     device = matrices.listed.device
     assert device is not None
     return _table(device, stream_of(device), matrices.shapes, matrices.listed.codes, block_rows)

@@ -430,6 +430,8 @@ def test_strings_for_models_with_unused_parameters(prefix, name):
 class _Unused(L.LightningModule):
     """Large enough to be compressed with the defaults; a layer is left out of every step."""
 
+    optimizer_count = 1
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -449,7 +451,7 @@ def _unused(folder: Path, names: list[str]) -> dict[str, dict[str, Tensor]]:
     found = {}
     for name in names:
         module = _Unused()
-        arguments = {"limit_val_batches": 0, "check_val_every_n_epoch": None, "val_check_interval": None}
+        arguments: dict[str, Any] = {"limit_val_batches": 0, "val_check_interval": 1.0}
         trainer, _ = train(folder, f"ddp_{name}_find_unused_parameters_true", module=module, steps=3, **arguments)
         found[name] = weights(module) | {"saved": torch.tensor(trainer.strategy.traffic.bytes_sent)}
     return found

@@ -19,8 +19,8 @@ from lightning_eff.kernels.tables import CACHE_SIZE, address_table, stream_of, t
 
 # Rows and columns of a tile, without and with an error memory. The random words of a column serve all rows of a tile,
 # and in 16 bits drawing them takes longer than reading the rows. Settled by the registers of a thread, compiled for
-# cuda:90 by Triton 3.6 and 3.9: 64 x 32 takes 96 and 72 (32 x 64: 139 and 130; 64 x 64: 168 by 3.6). With an error memory
-# 32 x 32 takes 157 and 86 (32 x 64: 242 and 141; 64 x 32: 219 and 93).
+# cuda:90 by Triton 3.6 and 3.9: 64 x 32 takes 96 and 72 (32 x 64: 139 and 130; 64 x 64: 168 by 3.6). With an error
+# memory 32 x 32 takes 157 and 86 (32 x 64: 242 and 141; 64 x 32: 219 and 93).
 TILES = {False: (64, 32), True: (32, 32)}
 RANK = 16  # what a matrix unit takes at least; columns of V beyond the rank are computed and not stored
 
