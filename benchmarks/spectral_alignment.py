@@ -55,14 +55,14 @@ def tune() -> None:
     runs = records(DEVELOPMENT)
     rows = []
     grid = itertools.product((10, 20), (0.98, 0.99), (0.15, 0.25), (2, 3), (5, 10, 12, 14, 16), (0.3, 0.5))
-    for every, threshold, margin, patience, window, residual in grid:
-        config = CollapseConfig(threshold, margin, patience, window)
+    for every, threshold, hysteresis, patience, look_back, residual in grid:
+        config = CollapseConfig(threshold, hysteresis, patience, look_back)
         shares = [collapses(run, Rule(every, config, residual, 1.0))[0] for run in runs]
         for severity in (0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5):
             alarms = [onsets(share, severity, every) for share in shares]
             false, found = leads(runs, alarms)
             rows.append(
-                dict(every=every, threshold=threshold, margin=margin, patience=patience, window=window,
+                dict(every=every, threshold=threshold, hysteresis=hysteresis, patience=patience, look_back=look_back,
                      residual=residual, severity=severity, false_alarms=false, warned=score(found)[0],
                      lead=score(found)[1], default=Rule(every, config, residual, severity) == Rule.default())
             )  # fmt: skip
@@ -218,7 +218,7 @@ def live(name: str = "rate ramp") -> None:
         recorded = onsets(collapses(run, rule)[0], rule.severity, rule.every_n_steps)
         L.seed_everything(run["seed"], verbose=False)
         alarms, (module, data) = Alarms(), workload.build(run["seed"])
-        callbacks = [*workload.faults(), SpectralAlignmentMonitor(), alarms]
+        callbacks = [*workload.faults(), SpectralAlignmentMonitor(action="warn"), alarms]
         steps = len(run["scalars"]["loss"])
         trainer = L.Trainer(
             accelerator="cpu", devices=1, max_steps=steps, limit_val_batches=0, callbacks=callbacks, **QUIET

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.spectral_runs import EVERY, RECORDS, WORKLOADS, exploded
 from lightning_eff.callbacks import SpectralAlignmentMonitor
-from lightning_eff.functional.spectral_alignment import CollapseConfig, CollapseState, collapse_update
+from lightning_eff.functional.spectral_alignment import CollapseConfig, CollapseState, collapse_update, collapsed_share
 
 BURN_IN = 50  # steps in which no detector may speak
 
@@ -38,7 +38,7 @@ class Rule:
 
 
 def collapses(run: dict[str, Any], rule: Rule) -> tuple[list[float], list[list[str]]]:
-    """At every observation the share of armed layers that have collapsed, and which."""
+    """At every observation the share of layers that have collapsed, as the monitor takes it, and which."""
     interval = str(rule.every_n_steps)
     stride = rule.every_n_steps // EVERY
     majority, residual = run["majority"][interval][::stride], run["residual"][interval][::stride]
@@ -46,7 +46,7 @@ def collapses(run: dict[str, Any], rule: Rule) -> tuple[list[float], list[list[s
     shares, names = [], []
     for m, r in zip(majority, residual, strict=True):
         collapsed = collapse_update(m, r <= rule.max_residual, state)
-        shares.append((collapsed.sum() / state.armed.sum().clamp(min=1)).item())
+        shares.append(collapsed_share(collapsed, state).item())
         names.append([name for name, is_one in zip(run["layers"], collapsed.tolist(), strict=True) if is_one])
     return shares, names
 

@@ -98,7 +98,7 @@ def _guard(**arguments: Any) -> list[L.Callback]:
 
 
 GUARDS: dict[str, Callable[[], list[L.Callback]]] = {
-    "watched only": lambda: [SpectralAlignmentMonitor(every_n_steps=5), TrainingGuard("warn", **SHORT)],
+    "watched only": lambda: [SpectralAlignmentMonitor(every_n_steps=5, action="warn"), TrainingGuard("warn", **SHORT)],
     "rollback": _guard,
     "rollback, loss rules alone": lambda: [TrainingGuard(**SHORT)],
     "rollback, a tenth of the rate to the end": lambda: _guard(lr_factor=0.1, lr_steps=None),

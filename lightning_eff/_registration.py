@@ -37,6 +37,9 @@ class Entry(NamedTuple):
     start_methods: dict[str, str] = START_METHODS
     """Prefix of the string -> how the processes are started."""
 
+    ending: str = ""
+    """Of the string, as Lightning names its own: "_find_unused_parameters_true"."""
+
 
 _COMPRESSED = "lightning_eff.strategies.compressed_ddp:build"
 
@@ -50,8 +53,20 @@ _COMPRESSORS = {
     "int8": ("Int8", "which reduces gradients as 8-bit integers"),
 }
 
+_UNUSED = "_find_unused_parameters_true"
+
 ENTRIES = (
     *(Entry(name, _COMPRESSED, {"compressor": compressor}, what) for name, (compressor, what) in _COMPRESSORS.items()),
+    *(
+        Entry(
+            name,
+            _COMPRESSED,
+            {"compressor": compressor, "find_unused_parameters": True},
+            f"{what}, without error feedback; parameters may go unused",
+            ending=_UNUSED,
+        )
+        for name, (compressor, what) in _COMPRESSORS.items()
+    ),
     Entry(
         "ft",
         "lightning_eff.strategies.fault_tolerant.strategy:FaultTolerantDDPStrategy",
@@ -75,7 +90,7 @@ def _fill(strategies: ModuleType) -> None:
     for entry in ENTRIES:
         for prefix, start_method in entry.start_methods.items():
             registry.register(
-                f"{prefix}_{entry.name}",
+                f"{prefix}_{entry.name}{entry.ending}",
                 partial(_build, entry.factory),
                 description=f"DDP, {entry.description}, with `start_method` '{start_method}'",
                 override=True,

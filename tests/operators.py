@@ -36,7 +36,8 @@ class OperatorCounter:
     """A context manager that counts operator calls and host syncs on the CPU, where a sync costs nothing.
 
     `operators` maps an operator's name to its calls; `host_syncs` is how often the host would have waited. A copy to
-    the CPU by `.to("cpu")` is not an operator here and is not seen.
+    the CPU by `.to("cpu")` is not an operator here and is not seen. Copies between the CPU and another device count
+    where they block; the meta device stands for a GPU.
     """
 
     def __init__(self) -> None:
@@ -77,9 +78,22 @@ class _Dispatched(TorchDispatchMode):
         masked = name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        if name in _WAITING_OPERATORS or masked:
+        if name in _WAITING_OPERATORS or masked or _blocking_copy(name, args, kwargs or {}):
             self.counter.waits[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def _blocking_copy(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a tensor is copied between the CPU and another device while the host waits."""
+    if name == "aten::_to_copy":
+        devices = {args[0].device.type, torch.device(kwargs.get("device") or args[0].device).type}
+        blocks = not kwargs.get("non_blocking")
+    elif name == "aten::copy_":
+        devices = {args[0].device.type, args[1].device.type}
+        blocks = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+    else:
+        return False
+    return blocks and len(devices) == 2 and "cpu" in devices
 
 
 class _Called(TorchFunctionMode):
@@ -90,4 +104,9 @@ class _Called(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _WAITING_METHODS:
             self.counter.waits[_WAITING_METHODS[func]] += 1
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and torch.device((kwargs or {}).get("device") or "cpu").type != "cpu"
+        ):
+            self.counter.waits[func.__name__] += 1  # from memory that is not pinned
         return func(*args, **(kwargs or {}))

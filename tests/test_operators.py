@@ -16,6 +16,9 @@ WAITING = {
     "numpy": lambda x: x.numpy(),
     "asarray": lambda x: np.asarray(x),
     "cpu": lambda x: x.cpu(),
+    "to the device": lambda x: x.to("meta"),
+    "copied to the device": lambda x: torch.empty(3, device="meta").copy_(x),
+    "made on the host": lambda x: torch.tensor([1.0], device="meta"),
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
     "clip to a tensor": lambda x: nn.utils.clip_grads_with_norm_([_with_gradient()], x.max(), x.sum()),
@@ -25,6 +28,10 @@ QUIET = {
     "index": lambda x: x[torch.tensor([0, 2])],
     "foreach": lambda x: torch._foreach_mul([x, x], x.sum()),
     "shape": lambda x: int(x.shape[0]) + x.numel(),
+    "to the device without waiting": lambda x: x.to("meta", non_blocking=True),
+    "copied without waiting": lambda x: torch.empty(3, device="meta").copy_(x, non_blocking=True),
+    "on the device": lambda x: torch.zeros(3, device="meta").to(torch.float16).copy_(torch.ones(3, device="meta")),
+    "another dtype": lambda x: x.to(torch.float64),
     "detach": lambda x: x.detach().clone(),
 }
 

@@ -8,7 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_eff.arguments import check_flag
+from lightning_eff.training.hooks import CompressesGradients
+from lightning_eff.training.trainer import log_values, logger_step
 
 
 class CompressionMonitor(Callback):
@@ -30,6 +32,9 @@ class CompressionMonitor(Callback):
         relative_error: also measure what is left out. On a step that is logged that takes a float32 copy of the
             compressed gradients where there is no error feedback, and two passes over them.
 
+    Raises:
+        ValueError: ``relative_error`` is neither True nor False.
+
     Example:
         >>> import lightning as L
         >>> trainer = L.Trainer(strategy="ddp_arc_topk", accelerator="cpu", callbacks=[CompressionMonitor()],
@@ -37,17 +42,18 @@ class CompressionMonitor(Callback):
     """
 
     def __init__(self, relative_error: bool = True) -> None:
+        check_flag("relative_error", relative_error)
         self.relative_error = relative_error
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(trainer.strategy, CompressedDDPStrategy):
+        if not isinstance(trainer.strategy, CompressesGradients):
             rank_zero_info(f"CompressionMonitor is idle: {type(trainer.strategy).__name__} compresses nothing")
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         strategy = trainer.strategy
-        if self.relative_error and isinstance(strategy, CompressedDDPStrategy) and _is_logged(trainer):
+        if self.relative_error and isinstance(strategy, CompressesGradients) and _is_logged(trainer):
             strategy.measure()
 
     @override
@@ -55,7 +61,7 @@ class CompressionMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = trainer.strategy
-        if not isinstance(strategy, CompressedDDPStrategy) or not _is_logged(trainer):
+        if not isinstance(strategy, CompressesGradients) or not _is_logged(trainer):
             return
         traffic = strategy.traffic
         values: dict[str, Any] = {
@@ -65,12 +71,11 @@ class CompressionMonitor(Callback):
         error = strategy.relative_error() if self.relative_error else None
         if error is not None:
             values["relative_error"] = error
-        for name, value in values.items():
-            pl_module.log(f"comm/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+        log_values(pl_module, "comm", values)
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
-        if not isinstance(trainer.strategy, CompressedDDPStrategy):
+        if not isinstance(trainer.strategy, CompressesGradients):
             return {}
         return {
             "bytes sent in a step": ["Multiline", ["comm/bytes_per_step"]],
@@ -81,4 +86,4 @@ class CompressionMonitor(Callback):
 def _is_logged(trainer: Trainer) -> bool:
     """Whether the current step is one that Lightning logs: from counts alone, so alike on all ranks."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(every) and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+    return bool(every) and (logger_step(trainer) + 1) % every == 0

@@ -9,6 +9,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_eff.arguments import check
+from lightning_eff.training.hooks import HasCharts
+from lightning_eff.training.trainer import callbacks_of
+
 Charts: TypeAlias = dict[str, list[Any]]
 """``{chart title: ["Multiline", [tag, ...]] or ["Margin", [value, lower, upper]]}``."""
 
@@ -56,6 +60,9 @@ class TensorBoardLayout(Callback):
     """
 
     def __init__(self, charts: dict[str, dict[str, list[Any]]] | None = None) -> None:
+        check(
+            "charts", charts, charts is None or isinstance(charts, dict), "a dict {category: {title: chart}}, or None"
+        )
         self.charts = charts or {}
         for category, category_charts in self.charts.items():
             _check(category_charts, f"charts[{category!r}]")
@@ -64,15 +71,14 @@ class TensorBoardLayout(Callback):
     def layout(self, trainer: "pl.Trainer") -> dict[str, Charts]:
         """Collect the charts of this Trainer, ``{category: {chart title: chart}}``."""
         training: Charts = {"loss": ["Multiline", _LOSS_TAGS]}
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # a connector of Lightning sets it
+        callbacks = callbacks_of(trainer)
         if any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
             training["learning rate"] = ["Multiline", ["lr-.*"]]
         layout = {"training": training}
         for callback in callbacks:
-            collect = getattr(callback, "tensorboard_charts", None)
-            if not callable(collect):
+            if not isinstance(callback, HasCharts):
                 continue
-            charts = collect(trainer)
+            charts = callback.tensorboard_charts(trainer)
             _check(charts, f"{type(callback).__name__}.tensorboard_charts")
             layout[_free_name(type(callback).__name__, layout)] = charts
         layout.update(self.charts)

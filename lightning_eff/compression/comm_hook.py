@@ -2,8 +2,9 @@
 
 The first collective of bucket b is launched, then the next ones of the buckets before it, whose earlier results have
 travelled while the backward pass went on. Everything is launched from the hook itself: what a ``Future.then`` launches
-comes in another order on every rank. In the last bucket's call the rest is drained, and only then are gradients and
-memories written, since whether a step is finite is known when all of it has been exchanged.
+comes in another order on every rank. In the last bucket's call the rest is drained. Where it has to be known whether
+the step is finite, which is known when all of it has been exchanged, gradients and memories are written only then; else
+a bucket is written as soon as a later bucket's call finds that it has arrived.
 """
 
 # No `from __future__ import annotations`: DDP compares the hook's annotations with classes, not with strings.
@@ -31,7 +32,7 @@ from lightning_eff.compression.interface import (
     Compressor,
     all_reduce_bytes,
 )
-from lightning_eff.compression.plan import as_matrix, pays
+from lightning_eff.compression.plan import as_matrix, in_memory_order, pays
 
 
 @dataclass
@@ -57,22 +58,27 @@ class Traffic:
 
 @dataclass
 class _Running:
-    """A bucket whose exchange is not done."""
+    """A bucket whose exchange is not done.
+
+    What was launched is kept until it has been waited for: a collective may still read its input.
+    """
 
     exchange: BucketExchange
     future: torch.futures.Future[Tensor]
     buffer: Tensor
-    launched: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    launched: list[tuple[dist.Work, Collective, Tensor]] = field(default_factory=list)
     last: bool = False
-    seen: list[Tensor] = field(default_factory=list)
+
+    def has_arrived(self) -> bool:
+        """Whether nothing more has to be sent or waited for. It may differ from rank to rank."""
+        return self.last and all(work.is_completed() for work, _, _ in self.launched)
 
     def wait(self) -> list[Tensor]:
         """The results of what was launched last."""
-        for work, _ in self.launched:
+        launched, self.launched = self.launched, []
+        for work, _, _ in launched:
             work.wait()
-        results = [tensor for _, tensor in self.launched]
-        self.seen += results
-        return results
+        return [tensor for _, _, tensor in launched]
 
 
 class CompressedReduction:
@@ -112,6 +118,8 @@ class CompressedReduction:
         self._plans: dict[tuple[int, ...], tuple[list[Slot], list[Slot]]] = {}
         self._step: Step | None = None
         self._running: list[_Running] = []
+        self._sums: list[Tensor] = []  # of all that came back in this step, where the step is judged
+        self._reduced = -1, 0  # the optimizer step and which reduction in it
 
     def reduce(self, bucket: dist.GradBucket, group: dist.ProcessGroup | None = None) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Start a bucket's exchange, move on those before it, and finish all of them with the last bucket."""
@@ -128,6 +136,8 @@ class CompressedReduction:
         self._launch(running, next(exchange), group)
         for earlier in self._running:
             self._advance(earlier, group)
+        if not self.compressor.judges_steps:
+            self._write_arrived()
         self._running.append(running)
         self.traffic.last_dense_bytes += all_reduce_bytes(buffer.nbytes, self._step.world_size)
         if bucket.is_last():
@@ -135,10 +145,14 @@ class CompressedReduction:
         return future
 
     def _begin(self, group: dist.ProcessGroup | None) -> None:
-        self._running = []  # of a backward pass that was broken off
+        self._running, self._sums = [], []  # of a backward pass that was broken off
         self.traffic.last_bytes = self.traffic.last_dense_bytes = 0.0
+        number = self._current_step()
+        self._reduced = number, self._reduced[1] + 1 if number == self._reduced[0] else 0
         self._step = Step(
-            self._current_step(), dist.get_rank(group), dist.get_world_size(group), self._scale(), self.measure_next
+            *(number, dist.get_rank(group), dist.get_world_size(group), self._scale()),
+            measure=self.measure_next,
+            reduction=self._reduced[1],
         )
         self.measure_next = False
 
@@ -152,10 +166,11 @@ class CompressedReduction:
             compressed: list[Slot] = []
             dense: list[Slot] = []
             for parameter, gradient in zip(parameters, bucket.gradients(), strict=True):
-                rows, columns = as_matrix(_in_memory_order(gradient))
+                shape = in_memory_order(gradient)
+                rows, columns = as_matrix(shape)
                 slot = Slot(self._names[id(parameter)], gradient.storage_offset(), rows, columns)
                 fits = buffer.dtype.is_floating_point and not self.compressor.whole_buckets
-                chosen = fits and pays(self.compressor, gradient.shape, buffer.element_size(), world_size)
+                chosen = fits and pays(self.compressor, shape, buffer.element_size(), world_size)
                 (compressed if chosen else dense).append(slot)
             whole = (1, buffer.numel())
             if self.compressor.whole_buckets and pays(self.compressor, whole, buffer.element_size(), world_size):
@@ -173,7 +188,24 @@ class CompressedReduction:
     def _advance(self, running: _Running, group: dist.ProcessGroup | None) -> None:
         """Launch a bucket's next collectives, if it has more."""
         if not running.last:
-            self._launch(running, running.exchange.send(running.wait()), group)
+            self._launch(running, running.exchange.send(self._wait(running)), group)
+
+    def _wait(self, running: _Running) -> list[Tensor]:
+        results = running.wait()
+        if self.compressor.judges_steps:
+            self._sums += [tensor.sum(dtype=torch.float32) for tensor in results]
+        return results
+
+    def _write_arrived(self) -> None:
+        """Write the buckets that wait for nothing, not even for a judgement of the step, and give their memory back."""
+        arrived = [running for running in self._running if running.has_arrived()]
+        self._running = [running for running in self._running if running not in arrived]
+        for running in arrived:
+            self._write(running, running.wait())
+
+    def _write(self, running: _Running, results: list[Tensor]) -> None:
+        finish(running.exchange, results, "an exchange goes on behind its last stage")
+        running.future.set_result(running.buffer)
 
     def _finish(self, group: dist.ProcessGroup | None) -> None:
         """Wait for everything, then let each bucket write its gradients and memories."""
@@ -182,12 +214,12 @@ class CompressedReduction:
         while any(not running.last for running in self._running):
             for running in self._running:
                 self._advance(running, group)
-        results = [running.wait() for running in self._running]
+        results = [self._wait(running) for running in self._running]
         if self.compressor.judges_steps:
-            step.accepted = self._all_finite()
-        for running, result in zip(self._running, results, strict=True):
-            finish(running.exchange, result, "an exchange goes on behind its last stage")
-            running.future.set_result(running.buffer)
+            # Equal on all ranks, as the bits of what came back are.
+            step.accepted = torch.stack(self._sums).sum().isfinite()
+        for running in self._running:
+            self._write(running, results.pop(0))
         if step.squares:
             self.left_out = torch.stack([torch.stack(pair) for pair in step.squares]).sum(0)
         traffic.steps += 1
@@ -195,34 +227,26 @@ class CompressedReduction:
         traffic.dense_bytes += traffic.last_dense_bytes
         self._running, self._step = [], None
 
-    def _all_finite(self) -> Tensor:
-        """Whether all that came back from the other ranks is finite: equal on all of them, as its bits are."""
-        sums = [tensor.sum(dtype=torch.float32) for running in self._running for tensor in running.seen]
-        return torch.stack(sums).sum().isfinite()
-
 
 def hook(reduction: CompressedReduction, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
     """For ``DistributedDataParallel.register_comm_hook(reduction, hook)``."""
     return reduction.reduce(bucket)
 
 
-def _launch(request: Collective, world_size: int, group: dist.ProcessGroup | None) -> tuple[dist.Work, Tensor]:
+def _launch(
+    request: Collective, world_size: int, group: dist.ProcessGroup | None
+) -> tuple[dist.Work, Collective, Tensor]:
+    """The collective's handle, its request and the tensor that will hold its result."""
     tensor = request.tensor
     if isinstance(request, AllReduce):
-        return dist.all_reduce(tensor, group=group, async_op=True), tensor
+        return dist.all_reduce(tensor, group=group, async_op=True), request, tensor
     if isinstance(request, AllGather):
         result = tensor.new_empty((world_size, tensor.numel()))
-        return _all_gather(result.view(-1), tensor, group=group, async_op=True), result
+        return _all_gather(result.view(-1), tensor, group=group, async_op=True), request, result
     result = torch.empty_like(tensor)
-    return dist.all_to_all_single(result.view(-1), tensor.view(-1), group=group, async_op=True), result
+    work = dist.all_to_all_single(result.view(-1), tensor.view(-1), group=group, async_op=True)
+    return work, request, result
 
 
 # The name that torch 2.13 deprecates is the only one that torch 2.8 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def _in_memory_order(gradient: Tensor) -> list[int]:
-    """The shape with the dimensions as they lie in memory: the rows of a channels-last convolution are its channels."""
-    strides = gradient.stride()
-    order = sorted(range(gradient.ndim), key=lambda dim: (-strides[dim], dim))
-    return [gradient.shape[dim] for dim in order]

@@ -14,7 +14,7 @@ which send C(v - h_i), and h is its mean over the ranks. So a compressor needs t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Step:
 
     Attributes:
         number: optimizer steps done so far.
+        reduction: which reduction since the last optimizer step, from 0: manual optimization may have several.
         rank: of this process.
         world_size: number of ranks.
         scale: 0-d tensor, what a GradScaler has multiplied the loss with; None for 1.
@@ -66,8 +67,16 @@ class Step:
     world_size: int
     scale: Tensor | None = None
     measure: bool = False
+    reduction: int = 0
     accepted: Tensor | None = None
     squares: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def seed(self, compressor: Compressor) -> int:
+        """Of this reduction's random numbers, in [0, 2^64); equal on all ranks, and after a resume."""
+        return ((compressor.seed << 32 | self.number & 0xFFFFFFFF) + self.reduction * _ODD) % 2**64
+
+
+_ODD = 0x9E3779B97F4A7C15  # of the golden ratio: its multiples lie far apart in 64 bits
 
 
 class Stage(NamedTuple):
@@ -106,7 +115,7 @@ def exchange_bucket(
     unscale = step.scale is not None and compressor.keeps_memory
     if unscale:
         assert step.scale is not None
-        buffer.div_(step.scale)  # the memory outlives a change of scale, so it is kept unscaled
+        _in_float32_(buffer, Tensor.div_, step.scale)  # the memory outlives a change of scale, so it is kept unscaled
     starting: list[Slot] = []
     if step.number < compressor.start_step:
         compressed, dense = [], [*dense, *compressed]
@@ -119,15 +128,15 @@ def exchange_bucket(
     if not compressed and not starting:
         yield Stage([AllReduce(buffer.div_(world_size))], last=True)
     else:
-        packed = torch.cat([_flat(buffer, slot) for slot in dense]).div_(world_size) if dense else None
         if compressed:
-            mean = yield from _exchange_matrices(compressor, buffer, compressed, packed, memory, step)
+            mean = yield from _exchange_matrices(
+                compressor, buffer, compressed, _pack(buffer, dense, world_size), memory, step
+            )
         else:
-            assert packed is not None
-            (mean,) = yield Stage([AllReduce(packed)], last=True)
+            (mean,) = yield Stage([AllReduce(_pack(buffer, dense, world_size))], last=True)
         for slot in starting:
             memory[slot.name] = _begin(_matrix(buffer, slot), scheme, step.accepted)
-        if mean is not None:
+        if len(mean):
             parts = torch.split(mean, [slot.numel for slot in dense])
             torch._foreach_copy_([_flat(buffer, slot) for slot in dense], list(parts))
             for slot, part in zip(
@@ -140,7 +149,30 @@ def exchange_bucket(
         scale = step.scale if unscale and step.scale is not None else torch.ones((), device=buffer.device)
         nan = torch.full_like(scale, torch.nan)
         factor = scale if step.accepted is None else torch.where(step.accepted, scale, nan)
-        buffer.mul_(factor)
+        _in_float32_(buffer, Tensor.mul_, factor)
+
+
+def fingerprint(numbers: Tensor, dtype: torch.dtype, world_size: int) -> Tensor:
+    """Numbers that are equal on two ranks if these hold the same integers, and hardly ever if not.
+
+    Args:
+        numbers: int64 (n,).
+        dtype: floating, in which the result is to be summed over the ranks: exactly, in any order.
+        world_size: number of ranks.
+
+    Returns:
+        (3,); empty where ``dtype`` has too few digits for so many ranks.
+
+    Example:
+        >>> fingerprint(torch.tensor([3, 5, 8]), torch.bfloat16, world_size=2).tolist()
+        [16.0, 98.0, 37.0]
+    """
+    base = int(2 / torch.finfo(dtype).eps) // world_size  # all integers up to 2 / eps are numbers of the dtype
+    if base < 2:
+        return numbers.new_empty(0, dtype=dtype)
+    places = torch.arange(1, len(numbers) + 1, device=numbers.device)
+    sums = torch.stack([numbers.sum(), (numbers * numbers).sum(), (numbers * places).sum()])
+    return sums.remainder_(base).to(dtype)
 
 
 def finish(exchange: Generator[Any, Any, Any], results: Any, error: str) -> None:
@@ -156,11 +188,13 @@ def _exchange_matrices(
     compressor: Compressor,
     buffer: Tensor,
     slots: Sequence[Slot],
-    packed: Tensor | None,
+    packed: Tensor,
     memory: Memory,
     step: Step,
-) -> Generator[Stage, list[Tensor], Tensor | None]:
+) -> Generator[Stage, list[Tensor], Tensor]:
     """The compressed part; the dense tensors, ``packed``, travel in one of its buffers where dtypes allow.
+
+    No tensor is held here while a collective is under way: all buckets of a step may wait at once.
 
     Returns:
         The mean of the dense tensors.
@@ -173,44 +207,59 @@ def _exchange_matrices(
         errors=_errors(compressor, gradients, kept, step),
         memory=kept,
         streams=[slot.stream for slot in slots],
-        seed=compressor.seed << 32 | step.number & 0xFFFFFFFF,
+        seed=step.seed(compressor),
         step=step.number,
         rank=step.rank,
         world_size=step.world_size,
     )
-    before = _square(bucket.inputs()) if step.measure else None
+    before = _square([bucket.input(index) for index in range(len(slots))]) if step.measure else None
     check = not compressor.shows_nonfinite
     if check:
         sums = torch.stack([gradient.sum(dtype=torch.float32) for gradient in gradients])
-        zero = sums.sum().mul_(0).to(buffer.dtype).view(1)  # or NaN
-        packed = zero if packed is None else torch.cat([packed, zero])
+        packed = torch.cat([packed, sums.sum().mul_(0).to(buffer.dtype).view(1)])  # 0, or NaN
     exchange = compressor.exchange(bucket)
-    request = next(exchange)
-    mean = None
+    mean = packed.new_empty(0)
+    results: list[Any] = [None]
     for stage in range(1, compressor.collectives + 1):
         last = stage == compressor.collectives
-        if packed is not None and isinstance(request, AllReduce) and request.tensor.dtype == packed.dtype:
-            own = request.tensor.numel()
-            (joined,) = yield Stage([AllReduce(torch.cat([request.tensor.flatten(), packed]))], last)
-            result, mean, packed = joined[:own].view(request.tensor.shape), joined[own:], None
-        elif packed is not None and last:
-            result, mean = yield Stage([request, AllReduce(packed)], last)
-        else:
-            (result,) = yield Stage([request], last)
-        if not last:
-            request = exchange.send(result)
+        requests: list[Collective] = [exchange.send(results.pop(0))]
+        if last and bucket.agreed is not None:
+            agreed = fingerprint(bucket.agreed, buffer.dtype, step.world_size)
+            packed = torch.cat([packed, agreed])
+        shape, numel = requests[0].tensor.shape, requests[0].tensor.numel()
+        joined = isinstance(requests[0], AllReduce) and requests[0].tensor.dtype == packed.dtype and len(packed) > 0
+        if joined:
+            requests[0] = AllReduce(torch.cat([requests[0].tensor.flatten(), packed]))
+        elif last and len(packed):
+            requests.append(AllReduce(packed))
+        if joined or last:
+            packed = packed.new_empty(0)
+        results = yield Stage(requests, last)
+        del requests
+        if joined:
+            mean = torch.cat([mean, results[0][numel:]])
+            results[0] = results[0][:numel].view(shape)
+        elif last and len(results) > 1:
+            mean = torch.cat([mean, results.pop()])
+    if bucket.agreed is not None:
+        mean, found = mean[: len(mean) - len(agreed)], mean[len(mean) - len(agreed) :]
+        if not torch.equal(found, agreed * step.world_size):
+            raise RuntimeError(
+                f"{type(compressor).__name__}: the ranks do not send the same rows of {', '.join(bucket.names)}, so "
+                "their averages would be wrong. Unlike CPUs may round sums differently: train on equal machines"
+            )
     bucket.accepted = step.accepted
     momenta = _momenta(compressor, bucket)
     finish(
-        exchange, result, f"{type(compressor).__name__}.exchange yields more than collectives={compressor.collectives}"
+        exchange,
+        results.pop(0),
+        f"{type(compressor).__name__}.exchange yields more than collectives={compressor.collectives}",
     )
     if before is not None and bucket.errors is not None:
         step.squares.append((before, _square(bucket.errors)))
     if momenta is not None:
         _follow(compressor, bucket, momenta)
-    if check and mean is not None:
-        mean = mean[:-1]
-    return mean if mean is not None and len(mean) else None
+    return mean[:-1] if check else mean
 
 
 def _errors(
@@ -258,6 +307,21 @@ def _follow(compressor: Compressor, bucket: Bucket, momenta: list[Tensor]) -> No
         estimate = torch.add(entry["estimate"], gradient, alpha=eta)
         entry["estimate"] = bucket.if_accepted(estimate, entry["estimate"])
         gradient.copy_(estimate)
+
+
+def _pack(buffer: Tensor, slots: Sequence[Slot], world_size: int) -> Tensor:
+    """This rank's part of the mean of some tensors, flat and beside each other."""
+    return torch.cat([buffer.new_empty(0), *(_flat(buffer, slot) for slot in slots)]).div_(world_size)
+
+
+def _in_float32_(buffer: Tensor, operation: Callable[..., Any], factor: Tensor) -> None:
+    """Multiply or divide in place by a 0-d float32 tensor, which a GPU would round to a buffer's 16 bits first."""
+    if buffer.element_size() >= 4:
+        operation(buffer, factor)
+    else:
+        wide = buffer.to(torch.float32)
+        operation(wide, factor)
+        buffer.copy_(wide)
 
 
 def _flat(buffer: Tensor, slot: Slot) -> Tensor:

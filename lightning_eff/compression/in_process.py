@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_count
 from lightning_eff.compression.exchange import Memory, Slot, Step, exchange_bucket, finish
 from lightning_eff.compression.interface import AllGather, AllReduce, Collective, Compressor
 from lightning_eff.compression.plan import as_matrix, pays
@@ -17,7 +18,10 @@ class InProcessRanks:
 
     Args:
         compressor: with its settings.
-        world_size: number of ranks.
+        world_size: number of ranks, >= 1.
+
+    Raises:
+        ValueError: ``world_size`` is no integer of at least 1.
 
     Attributes:
         memories: of each rank, by parameter name.
@@ -34,6 +38,7 @@ class InProcessRanks:
     """
 
     def __init__(self, compressor: Compressor, world_size: int) -> None:
+        check_count("world_size", world_size)
         self.compressor = compressor
         self.world_size = world_size
         self.memories: list[Memory] = [{} for _ in range(world_size)]

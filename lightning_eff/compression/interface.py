@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check_choice, check_count, check_number
 
 ErrorFeedback = Literal["none", "ef14", "ef21", "ef21m"]
 
@@ -96,6 +96,9 @@ class Bucket:
         world_size: number of ranks.
         accepted: 0-d bool, equal on all ranks, there once the last collective is done: whether everything that was
             exchanged in this step is finite. Only then may ``errors`` and ``memory`` change.
+        agreed: int64 (n,), numbers that follow from what was exchanged and have to be equal on all ranks, for the
+            compressor to set before its last request: a fingerprint travels along, and where one differs, training
+            ends with a RuntimeError. On the CPU only, since a GPU would be waited for.
     """
 
     names: list[str]
@@ -108,16 +111,20 @@ class Bucket:
     rank: int
     world_size: int
     accepted: Tensor | None = None
+    agreed: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the gradients are."""
         return self.gradients[0].device
 
-    def inputs(self) -> list[Tensor]:
-        """What is to be compressed, in float32: gradients plus errors in new memory, or the gradients themselves."""
-        gradients = [gradient.to(torch.float32) for gradient in self.gradients]
-        return gradients if self.errors is None else list(torch._foreach_add(gradients, self.errors))
+    def input(self, index: int) -> Tensor:
+        """What is to be compressed of one matrix, in float32: gradient plus error in new memory, or the gradient.
+
+        Made anew in every call: what an exchange holds while it waits adds up over all buckets of a step.
+        """
+        gradient = self.gradients[index].to(torch.float32)
+        return gradient if self.errors is None else gradient + self.errors[index]
 
     def keep(self, index: int, unsent: Tensor) -> None:
         """Make ``unsent``, float32 (n, m) in memory of its own, the error of one matrix, where accepted."""
@@ -178,12 +185,11 @@ class Compressor(ABC):
         min_numel: int = 4096,
         seed: int = 0,
     ) -> None:
-        allowed = "one of " + ", ".join(map(repr, self.schemes))
-        check("error_feedback", error_feedback, error_feedback in self.schemes, f"{allowed} for {type(self).__name__}")
-        check("eta", eta, 0 < eta <= 1, "in (0, 1]")
-        check("start_step", start_step, isinstance(start_step, int) and start_step >= 0, "an integer of at least 0")
-        check("min_numel", min_numel, isinstance(min_numel, int) and min_numel >= 0, "an integer of at least 0")
-        check("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "an integer in [0, 2^32)")
+        check_choice("error_feedback", error_feedback, self.schemes)
+        check_number("eta", eta, above=0, most=1)
+        check_count("start_step", start_step, least=0)
+        check_count("min_numel", min_numel, least=0)
+        check_count("seed", seed, least=0, most=2**32 - 1)
         self.error_feedback: ErrorFeedback = error_feedback
         self.eta = eta
         self.start_step = start_step
@@ -216,7 +222,8 @@ class Compressor(ABC):
         """Average ``bucket.gradients`` over the ranks, in place; see :class:`Bucket` for what has to be kept.
 
         A generator that yields exactly ``collectives`` requests, the same on every rank, and is sent each one's
-        result. It must not wait for the device.
+        result. It must not wait for the device, and hold no
+        more than it needs while it waits for a result: all buckets of a step may wait at once.
         """
 
     def __repr__(self) -> str:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from torch import Tensor
 
+from lightning_eff.arguments import check_count
 from lightning_eff.compression.interface import Compressor, all_reduce_bytes
 
 WORTH = 0.9
@@ -17,17 +19,40 @@ WORTH = 0.9
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a tensor: its first dimension by all others; of a vector one row.
 
+    Leading dimensions of 1, as position embeddings have, are none.
+
     Example:
-        >>> as_matrix((64, 3, 7, 7)), as_matrix((10,))
-        ((64, 147), (1, 10))
+        >>> as_matrix((64, 3, 7, 7)), as_matrix((1, 1024, 768)), as_matrix((10,))
+        ((64, 147), (1024, 768), (1, 10))
     """
     if len(shape) < 2:
         return 1, prod(shape)
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
     return shape[0], prod(shape[1:])
 
 
+def in_memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """The shape with the dimensions as they lie in memory: the rows of a channels-last convolution are its channels.
+
+    Example:
+        >>> in_memory_order(torch.zeros(2, 3).T)
+        (2, 3)
+    """
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim))
+    return tuple(tensor.shape[dim] for dim in order)
+
+
 def pays(compressor: Compressor, shape: Sequence[int], itemsize: int, world_size: int) -> bool:
-    """Whether a tensor is compressed: a large enough matrix, for which clearly fewer bytes are sent than dense."""
+    """Whether a tensor is compressed: a large enough matrix, for which clearly fewer bytes are sent than dense.
+
+    Args:
+        compressor: with its settings.
+        shape: of the tensor as it lies in memory, see :func:`in_memory_order`.
+        itemsize: bytes of an element.
+        world_size: number of ranks.
+    """
     rows, columns = as_matrix(shape)
     if rows * columns < max(1, compressor.min_numel) or (len(shape) < 2 and not compressor.whole_buckets):
         return False
@@ -67,9 +92,12 @@ def predict(
 
     Args:
         compressor: with its settings.
-        shapes: of the trainable parameters, by name.
-        world_size: number of ranks.
+        shapes: of the trainable parameters, by name, in the order of the model.
+        world_size: number of ranks, >= 1.
         dtype: of the gradients.
+
+    Raises:
+        ValueError: ``world_size`` is no integer of at least 1.
 
     Example:
         >>> from lightning_eff.compression import ArcTopK
@@ -77,20 +105,47 @@ def predict(
         >>> predict(ArcTopK(ratio=0.2), shapes, world_size=2)
         Prediction(bytes_sent=820000.0, dense_bytes=4004000.0, compressed=('weight',), dense=('bias',))
     """
+    check_count("world_size", world_size)
     itemsize = torch.empty((), dtype=dtype).element_size()
-    compressed = {name for name, shape in shapes.items() if pays(compressor, shape, itemsize, world_size)}
-    sent = dense = 0.0
-    for name, shape in shapes.items():
+    units: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {name: ((name,), shapes[name]) for name in shapes}
+    if compressor.whole_buckets:
+        cap = bucket_cap_mb(itemsize * sum(map(prod, shapes.values())))
+        groups = bucket_names(shapes, cap, itemsize)
+        units = {names[0]: (tuple(names), (1, sum(prod(shapes[name]) for name in names))) for names in groups}
+    compressed: set[str] = set()
+    sent = whole = 0.0
+    for names, shape in units.values():
         rows, columns = as_matrix(shape)
-        whole = all_reduce_bytes(rows * columns * itemsize, world_size)
-        sent += compressor.bytes_sent(rows, columns, itemsize, world_size) if name in compressed else whole
-        dense += whole
+        dense = all_reduce_bytes(rows * columns * itemsize, world_size)
+        chosen = pays(compressor, shape, itemsize, world_size)
+        compressed.update(names if chosen else ())
+        sent += compressor.bytes_sent(rows, columns, itemsize, world_size) if chosen else dense
+        whole += dense
     return Prediction(
         sent,
-        dense,
+        whole,
         tuple(name for name in shapes if name in compressed),
         tuple(name for name in shapes if name not in compressed),
     )
+
+
+def bucket_names(shapes: Mapping[str, Sequence[int]], bucket_mb: float | None, itemsize: int) -> list[list[str]]:
+    """Names by bucket, in the order in which DDP reduces them: the last parameters of the model first.
+
+    Args:
+        shapes: of the trainable parameters, by name, in the order of the model.
+        bucket_mb: DDP's ``bucket_cap_mb``, in MiB; None for its default: 1 for the first bucket, then 25.
+        itemsize: bytes of an element.
+    """
+    buckets: list[list[str]] = [[]]
+    size = 0
+    for name in reversed(list(shapes)):
+        buckets[-1].append(name)
+        size += itemsize * prod(shapes[name])
+        if size >= 2**20 * (bucket_mb or (1 if len(buckets) == 1 else 25)):
+            buckets.append([])
+            size = 0
+    return [bucket for bucket in buckets if bucket]
 
 
 def bucket_cap_mb(gradient_bytes: float) -> float:

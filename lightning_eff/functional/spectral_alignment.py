@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_count, check_number
 
 __all__ = [
     "CollapseConfig",
@@ -31,6 +31,7 @@ __all__ = [
     "SingularPair",
     "alignment",
     "collapse_update",
+    "collapsed_share",
     "leading_singular_pair",
     "majority_fraction",
     "sign_diversity",
@@ -79,7 +80,7 @@ def leading_singular_pair(weight: Tensor, v: Tensor, iterations: int = 1) -> Sin
     """
     if weight.ndim != 2 or v.shape != weight.shape[1:]:
         raise ValueError(f"weight of shape {tuple(weight.shape)} and v of shape {tuple(v.shape)} are not 2-d and (in,)")
-    check("iterations", iterations, is_count(iterations), "an integer of at least 1")
+    check_count("iterations", iterations)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     v = _unit(v.to(exact), v)
     for _ in range(iterations):
@@ -116,7 +117,7 @@ def alignment(x: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
         >>> alignment(torch.tensor([[3.0, 4.0], [0.0, -2.0]]), torch.tensor([1.0, 0.0])).tolist()
         [0.599..., 0.0]
     """
-    check("eps", eps, eps > 0, "positive")
+    check_number("eps", eps, above=0)
     x = x.float()
     cosine: Tensor = (x @ v.float()) / (torch.linalg.vector_norm(x, dim=-1) + eps)
     return cosine
@@ -151,30 +152,30 @@ class CollapseConfig:
     """When a layer counts as collapsed. The rule and its defaults are this package's, not the paper's.
 
     Healthy runs begin collapsed, and some layers stay so. So a layer is *armed* once it has been diverse: once the
-    median of its majority fraction over ``window`` observations has been at most ``threshold - margin``. An armed
-    layer has *collapsed* when its majority has been at least ``threshold`` for ``patience`` observations in a row.
+    median of its majority fraction over ``look_back`` observations has been at most ``threshold - hysteresis``. An
+    armed layer has *collapsed* when its majority has been at least ``threshold`` for ``patience`` observations in a
+    row.
 
     Args:
         threshold: majority fraction from which on a layer counts as collapsed, in (0.5, 1].
-        margin: how far below that a layer has to have been, >= 0, with ``threshold - margin`` above 0.5.
+        hysteresis: how far below that a layer has to have been, >= 0, with ``threshold - hysteresis`` above 0.5.
         patience: observations in a row, >= 1.
-        window: observations that the median is taken over, >= 1.
+        look_back: observations that the median is taken over, >= 1.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
     threshold: float = 0.99
-    margin: float = 0.25
+    hysteresis: float = 0.25
     patience: int = 3
-    window: int = 16
+    look_back: int = 16
 
     def __post_init__(self) -> None:
-        check("threshold", self.threshold, 0.5 < self.threshold <= 1, "in (0.5, 1]")
-        in_range = 0 <= self.margin < self.threshold - 0.5
-        check("margin", self.margin, in_range, f"in [0, threshold - 0.5 = {self.threshold - 0.5:.4g})")
-        check("patience", self.patience, is_count(self.patience), "an integer of at least 1")
-        check("window", self.window, is_count(self.window), "an integer of at least 1")
+        check_number("threshold", self.threshold, above=0.5, most=1)
+        check_number("hysteresis", self.hysteresis, least=0, below=self.threshold - 0.5)
+        check_count("patience", self.patience)
+        check_count("look_back", self.look_back)
 
 
 @dataclass
@@ -183,9 +184,9 @@ class CollapseState:
 
     Attributes:
         config: the rule.
-        history: (window, layers), the last majorities that could be trusted; NaN: none yet.
+        history: (look_back, layers), the last majorities that could be trusted; NaN: none yet.
         observations: (layers,), how many there were.
-        lowest: (layers,), the lowest median over a whole window so far; infinite before there is one.
+        lowest: (layers,), the lowest median over ``look_back`` observations so far; infinite before there is one.
         streak: (layers,), observations in a row at or above the threshold, up to the last one.
     """
 
@@ -200,12 +201,12 @@ class CollapseState:
         """A state that has seen nothing."""
         counts = torch.zeros(layers, dtype=torch.int64)
         lowest = torch.full((layers,), math.inf)
-        return cls(config, torch.full((config.window, layers), math.nan), counts, lowest, counts.clone())
+        return cls(config, torch.full((config.look_back, layers), math.nan), counts, lowest, counts.clone())
 
     @property
     def armed(self) -> Tensor:
         """(layers,), bool: those that have been diverse."""
-        return self.lowest <= self.config.threshold - self.config.margin
+        return self.lowest <= self.config.threshold - self.config.hysteresis
 
     @property
     def collapsed(self) -> Tensor:
@@ -229,9 +230,9 @@ class CollapseState:
         return {name: getattr(self, name) for name in _TENSORS}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a ``state_dict`` of as many layers; with another ``window`` the medians are taken anew.
+        """Take over a ``state_dict`` of as many layers; with another ``look_back`` the medians are taken anew.
 
-        Which layers are armed follows from the lowest medians, so another threshold or margin judges them anew.
+        Which layers are armed follows from the lowest medians, so another threshold or hysteresis judges them anew.
         """
         for name in _TENSORS:
             saved, mine = state_dict[name], getattr(self, name)
@@ -263,26 +264,50 @@ def collapse_update(majority: Tensor, trusted: Tensor, state: CollapseState) -> 
     moved = torch.cat([state.history[1:], majority[None]])
     state.history = torch.where(trusted, moved, state.history)
     state.observations = state.observations + trusted
-    full = trusted & (state.observations >= state.config.window)
-    median = state.history.sort(dim=0).values[(state.config.window - 1) // 2]
+    full = trusted & (state.observations >= state.config.look_back)
+    median = state.history.sort(dim=0).values[(state.config.look_back - 1) // 2]
     state.lowest = torch.where(full, torch.minimum(state.lowest, median), state.lowest)
     high = majority >= state.config.threshold
     state.streak = torch.where(trusted, torch.where(high, state.streak + 1, 0), state.streak)
     return state.collapsed & trusted
 
 
+LEAST_ARMED = 3
+"""Layers, without which nothing is said: one or two of many tell little about the model."""
+
+
+def collapsed_share(collapsed: Tensor, state: CollapseState) -> Tensor:
+    """Share of all watched layers that are collapsed; 0 while fewer than three are armed, or not all of fewer.
+
+    Args:
+        collapsed: (layers,), bool, from :func:`collapse_update`.
+        state: of the same layers.
+
+    Returns:
+        0-d, in [0, 1].
+
+    Example:
+        >>> state = CollapseState.of(4, CollapseConfig())
+        >>> collapsed_share(torch.tensor([True, False, False, False]), state)  # none is armed
+        tensor(0.)
+    """
+    layers = len(collapsed)
+    enough = state.armed.sum() >= min(LEAST_ARMED, layers)
+    return collapsed.sum() / max(1, layers) * enough
+
+
 def why_unarmed(state: CollapseState) -> str:
     """Why no layer of a state has ever been armed, in words. Waits for the device.
 
     Example:
-        >>> why_unarmed(CollapseState.of(1, CollapseConfig(window=5)))
-        'there were 0 observations, fewer than window=5'
+        >>> why_unarmed(CollapseState.of(1, CollapseConfig(look_back=5)))
+        'there were 0 observations, fewer than look_back=5'
     """
     config, most = state.config, int(state.observations.max())
-    if most < config.window:
-        return f"there were {most} observations, fewer than window={config.window}"
+    if most < config.look_back:
+        return f"there were {most} observations, fewer than look_back={config.look_back}"
     return (
         f"the most diverse one had a median of {float(state.lowest.min()):.4g} of its inputs on one side, and at most "
-        f"threshold - margin = {config.threshold - config.margin:.4g} arms a layer. Layers fed by ReLU or GELU without "
-        "a norm stay there in healthy runs: watch others with include, or lower margin"
+        f"threshold - hysteresis = {config.threshold - config.hysteresis:.4g} arms a layer. Layers fed by ReLU or GELU "
+        "without a norm stay there in healthy runs: watch others with include, or lower hysteresis"
     )

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from lightning_eff.kernels.tables import CACHE_SIZE, TensorList, inspect, stream_of, to_device
 
-ROWS = 32
-"""Rows that one program of a kernel takes."""
-
 MAX_COLUMNS = 2**25  # the offsets within a block of rows are 32-bit numbers
 
 
 @dataclass(frozen=True)
 class MatrixTable:
-    """A list of contiguous matrices on the device, cut into blocks of ``ROWS`` rows.
+    """A list of contiguous matrices on the device, cut into blocks of rows.
 
     Attributes:
         rows: int32 (matrices,).
@@ -88,20 +85,20 @@ def inspect_errors(op: str, errors: Sequence[Tensor], matrices: MatrixList) -> M
     return kept
 
 
-def matrix_table(matrices: MatrixList) -> MatrixTable:
-    """The table of a non-empty list: everything but the addresses."""
+def matrix_table(matrices: MatrixList, block_rows: int = 32) -> MatrixTable:
+    """The table of a non-empty list: everything but the addresses; a program of a kernel takes ``block_rows`` rows."""
     device = matrices.listed.device
     assert device is not None
-    return _table(device, stream_of(device), matrices.shapes, matrices.listed.codes)
+    return _table(device, stream_of(device), matrices.shapes, matrices.listed.codes, block_rows)
 
 
 @functools.lru_cache(CACHE_SIZE)
 def _table(
-    device: torch.device, stream: int, shapes: tuple[tuple[int, int], ...], codes: tuple[int, ...]
+    device: torch.device, stream: int, shapes: tuple[tuple[int, int], ...], codes: tuple[int, ...], block_rows: int
 ) -> MatrixTable:
     rows = torch.tensor([shape[0] for shape in shapes])
     columns = torch.tensor([shape[1] for shape in shapes])
-    counts = (rows + ROWS - 1) // ROWS
+    counts = (rows + block_rows - 1) // block_rows
     firsts = torch.cumsum(counts, 0) - counts
     owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return MatrixTable(

@@ -20,7 +20,9 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 16384
 """Elements that one program of a kernel reads: fixed, since it sets the order of the sums."""
 
-CACHE_SIZE = 64
+CACHE_SIZE = 1024
+"""Tables that are kept of each kind. DDP's buckets ask for theirs in turn, one to three each: with fewer places than
+that the oldest is always the one that is needed next, and nothing is ever found."""
 
 
 @dataclass(frozen=True)
@@ -166,4 +168,16 @@ def to_device(values: Tensor | Sequence[int], dtype: torch.dtype, device: torch.
     host = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     if device.type != "cuda":
         return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    pinned = host.pin_memory()
+    table = _to_cuda(pinned, device)
+    if torch.cuda.is_current_stream_capturing():
+        _CAPTURED.extend((pinned, table))
+    return table
+
+
+def _to_cuda(pinned: Tensor, device: torch.device) -> Tensor:
+    return pinned.to(device, non_blocking=True)
+
+
+_CAPTURED: list[Tensor] = []
+"""What a CUDA graph copies again in every replay: kept, as a graph may live as long as the process."""

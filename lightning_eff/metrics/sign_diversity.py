@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_count
 from lightning_eff.functional.spectral_alignment import majority_fraction, sign_diversity
 from lightning_eff.kernels.alignment import MAX_BINS
 
@@ -50,7 +50,7 @@ class SignDiversity(Metric):
 
     def __init__(self, bins: int = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check("bins", bins, is_count(bins) and 2 <= bins <= MAX_BINS, f"an integer from 2 to {MAX_BINS}")
+        check_count("bins", bins, least=2, most=MAX_BINS)
         self.bins = bins
         self.add_state("histogram", torch.zeros(bins, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("positive", torch.tensor(0), dist_reduce_fx="sum")

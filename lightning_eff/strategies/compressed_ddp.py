@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -16,16 +17,24 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_eff import compression
+from lightning_eff.arguments import check, check_flag, check_number
 from lightning_eff.compression import ArcTopK, Compressor, predict
 from lightning_eff.compression.comm_hook import CompressedReduction, Traffic, hook
 from lightning_eff.compression.exchange import Memory
-from lightning_eff.compression.plan import bucket_cap_mb
+from lightning_eff.compression.plan import bucket_cap_mb, in_memory_order
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.trainer import gradient_scaler
 
 _REFUSED = ("ddp_comm_hook", "ddp_comm_state", "ddp_comm_wrapper", "model_averaging_period")
+
+_ALLOWED = {
+    name
+    for constructor in (DDPStrategy.__init__, DistributedDataParallel.__init__)
+    for name, parameter in inspect.signature(constructor).parameters.items()
+    if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+} - {"self", "module", *_REFUSED}
 
 
 class CompressedDDPStrategy(DDPStrategy):
@@ -41,8 +50,9 @@ class CompressedDDPStrategy(DDPStrategy):
         kwargs: of ``DDPStrategy`` and ``DistributedDataParallel``.
 
     Raises:
-        ValueError: a communication hook or model averaging beside the compressor, or ``find_unused_parameters`` with
-            error feedback: what is fed back to a parameter that no rank has used would be lost.
+        ValueError: an argument out of its range or of neither of the two; a communication hook or model averaging
+            beside the compressor; ``find_unused_parameters`` with error feedback, since what is fed back to a parameter
+            that no rank has used would be lost.
 
     Example:
         >>> CompressedDDPStrategy(compressor=ArcTopK(ratio=0.1)).compressor.ratio
@@ -54,17 +64,19 @@ class CompressedDDPStrategy(DDPStrategy):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name}={kwargs[name]!r} is not allowed: the compressor is the communication hook")
             kwargs.pop(name, None)
+        for name, value in kwargs.items():
+            check(name, value, name in _ALLOWED, "left out: neither DDPStrategy nor DistributedDataParallel knows it")
         compressor = ArcTopK() if compressor is None else compressor
         if not isinstance(compressor, Compressor):
             raise ValueError(f"compressor={compressor!r} is not allowed: it must be a Compressor, such as ArcTopK()")
+        check_flag("find_unused_parameters", kwargs.get("find_unused_parameters", False))
+        check_number("bucket_cap_mb", bucket_cap_mb, above=0, optional=True, unit="MiB")
         if kwargs.get("find_unused_parameters") and compressor.error_feedback != "none":
             raise ValueError(
                 f"find_unused_parameters=True is not allowed with error_feedback={compressor.error_feedback!r}: DDP "
                 "drops what is fed back to a parameter that no rank has used. Use every parameter in every step, or "
                 f"{type(compressor).__name__}(error_feedback='none')"
             )
-        if bucket_cap_mb is not None and not bucket_cap_mb > 0:
-            raise ValueError(f"bucket_cap_mb={bucket_cap_mb!r} is not allowed: it must be above 0, or None")
         super().__init__(**kwargs)
         self.compressor = compressor
         self.bucket_cap_mb = bucket_cap_mb
@@ -151,7 +163,7 @@ class CompressedDDPStrategy(DDPStrategy):
         super().teardown()
 
     def _warn_if_useless(self, parameters: dict[str, nn.Parameter]) -> None:
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        shapes = {name: in_memory_order(parameter) for name, parameter in parameters.items()}
         dtype = next(iter(parameters.values())).dtype
         if not predict(self.compressor, shapes, self.world_size, dtype).compressed:
             rank_zero_warn(
@@ -210,9 +222,16 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def build(compressor: str, start_method: Literal["popen", "spawn", "fork", "forkserver"]) -> CompressedDDPStrategy:
-    """What a strategy string stands for: a compressor with its defaults."""
-    return CompressedDDPStrategy(getattr(compression, compressor)(), start_method=start_method)
+def build(
+    compressor: str,
+    start_method: Literal["popen", "spawn", "fork", "forkserver"],
+    find_unused_parameters: bool = False,
+) -> CompressedDDPStrategy:
+    """What a strategy string stands for: a compressor with its defaults, but for error feedback with unused ones."""
+    chosen: Compressor = getattr(compression, compressor)()
+    if find_unused_parameters and chosen.error_feedback != "none":
+        chosen = getattr(compression, compressor)(error_feedback="none")
+    return CompressedDDPStrategy(chosen, start_method=start_method, find_unused_parameters=find_unused_parameters)
 
 
 def _move(memory: Memory, device: torch.device) -> None:

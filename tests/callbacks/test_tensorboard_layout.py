@@ -206,6 +206,7 @@ def test_only_rank_zero_collects_and_writes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("charts", "message"),
     [
+        ("x", r"charts='x' is not allowed"),
         ({"a": {"b": ["Line", ["x"]]}}, r"charts\['a'\]\['b'\] must be \['Multiline'"),
         ({"a": {"b": "x"}}, r"charts\['a'\]\['b'\] must be"),
         ({"a": ["Multiline", ["x"]]}, r"charts\['a'\] must be a dict of charts"),

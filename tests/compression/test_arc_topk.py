@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from lightning_eff.compression import ArcTopK
+from lightning_eff.compression.compressors import arc_topk
 from lightning_eff.compression.exchange import Slot
 from lightning_eff.compression.in_process import InProcessRanks
+from lightning_eff.kernels import row_pack
 from lightning_eff.kernels.row_sketch import signs
 from tests.compression.ranks import SHAPES, Always, gradients, mean
 
@@ -105,3 +107,20 @@ def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         ArcTopK(**{name: value})
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_select_other_rows_are_told(monkeypatch, world_size, dtype):
+    """Scores are sums, which an unlike CPU may round differently."""
+    calls = []
+
+    def scores(sketch):
+        calls.append(1)
+        found = row_pack.row_scores(sketch)
+        return -found if len(calls) == world_size else found  # the last rank
+
+    monkeypatch.setattr(arc_topk, "row_scores", scores)
+    own = [{"w": part["w"].to(dtype)} for part in gradients(0, world_size, {"w": (300, 40)})]
+    with pytest.raises(RuntimeError, match=r"the ranks do not send the same rows of w"):
+        InProcessRanks(Always(), world_size).average(own)

@@ -18,8 +18,11 @@ from lightning_eff.compression import (
     all_compressors,
     predict,
 )
+from lightning_eff.compression.compressors.randk import _draw
 from lightning_eff.compression.in_process import InProcessRanks
+from lightning_eff.kernels.philox import philox_words
 from tests.compression.ranks import gradients, mean
+from tests.operators import OperatorCounter
 
 SHAPES = {"w": (40, 30), "b": (40,)}
 
@@ -54,6 +57,30 @@ def test_randk_draws_every_element_alike_and_none_twice():
     # Unbiased: each is drawn with probability 0.07 and scaled by 1 / 0.07; the deviation of a mean is 0.067.
     torch.testing.assert_close(counts / steps, torch.ones(1200), atol=5 * 0.067, rtol=0)
     assert (counts / steps).std() < 0.08
+
+
+def test_randk_draws_evenly_within_its_runs_and_between_them():
+    """The places of one draw, shifted back: a uniform one in each run, independent of the next run's."""
+    runs, length = 4096, 16
+    counts = torch.zeros(length, length)
+    for step in range(40):
+        places = _draw(runs * length, runs, seed=step, stream=9, device=torch.device("cpu"))
+        assert len(places.unique()) == runs
+        shift = philox_words(step, 9, runs + 1, places.device)[-1] * (runs * length) >> 32
+        offsets = (places - shift) % length
+        assert torch.equal((places - shift) % (runs * length) // length, torch.arange(runs))
+        counts.index_put_((offsets[:-1], offsets[1:]), torch.ones(runs - 1), accumulate=True)
+    expected = 40 * (runs - 1) / length**2
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert abs(chi_square - 255) < 4 * (2 * 255) ** 0.5  # 255 degrees of freedom
+
+
+def test_randk_draws_on_the_device_without_a_blocking_copy():
+    """The meta device stands for a GPU."""
+    with OperatorCounter() as counter:
+        places = _draw(1000, 100, seed=1, stream=2, device=torch.device("meta"))
+    assert places.device.type == "meta"
+    assert counter.host_syncs == 0, counter.waits
 
 
 def test_randk_without_scale_under_error_feedback():
@@ -154,14 +181,19 @@ def test_bytes_are_those_that_were_predicted(compressor, world_size):
     ranks = InProcessRanks(compressor, world_size)
     ranks.average(gradients(0, world_size, GPT))
     prediction = predict(compressor, GPT, world_size)
-    # Int8 pads a bucket to whole blocks, and Rand-K sends a number that tells whether all is finite.
-    exact = not isinstance(compressor, Int8 | RandK)
+    # Rand-K sends a number that tells whether all is finite, ARC-Top-K three that tell whether all send the same rows;
+    # Int8 pads each bucket, and here there is one.
+    exact = not isinstance(compressor, ArcTopK | Int8 | RandK)
     assert ranks.bytes_sent == pytest.approx(prediction.bytes_sent, rel=1e-12 if exact else 1e-3)
     assert prediction.bytes_sent < prediction.dense_bytes
     assert set(prediction.compressed) | set(prediction.dense) == GPT.keys()
 
 
 def test_predictions():
+    # A position embedding is a matrix of its positions.
+    assert predict(ArcTopK(), {"position": (1, 512, 64)}, 2).compressed == ("position",)
+    # Int8 pads each bucket to whole blocks for each rank: 1001 numbers to 4 x 256 on two ranks.
+    assert predict(Int8(), {"w": (1001,)}, 2).bytes_sent == 2 * 1 / 2 * 4 * (256 + 4)
     assert predict(ArcTopK(), GPT, 2).dense == ("h.0.norm", "h.1.norm", "h.2.norm", "tiny")
     assert predict(BF16(), GPT, 2).ratio == 2.0
     # An all-gather grows with the ranks: near 1 / ratio of them it does not pay.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_eff.compression import FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
 from lightning_eff.compression.in_process import InProcessRanks
@@ -220,3 +221,22 @@ def test_measures_what_is_left_out(compressor):
         assert ranks.left_out == pytest.approx(float(expected.sqrt()), rel=1e-5)
     elif compressor.error_feedback == "none":
         assert not plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_scale_is_never_rounded_to_16_bits(dtype):
+    """A GPU casts a 0-d float32 tensor to the other operand's 16 bits: 65536 is infinite in float16."""
+    found = []
+
+    class Operands(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in ("aten::mul_", "aten::div_", "aten::mul", "aten::div"):
+                tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+                if len(tensors) == 2 and tensors[0].itemsize < tensors[1].itemsize:
+                    found.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    own = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in gradients(0, 2)]
+    with Operands():
+        InProcessRanks(Always(error_feedback="ef14"), 2).average(own, scale=65536.0)
+    assert found == []

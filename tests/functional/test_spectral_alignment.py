@@ -12,6 +12,7 @@ from lightning_eff.functional.spectral_alignment import (
     CollapseState,
     alignment,
     collapse_update,
+    collapsed_share,
     leading_singular_pair,
     majority_fraction,
     sign_diversity,
@@ -134,7 +135,7 @@ def run(rows, trusted=True, **config):
     return found, state
 
 
-RULE = dict(threshold=0.9, margin=0.2, patience=2, window=3)
+RULE = dict(threshold=0.9, hysteresis=0.2, patience=2, look_back=3)
 
 
 def test_a_layer_that_was_never_diverse_is_never_collapsed():
@@ -149,6 +150,23 @@ def test_an_armed_layer_that_returns_to_collapse():
     found, state = run([1.0, 1.0, 0.6, 0.6, 0.6, 0.95, 0.95, 1.0, 0.6, 1.0], **RULE)
     assert found == [False] * 6 + [True, True, False, False]
     assert state.armed.item()
+
+
+@pytest.mark.parametrize(
+    ("armed", "collapsed", "share"),
+    [
+        ([1, 0, 0, 0, 0], [1, 0, 0, 0, 0], 0.0),  # two armed layers of five say nothing
+        ([1, 1, 0, 0, 0], [1, 1, 0, 0, 0], 0.0),
+        ([1, 1, 1, 0, 0], [1, 0, 0, 0, 0], 0.2),  # of all that are watched, not of the armed ones
+        ([1, 1], [1, 0], 0.5),  # fewer are watched: all of them armed
+        ([1, 0], [1, 0], 0.0),
+        ([1], [1], 1.0),
+    ],
+)
+def test_the_share_is_of_all_layers_and_of_three_at_least(armed, collapsed, share):
+    state = CollapseState.of(len(armed), CollapseConfig(**RULE))
+    state.lowest = torch.where(torch.tensor(armed).bool(), 0.5, 1.0)
+    assert collapsed_share(torch.tensor(collapsed).bool(), state).item() == pytest.approx(share)
 
 
 def test_one_diverse_observation_arms_nothing():
@@ -201,7 +219,7 @@ def test_a_state_goes_on_exactly():
 
 def test_another_window_keeps_who_is_armed():
     _, state = run([0.6] * 4, **RULE)
-    other = CollapseState.of(1, CollapseConfig(**{**RULE, "window": 5}))
+    other = CollapseState.of(1, CollapseConfig(**{**RULE, "look_back": 5}))
     other.load_state_dict(state.state_dict())
     assert other.armed.item()
     assert other.observations.item() == 0
@@ -211,7 +229,14 @@ def test_another_window_keeps_who_is_armed():
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("threshold", 0.5), ("threshold", 1.01), ("margin", -0.1), ("margin", 0.49), ("patience", 0), ("window", 0)],
+    [
+        ("threshold", 0.5),
+        ("threshold", 1.01),
+        ("hysteresis", -0.1),
+        ("hysteresis", 0.49),
+        ("patience", 0),
+        ("look_back", 0),
+    ],
 )
 def test_bad_rules(argument, value):
     with pytest.raises(ValueError, match=f"{argument}={value} is not allowed"):

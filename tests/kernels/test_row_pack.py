@@ -148,3 +148,12 @@ def test_empty_lists_are_nothing() -> None:
     assert pack_rows([], none, [], 1).shape == (0,)
     scatter_rows_([], torch.zeros(0), none, [])
     assert select_rows(torch.zeros(0), [], []).shape == (0,)
+
+
+def test_the_divisor_is_taken_as_a_reciprocal() -> None:
+    """On a GPU torch divides by a Python number so, and kernel and reference are to agree there."""
+    matrices = [random_like((40, 30), torch.float32, torch.device("cpu"), 0)]
+    rows = torch.arange(40)
+    expected = matrices[0].flatten() * torch.tensor(1 / 3)
+    assert not torch.equal(expected, matrices[0].flatten() / 3)
+    assert torch.equal(reference.pack_rows(matrices, rows, [40], 3, None, torch.float32), expected)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lightning_eff.kernels.philox import philox, philox_words
 from lightning_eff.kernels.row_sketch import reference, row_sketch, signs
 from tests.kernels.memory import Poisoned, random_like
 
@@ -21,12 +22,12 @@ SHAPES = [(1, 1), (31, 63), (33, 64), (5, 1023), (1, 128), (67, 130), (64, 8)]
     ],
 )
 def test_the_generator_is_philox(counter: int, seed: int, stream: int, word: int | None) -> None:
-    got = reference.philox_word(seed, torch.tensor([counter]), stream).item()
-    assert got == philox(counter, stream, seed)
+    got = philox(seed, torch.tensor([counter]), stream)[0].item()
+    assert got == by_hand(counter, stream, seed)
     assert word is None or got == word
 
 
-def philox(c0: int, c1: int, seed: int) -> int:
+def by_hand(c0: int, c1: int, seed: int) -> int:
     """Philox4x32-10 in Python's own integers."""
     c2 = c3 = 0
     k0, k1 = seed % 2**32, seed // 2**32
@@ -126,3 +127,24 @@ def test_the_reference_takes_what_the_kernel_does_not() -> None:
     matrix = random_like((6, 5), torch.float64, torch.device("cpu")).T
     right = matrix @ signs(6, 3, 1, 0).double()
     torch.testing.assert_close(row_sketch([matrix], 3, 1), right.float())
+
+
+@pytest.mark.usefixtures("triton_kernels")
+def test_streams_are_copied_once(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from lightning_eff.kernels.row_sketch import kernel
+
+    copies: list[int] = []
+    copy = kernel.to_device
+    monkeypatch.setattr(kernel, "to_device", lambda *args: (copies.append(1), copy(*args))[1])
+    matrices = [random_like((8, 16), torch.float32, device, 0)]
+    for seed in range(3):
+        row_sketch(matrices, 2, seed, [4_000_000_007 - 2])
+    assert len(copies) == 1
+
+
+def test_words_are_the_same_in_pieces_as_at_once() -> None:
+    words = philox_words(11, 7, 4 * 2**14 + 3, torch.device("cpu"))
+    assert len(words) == 4 * 2**14 + 3
+    at_once = torch.stack(philox(11, torch.arange(2**14 + 1), 7), dim=1).flatten()
+    assert torch.equal(words, at_once[: len(words)])
+    assert (int(words.min()) >> 24, int(words.max()) >> 24) == (0, 255)

@@ -372,7 +372,10 @@ ROWS = (
     Row(
         SpectralAlignmentMonitor,
         # All inputs, so that micro-batches and ranks add up to the whole batch. The patterns fit both models.
-        {"every_n_steps": 2, "window": 1, "patience": 1, "margin": 0.0, "include": ["*.0", "*.2"], "max_tokens": None},
+        {
+            **{"every_n_steps": 2, "look_back": 1, "patience": 1, "hysteresis": 0.0},
+            **{"include": ["*.0", "*.2"], "max_tokens": None},
+        },
         crash_steps=(3, 6),  # between two observations, and before one
         changes_training=False,
         tags=_SPECTRAL_TAGS,
@@ -385,12 +388,15 @@ ROWS = (
             {"power_iterations": 0},
             {"threshold": 0.5},
             {"threshold": 1.1},
-            {"margin": 0.6},
+            {"hysteresis": 0.6},
             {"patience": 0},
-            {"window": 0},
+            {"look_back": 0},
             {"severity": 0.0},
             {"max_residual": 0.0},
+            {"max_residual": float("nan")},
             {"action": "explode"},
+            {"log_details": "yes"},
+            {"heat_map": 1},
         ),
     ),
     Row(

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_choice, check_count, check_flag, check_globs, check_number
 from lightning_eff.callbacks.spectral_alignment.histograms import write_histograms
 from lightning_eff.callbacks.spectral_alignment.probe import AlignmentProbe, watched_layers
-from lightning_eff.callbacks.training_guard.callback import TrainingGuard
 from lightning_eff.functional.spectral_alignment import (
     CollapseConfig,
     CollapseState,
     collapse_update,
+    collapsed_share,
     majority_fraction,
     why_unarmed,
 )
+from lightning_eff.structure.select import listed
 from lightning_eff.training.alarms import Alarm, sound
 from lightning_eff.training.heat_map import HeatMap
+from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, refuse_flattened
 
 Action = Literal["log", "warn", "stop", "rollback"]
 
 BINS = 32  # of the histograms
-LOOK_BACK = 50  # observations after which it is said that no layer has ever been armed
+TELL_AFTER = 50  # observations after which it is said that no layer has ever been armed
 
 
 class SpectralAlignmentMonitor(Callback):
@@ -44,7 +46,7 @@ class SpectralAlignmentMonitor(Callback):
     Reads: the inputs and the weights of the layers, once every ``every_n_steps`` steps.
     Changes: nothing; with ``action="stop"`` or ``"rollback"`` the course of training.
     Collectives: one all-reduce of (32 + 6) numbers a layer on a step that observes, none on one device.
-    Host syncs: none with ``action="log"`` and nobody who listens to alarms, else one on a step that observes.
+    Host syncs: none with ``action="log"``, else one on a step that observes.
     Strategies: one device, DDP and its kin, FSDP2 (``ModelParallelStrategy`` without tensor parallelism).
 
     On a step that observes, a model compiled by ``torch.compile`` runs without its compilation, since hooks added
@@ -57,18 +59,22 @@ class SpectralAlignmentMonitor(Callback):
         exclude: globs of what to leave out again.
         max_tokens: of each rank's batch, spread evenly over it; None for all.
         power_iterations: two products with the weight each, >= 1. The singular vector is kept between observations.
-        threshold: a layer counts as collapsed from this share of tokens on one side on, in (0.5, 1]. This and all that
-            follow down to ``max_residual`` are ours, not the paper's.
-        margin: a layer is armed once the median over ``window`` observations has been at most ``threshold - margin``.
+        threshold: a layer counts as collapsed from this share of tokens on one side on, in (0.5, 1]. This argument and
+            those below down to ``max_residual`` are this package's, not the paper's.
+        hysteresis: a layer is armed once the median over ``look_back`` observations has been at most
+            ``threshold - hysteresis``; >= 0, and less than ``threshold - 0.5``.
         patience: observations in a row, >= 1.
-        window: observations that the median is taken over, >= 1. No alarm is possible before so many.
-        severity: an alarm sounds when at least this share of the armed layers has collapsed, in (0, 1].
+        look_back: observations that the median is taken over, >= 1. No alarm is possible before so many.
+        severity: an alarm begins when at least this share of the watched layers has collapsed, in (0, 1], and at least
+            three layers are armed (all of them, where fewer are watched).
         max_residual: observations whose singular vector has a larger relative residual |W^T u - s v| / s do not
             count, > 0.
-        action: what an alarm does. ``"log"``: nothing but the log. ``"warn"``: a warning. ``"stop"``: a warning, and
-            training ends. ``"rollback"``: a :class:`~lightning_eff.callbacks.TrainingGuard` goes back to a snapshot.
-            Whatever it is, callbacks that listen to alarms hear it.
-        log_layers: also log ``spectral_alignment/majority/<layer>`` of every layer (NaN: its vector has not converged).
+        action: what an alarm does. ``"log"``: nothing, and nobody hears of it. With the others it sounds, so that
+            callbacks that listen to alarms hear it. ``"warn"``: a warning, if nobody listens. ``"stop"``: a warning,
+            and training ends. ``"rollback"``: a :class:`~lightning_eff.callbacks.TrainingGuard` goes back to a
+            snapshot.
+        log_details: also log ``spectral_alignment/majority/<layer>`` of every layer (NaN: its vector has not
+            converged).
         log_histograms: also write the histograms of the alignments to TensorBoard.
         heat_map: draw layers over steps at the end, to TensorBoard and as ``spectral_alignment_heat_map.png``; needs
             matplotlib.
@@ -100,26 +106,27 @@ class SpectralAlignmentMonitor(Callback):
         max_tokens: int | None = 4096,
         power_iterations: int = 1,
         threshold: float = 0.99,
-        margin: float = 0.25,
+        hysteresis: float = 0.25,
         patience: int = 3,
-        window: int = 16,
+        look_back: int = 16,
         severity: float = 0.2,
         max_residual: float = 0.3,
         action: Action = "log",
-        log_layers: bool = False,
+        log_details: bool = False,
         log_histograms: bool = False,
         heat_map: bool = False,
     ) -> None:
-        check("every_n_steps", every_n_steps, is_count(every_n_steps), "an integer of at least 1")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            is_list = isinstance(patterns, list) and len(patterns) > 0 and all(isinstance(p, str) for p in patterns)
-            check(name, patterns, patterns is None or is_list, "a list of globs, or None")
-        check("max_tokens", max_tokens, max_tokens is None or is_count(max_tokens), "an integer of at least 1, or None")
-        check("power_iterations", power_iterations, is_count(power_iterations), "an integer of at least 1")
-        check("severity", severity, 0 < severity <= 1, "in (0, 1]")
-        check("max_residual", max_residual, max_residual > 0, "positive")
-        check("action", action, action in get_args(Action), f"one of {get_args(Action)}")
-        self.config = CollapseConfig(threshold, margin, patience, window)
+        check_count("every_n_steps", every_n_steps)
+        check_globs("include", include)
+        check_globs("exclude", exclude)
+        check_count("max_tokens", max_tokens, optional=True)
+        check_count("power_iterations", power_iterations)
+        self.config = CollapseConfig(threshold, hysteresis, patience, look_back)
+        check_number("severity", severity, above=0, most=1)
+        check_number("max_residual", max_residual, above=0)
+        check_choice("action", action, Action)
+        for name, flag in (("log_details", log_details), ("log_histograms", log_histograms), ("heat_map", heat_map)):
+            check_flag(name, flag)
         self.every_n_steps = every_n_steps
         self.include, self.exclude = include, exclude
         self.max_tokens = max_tokens
@@ -127,7 +134,7 @@ class SpectralAlignmentMonitor(Callback):
         self.severity = severity
         self.max_residual = max_residual
         self.action: Action = action
-        self.log_layers, self.log_histograms, self.heat_map = log_layers, log_histograms, heat_map
+        self.log_details, self.log_histograms, self.heat_map = log_details, log_histograms, heat_map
         self.layers: list[str] = []
         """Names of the layers that are watched, in the order of the model."""
         self._probe: AlignmentProbe | None = None
@@ -167,18 +174,19 @@ class SpectralAlignmentMonitor(Callback):
         if stage != "fit":
             return
         strategy = trainer.strategy
-        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"SpectralAlignmentMonitor does not support {type(strategy).__name__}, which flattens or partitions "
-                "the weights that it multiplies with: use ModelParallelStrategy (FSDP2) in its place"
-            )
+        refuse_flattened(
+            trainer, type(self).__name__, "flattens or partitions the weights that the inputs are compared with"
+        )
         if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
             raise MisconfigurationException(
                 f"SpectralAlignmentMonitor does not support tensor_parallel_size={strategy._tensor_parallel_size}: a "
                 "weight stays sharded in its forward pass, where each product would need a collective. Use FSDP2 alone"
             )
-        if self.action == "rollback":
-            _check_guard(trainer)
+        if self.action == "rollback" and not any(getattr(each, "rolls_back", False) for each in callbacks_of(trainer)):
+            raise MisconfigurationException(
+                "SpectralAlignmentMonitor(action='rollback') needs a TrainingGuard(action='rollback') among the "
+                "callbacks, which keeps the snapshots: add one, or choose action='warn' or 'stop'"
+            )
         if not is_overridden("configure_model", pl_module):  # else there may be no layer yet
             self._find_layers(pl_module)
 
@@ -195,6 +203,7 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._detach()  # from a batch that never came to its end
         self._global_step = trainer.global_step
         if self._steps % self.every_n_steps == 0 and self._probe is not None:
             self._probe.attach()
@@ -211,7 +220,7 @@ class SpectralAlignmentMonitor(Callback):
         if self._steps % self.every_n_steps == 0:
             self._observe(trainer, pl_module)
         self._steps += 1
-        if self.layers and trainer._logger_connector.should_update_logs:
+        if self.layers and logs_now(trainer):
             self._log(trainer, pl_module)
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,23 +236,22 @@ class SpectralAlignmentMonitor(Callback):
         self._observations += 1
         if self._map is not None:
             self._map.add(trainer.global_step, self._majority)
-        share = collapsed.sum() / self._state.armed.sum().clamp(min=1)
+        share = collapsed_share(collapsed, self._state)
         alarmed = share >= self.severity
         begins = alarmed & ~self._alarmed.to(alarmed)
         self._alarmed = alarmed
-        listened_to = any(hasattr(callback, "on_alarm") for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if (self.action != "log" or listened_to) and bool(begins):
+        if self.action != "log" and bool(begins):
             self._sound(trainer, pl_module, collapsed, float(share))
-        if self._observations == LOOK_BACK:
+        if self._observations == TELL_AFTER:
             self._tell_if_unarmed()
 
     def _sound(self, trainer: Trainer, pl_module: LightningModule, collapsed: Tensor, share: float) -> None:
         names = self._names(collapsed)
-        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        some = listed(names, limit=8)
         message = (
-            f"{len(names)} of {len(self.armed)} layers that had been diverse have at least "
-            f"{self.config.threshold:.4g} of their inputs on one side of their weight's leading singular vector since "
-            f"{self.config.patience} observations: {listed}"
+            f"{len(names)} of {len(self.layers)} layers were diverse and now have at least "
+            f"{self.config.threshold:.4g} of their inputs on one side of their weight's leading singular vector, for "
+            f"{self.config.patience} observations: {some}"
         )
         heard = sound(trainer, Alarm("spectral_alignment", trainer.global_step, message, severity=share))
         if self.action == "stop" or (self.action == "warn" and not heard):
@@ -276,8 +284,12 @@ class SpectralAlignmentMonitor(Callback):
             self._eager = None
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()  # a hook of the module may have ended the epoch at the start of a batch
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observations < LOOK_BACK and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._observations < TELL_AFTER and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._tell_if_unarmed()
         if self._map is not None:
             self._map.publish(
@@ -374,10 +386,9 @@ class SpectralAlignmentMonitor(Callback):
             "collapsed_layers": state.collapsed.sum(),
             "armed_layers": armed.sum(),
         }
-        if self.log_layers:
+        if self.log_details:
             values |= {f"majority/{name}": m for name, m in zip(self.layers, self._majority.unbind(), strict=True)}
-        for name, value in values.items():
-            pl_module.log(f"spectral_alignment/{name}", value.float(), on_step=True, on_epoch=False, batch_size=1)
+        log_values(pl_module, "spectral_alignment", values)
         if self.log_histograms and len(self._histograms):  # else nothing was observed since a resume
             tags = [f"spectral_alignment/alignment/{name}" for name in self.layers]
             write_histograms(trainer, tags, self._histograms, -1.0, 1.0)
@@ -391,22 +402,6 @@ class SpectralAlignmentMonitor(Callback):
                 ["spectral_alignment/armed_layers", "spectral_alignment/collapsed_layers"],
             ],
         }
-        if self.log_layers:
+        if self.log_details:
             charts["share of inputs on one side, by layer"] = ["Multiline", ["spectral_alignment/majority/.*"]]
         return charts
-
-
-def _check_guard(trainer: Trainer) -> None:
-    """Raise unless somebody rolls back."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    guards = [callback for callback in callbacks if isinstance(callback, TrainingGuard)]
-    if not guards:
-        raise MisconfigurationException(
-            "SpectralAlignmentMonitor(action='rollback') needs a TrainingGuard among the callbacks, which keeps the "
-            "snapshots: add one, or choose action='warn' or 'stop'"
-        )
-    if guards[0].action != "rollback":
-        raise MisconfigurationException(
-            f"SpectralAlignmentMonitor(action='rollback') has a TrainingGuard(action={guards[0].action!r}) beside it, "
-            "which does not roll back: give both the same action"
-        )

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+
+from lightning_eff.training.trainer import logger_step, tensorboards
 
 
 def write_histograms(trainer: Trainer, tags: Sequence[str], counts: Tensor, low: float, high: float) -> None:
@@ -16,23 +17,22 @@ def write_histograms(trainer: Trainer, tags: Sequence[str], counts: Tensor, low:
     Waits for the device, where there is anybody to write for.
 
     Args:
-        trainer: rank zero alone writes, to each TensorBoardLogger.
+        trainer: rank zero alone writes, to each TensorBoard logger.
         tags: one for each histogram.
         counts: (tags, bins). A row without a count is left out.
         low: lower end of the first bin.
         high: upper end of the last one.
     """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    if not loggers or not trainer.is_global_zero:
+    writers = list(tensorboards(trainer))
+    if not writers:
         return
     edges = torch.linspace(low, high, counts.shape[1] + 1, dtype=torch.float64)
     middles = (edges[1:] + edges[:-1]) / 2
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for tag, row in zip(tags, counts.to("cpu", torch.float64), strict=True):
         if (number := float(row.sum())) == 0:
             continue
-        for logger in loggers:
-            logger.experiment.add_histogram_raw(
+        for writer in writers:
+            writer.add_histogram_raw(
                 tag, min=low, max=high, num=number, sum=float(row @ middles), sum_squares=float(row @ middles.square()),
-                bucket_limits=edges[1:].tolist(), bucket_counts=row.tolist(), global_step=step,
+                bucket_limits=edges[1:].tolist(), bucket_counts=row.tolist(), global_step=logger_step(trainer),
             )  # fmt: skip

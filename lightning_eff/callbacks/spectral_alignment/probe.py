@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_eff.functional.gradients import is_dtensor, statistics_dtype
 from lightning_eff.functional.spectral_alignment import leading_singular_pair
 from lightning_eff.kernels.alignment import AlignmentStats, alignment_stats
 from lightning_eff.structure import clean_named_modules, find_blocks
+from lightning_eff.structure.select import listed, select
 
 FIRST_ITERATIONS = 16
 """Power iterations from a random vector; later ones begin with the last vector."""
@@ -142,46 +142,27 @@ def watched_layers(
     Raises:
         ValueError: nothing is selected, a pattern matches nothing, or one names a layer that cannot be watched alone.
     """
-    modules = clean_named_modules(model)
-    candidates: dict[str, nn.Module] = {
-        name: module for name, module in modules.items() if isinstance(module, nn.Linear | _ConvNd)
-    }
-    found: dict[str, nn.Module]
+    kinds = (nn.Linear, _ConvNd)
+    layers: dict[str, nn.Module] = {n: m for n, m in clean_named_modules(model).items() if isinstance(m, kinds)}
     if include is None:
         blocks = tuple(f"{block.name}." for block in find_blocks(model))
-        found = {n: m for n, m in candidates.items() if n.startswith(blocks) and isinstance(m, nn.Linear)}
-        found = {name: layer for name, layer in found.items() if obstacle(layer) is None}
-        if not found:
+        linear = [n for n, m in layers.items() if n.startswith(blocks) and isinstance(m, nn.Linear)]
+        names = [name for name in linear if obstacle(layers[name]) is None]
+        if not names:
             raise ValueError(
-                "no linear layer in repeated blocks was found that can be watched: name layers with include. "
-                f"Candidates: {_some(candidates)}"
+                "no linear layer in repeated blocks was found that can be watched: name layers with include. There "
+                f"are: {listed(list(layers))}"
             )
     else:
-        chosen: set[str] = set()
-        for pattern in include:
-            hits = [name for name in modules if fnmatchcase(name, pattern)]
-            matched = [name for name in hits if name in candidates]
-            if not matched:
-                one = obstacle(modules[hits[0]]) if len(hits) == 1 else "linear layer or convolution"
-                why = f"{hits[0]!r}: {one}" if len(hits) == 1 else f"no {one}"
-                raise ValueError(f"include={pattern!r} matches {why}. Candidates: {_some(candidates)}")
-            for name in matched:
-                if (reason := obstacle(candidates[name])) is not None:
-                    raise ValueError(f"include={pattern!r} matches {name!r}, which cannot be watched: {reason}")
-            chosen.update(matched)
-        found = {name: layer for name, layer in candidates.items() if name in chosen}
-    for pattern in exclude or ():
-        if not any(fnmatchcase(name, pattern) for name in candidates):
-            raise ValueError(f"exclude={pattern!r} matches no layer. Candidates: {_some(candidates)}")
-        found = {name: layer for name, layer in found.items() if not fnmatchcase(name, pattern)}
+        names = select(list(layers), include, "include", "linear layer or convolution")
+        for name in names:
+            if (reason := obstacle(layers[name])) is not None:
+                raise ValueError(f"include={list(include)} selects {name!r}, which cannot be watched: {reason}")
+    left_out = set(select(list(layers), exclude, "exclude", "linear layer or convolution")) if exclude else set()
+    found = {name: layers[name] for name in names if name not in left_out}
     if not found:
         raise ValueError("exclude leaves no layer to watch")
     return found
-
-
-def _some(names: Mapping[str, Any], most: int = 30) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(list(names)[:most]) or "none") + more
 
 
 def obstacle(layer: nn.Module) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check_count, check_number
 from lightning_eff.compression.interface import (
     AllReduce,
     Bucket,
@@ -62,10 +62,10 @@ class ArcTopK(Compressor):
         seed: int = 0,
     ) -> None:
         super().__init__(error_feedback, eta, start_step, min_numel, seed)
-        check("ratio", ratio, 0 < ratio <= 1, "in (0, 1]")
-        check("rank", rank, isinstance(rank, int) and 1 <= rank <= MAX_RANK, f"an integer from 1 to {MAX_RANK}")
-        check("initial_ratio", initial_ratio, initial_ratio is None or 0 < initial_ratio <= 1, "in (0, 1], or None")
-        check("ratio_steps", ratio_steps, isinstance(ratio_steps, int) and ratio_steps >= 1, "an integer of at least 1")
+        check_number("ratio", ratio, above=0, most=1)
+        check_count("rank", rank, most=MAX_RANK)
+        check_number("initial_ratio", initial_ratio, above=0, most=1, optional=True)
+        check_count("ratio_steps", ratio_steps)
         self.ratio = ratio
         self.rank = rank
         self.initial_ratio = initial_ratio
@@ -91,5 +91,8 @@ class ArcTopK(Compressor):
         counts = [kept_count(n, ratio) for n in rows]
         sketch = yield AllReduce(row_sketch(matrices, self.rank, bucket.seed, bucket.streams, errors))
         selected = select_rows(row_scores(sketch), rows, counts)
+        del sketch
+        if bucket.device.type == "cpu":
+            bucket.agreed = selected  # scores are sums, which unlike CPUs may round differently
         values = yield AllReduce(pack_rows(matrices, selected, counts, bucket.world_size, errors))
         scatter_rows_(matrices, values, selected, counts, errors, bucket.accepted)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check_count
 from lightning_eff.compression.interface import (
     AllReduce,
     Bucket,
@@ -54,7 +54,7 @@ class PowerSGD(Compressor):
         seed: int = 0,
     ) -> None:
         super().__init__(error_feedback, start_step=start_step, min_numel=min_numel, seed=seed)
-        check("rank", rank, isinstance(rank, int) and 1 <= rank <= MAX_RANK, f"an integer from 1 to {MAX_RANK}")
+        check_count("rank", rank, most=MAX_RANK)
         self.rank = rank
 
     @property
@@ -68,19 +68,20 @@ class PowerSGD(Compressor):
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """See :class:`Compressor`."""
-        inputs = bucket.inputs()
-        starts = [self._start(bucket, index) for index in range(len(inputs))]
-        products = torch.cat([matrix @ q for matrix, q in zip(inputs, starts, strict=True)])
-        summed = yield AllReduce(products)
+        matrices = range(len(bucket.gradients))
+        starts = [self._start(bucket, index) for index in matrices]
+        summed = yield AllReduce(torch.cat([bucket.input(index) @ starts[index] for index in matrices]))
         # QR and not Gram-Schmidt: it gives an orthonormal basis of a gradient of zeros as well.
-        left = [torch.linalg.qr(part).Q for part in torch.split(summed, [len(matrix) for matrix in inputs])]
-        products = torch.cat([matrix.T @ p for matrix, p in zip(inputs, left, strict=True)])
+        parts = torch.split(summed, [len(gradient) for gradient in bucket.gradients])
+        left = [torch.linalg.qr(part).Q for part in parts]
+        del summed, parts
+        products = torch.cat([bucket.input(index).T @ left[index] for index in matrices])
         mean = yield AllReduce(products.div_(bucket.world_size))
-        right = torch.split(mean, [matrix.shape[1] for matrix in inputs])
+        right = torch.split(mean, [gradient.shape[1] for gradient in bucket.gradients])
         for index, (gradient, p, q) in enumerate(zip(bucket.gradients, left, right, strict=True)):
             approximation = p @ q.T
             if bucket.errors is not None:
-                bucket.keep(index, inputs[index] - approximation)
+                bucket.keep(index, bucket.input(index).sub_(approximation))
             memory = bucket.memory[index]
             memory["q"] = bucket.if_accepted(q.clone(), memory.get("q", starts[index]))
             gradient.copy_(approximation)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check_number
 from lightning_eff.compression.interface import (
     AllReduce,
     Bucket,
@@ -17,6 +17,7 @@ from lightning_eff.compression.interface import (
     all_reduce_bytes,
     kept_count,
 )
+from lightning_eff.kernels.philox import philox_words
 
 
 class RandK(Compressor):
@@ -24,6 +25,9 @@ class RandK(Compressor):
 
     The elements, shifted round by a random number, are cut into k runs of equal length, and one is drawn of each: every
     element has the probability k / (n m), as if k of all had been drawn, for the work of k random numbers.
+
+    The places are drawn by Philox on the gradients' own device, from the seed, the step and the parameter's name: the
+    same on all ranks and after a resume.
 
     Without error feedback the mean is multiplied by n m / k, which makes it unbiased; with error feedback it is not,
     which makes the compressor a contraction.
@@ -56,7 +60,7 @@ class RandK(Compressor):
         seed: int = 0,
     ) -> None:
         super().__init__(error_feedback, eta, start_step, min_numel, seed)
-        check("ratio", ratio, 0 < ratio <= 1, "in (0, 1]")
+        check_number("ratio", ratio, above=0, most=1)
         self.ratio = ratio
 
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
@@ -65,34 +69,33 @@ class RandK(Compressor):
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """See :class:`Compressor`."""
-        inputs = [tensor.flatten() for tensor in bucket.inputs()]
         dtype = bucket.gradients[0].dtype
         places = [
-            _draw(len(tensor), kept_count(len(tensor), self.ratio), bucket.seed, stream, bucket.device)
-            for tensor, stream in zip(inputs, bucket.streams, strict=True)
+            _draw(gradient.numel(), kept_count(gradient.numel(), self.ratio), bucket.seed, stream, bucket.device)
+            for gradient, stream in zip(bucket.gradients, bucket.streams, strict=True)
         ]
-        values = torch.cat([tensor[place] for tensor, place in zip(inputs, places, strict=True)])
-        values.div_(bucket.world_size)
-        mean = yield AllReduce(values.to(dtype))
-        sizes = [len(place) for place in places]
-        for index, (gradient, place, part) in enumerate(
-            zip(bucket.gradients, places, torch.split(mean.to(torch.float32), sizes), strict=True)
-        ):
-            tensor = inputs[index]
-            scale = 1.0 if self.keeps_memory else len(tensor) / len(place)
+        values = torch.cat([bucket.input(index).flatten()[place] for index, place in enumerate(places)])
+        mean = yield AllReduce(values.div_(bucket.world_size).to(dtype))
+
+        del values
+        parts = torch.split(mean, [len(place) for place in places])
+        for index, (gradient, place, part) in enumerate(zip(bucket.gradients, places, parts, strict=True)):
+            scale = 1.0 if self.keeps_memory else gradient.numel() / len(place)
             if bucket.errors is not None:
-                unsent: Tensor = tensor.index_add(0, place, tensor[place], alpha=-scale)
-                bucket.keep(index, unsent.view_as(gradient))
+                tensor = bucket.input(index).flatten()
+                tensor.index_add_(0, place, tensor[place], alpha=-scale)
+                bucket.keep(index, tensor.view_as(gradient))
             gradient.zero_()
-            gradient.view(-1)[place] = (part * scale).to(gradient.dtype)
+            gradient.view(-1)[place] = (part.to(torch.float32) * scale).to(gradient.dtype)
 
 
 def _draw(numel: int, count: int, seed: int, stream: int, device: torch.device) -> Tensor:
-    """int64 (count,): different places in [0, numel), the same on all ranks and devices."""
-    generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + stream) % 2**63)
-    numbers = torch.rand(count + 1, generator=generator, dtype=torch.float64)
-    edges = torch.arange(count + 1, dtype=torch.int64) * numel // count
-    lengths = edges[1:] - edges[:-1]
-    places = edges[:-1] + (numbers[:-1] * lengths).long()
-    shift = int(numbers[-1] * numel)
-    return ((places + shift) % numel).to(device)
+    """int64 (count,): different places in [0, numel), made on the device, the same on all ranks and devices.
+
+    A word times a length, without its low 32 bits, is an even draw below that length, to one part in 2^32 / length.
+    """
+    words = philox_words(seed, stream, count + 1, device)
+    edges = torch.arange(count + 1, device=device).mul_(numel).floor_divide_(count)
+    places = edges[:-1] + (words[:-1].mul_(edges[1:] - edges[:-1]) >> 32)
+    places += words[-1] * numel >> 32
+    return torch.where(places < numel, places, places - numel)

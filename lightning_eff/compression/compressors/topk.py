@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check_number
 from lightning_eff.compression.interface import (
     AllGather,
     Bucket,
@@ -52,7 +52,7 @@ class TopK(Compressor):
         min_numel: int = 4096,
     ) -> None:
         super().__init__(error_feedback, eta, start_step, min_numel)
-        check("ratio", ratio, 0 < ratio <= 1, "in (0, 1]")
+        check_number("ratio", ratio, above=0, most=1)
         self.ratio = ratio
 
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
@@ -61,22 +61,28 @@ class TopK(Compressor):
 
     def exchange(self, bucket: Bucket) -> Exchange:
         """See :class:`Compressor`."""
-        inputs = [tensor.flatten() for tensor in bucket.inputs()]
-        places = [tensor.abs().topk(kept_count(len(tensor), self.ratio), sorted=False).indices for tensor in inputs]
-        values = [tensor[place] for tensor, place in zip(inputs, places, strict=True)]
-        # One buffer: the bits of an int32 below 2^31 - 2^23, and no bucket is as large, are a finite float32.
-        numbers = torch.cat(places).to(torch.int32).view(torch.float32)
-        gathered = yield AllGather(torch.cat([*values, numbers]))
-
-        sizes = [len(place) for place in places]
-        means = [torch.zeros_like(tensor) for tensor in inputs]
-        for sent in gathered:  # in the order of the ranks, so that all of them round alike
-            its_values, its_places = sent.split([len(numbers), len(numbers)])
-            parts = zip(means, its_values.split(sizes), its_places.view(torch.int32).long().split(sizes), strict=True)
-            for mean, value, place in parts:
-                mean.index_add_(0, place, value)
-        for index, (gradient, mean) in enumerate(zip(bucket.gradients, means, strict=True)):
+        sizes = [kept_count(gradient.numel(), self.ratio) for gradient in bucket.gradients]
+        gathered = yield AllGather(self._choose(bucket, sizes))
+        # By rank, then by matrix. In the order of the ranks, so that all of them round alike.
+        values = [sent[: sum(sizes)].split(sizes) for sent in gathered]
+        places = [sent[sum(sizes) :].view(torch.int32).split(sizes) for sent in gathered]
+        for index, gradient in enumerate(bucket.gradients):
             if bucket.errors is not None:
-                unsent: Tensor = inputs[index].index_fill(0, places[index], 0)
-                bucket.keep(index, unsent.view_as(gradient))
+                own = places[bucket.rank][index].long()
+                bucket.keep(index, bucket.input(index).flatten().index_fill_(0, own, 0).view_as(gradient))
+            mean = torch.zeros(gradient.numel(), device=bucket.device)
+            for its_values, its_places in zip(values, places, strict=True):
+                mean.index_add_(0, its_places[index].long(), its_values[index])
             gradient.copy_(mean.div_(bucket.world_size).view_as(gradient))
+
+    @staticmethod
+    def _choose(bucket: Bucket, sizes: list[int]) -> Tensor:
+        """All values, then all places, in one float32 buffer."""
+        values, places = [], []
+        for index, size in enumerate(sizes):
+            tensor = bucket.input(index).flatten()
+            place = tensor.abs().topk(size, sorted=False).indices
+            values.append(tensor[place])
+            places.append(place.to(torch.int32))
+        # The bits of an int32 below 2^31 - 2^23, and no bucket is as large, are a finite float32.
+        return torch.cat([*values, *(place.view(torch.float32) for place in places)])

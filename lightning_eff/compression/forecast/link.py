@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check, check_count, check_number
 
 SIZES = tuple(4 * 8**power for power in range(9))
 """Payloads of an all-reduce, in bytes: 4 B to 67 MB."""
@@ -53,9 +53,9 @@ class Link:
     latency: float
 
     def __post_init__(self) -> None:
-        check("world_size", self.world_size, is_count(self.world_size), "an integer of at least 1")
-        check("bandwidth", self.bandwidth, self.bandwidth > 0, "above 0, in bytes a second")
-        check("latency", self.latency, self.latency >= 0, "at least 0, in seconds")
+        check_count("world_size", self.world_size)
+        check_number("bandwidth", self.bandwidth, above=0, unit="bytes a second")
+        check_number("latency", self.latency, least=0, unit="seconds")
 
     def seconds(self, bytes_sent: float, collectives: int = 1) -> float:
         """Time of collectives, one after the other, in which one rank sends so many bytes in all."""
@@ -83,7 +83,7 @@ def fit_link(samples: Sequence[Sample], world_size: int) -> Link:
         (10000000, 0.001)
     """
     check("samples", samples, len(samples) > 0, "at least one measured all-reduce")
-    check("world_size", world_size, is_count(world_size) and world_size > 1, "an integer of at least 2")
+    check_count("world_size", world_size, least=2)
     samples = sorted(samples, key=lambda sample: sample.payload)
     latency = statistics.median([s.seconds for s in samples if s.payload <= _SHORT] or [samples[0].seconds])
     sent = [2 * (world_size - 1) / world_size * sample.payload for sample in samples]
@@ -117,7 +117,7 @@ def measure_link(
         ValueError: ``sizes`` is empty or not ascending, or ``budget`` is not above 0.
     """
     check("sizes", sizes, len(sizes) > 0 and list(sizes) == sorted(set(sizes)), "ascending numbers of bytes")
-    check("budget", budget, budget > 0, "above 0, in seconds")
+    check_number("budget", budget, above=0, unit="seconds")
     device = torch.device(device)
     samples: list[Sample] = []
     for size in sizes:

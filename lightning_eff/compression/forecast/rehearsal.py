@@ -10,10 +10,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check_count, check_number
 from lightning_eff.compression.exchange import BucketExchange, Memory, Slot, Step, exchange_bucket, finish
 from lightning_eff.compression.forecast.link import Link, waiter
-from lightning_eff.compression.interface import AllGather, Collective, Compressor, all_reduce_bytes
-from lightning_eff.compression.plan import as_matrix, pays
+from lightning_eff.compression.interface import AllGather, AllReduce, Collective, Compressor, all_reduce_bytes
+from lightning_eff.compression.plan import as_matrix, bucket_names, pays
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def dense_plan(
         bucket_mb: DDP's ``bucket_cap_mb``, in MiB; None for its default: 1 for the first bucket, then 25.
         itemsize: bytes of an element.
     """
-    numbers = [sum(prod(shapes[name]) for name in names) for names in _buckets(shapes, bucket_mb, itemsize)]
+    numbers = [sum(prod(shapes[name]) for name in names) for names in bucket_names(shapes, bucket_mb, itemsize)]
     return [BucketPlan(numel, (all_reduce_bytes(itemsize * numel, world_size),)) for numel in numbers]
 
 
@@ -66,12 +67,18 @@ def rehearse(
         world_size: number of ranks to be counted with.
         bucket_mb: DDP's ``bucket_cap_mb``, in MiB.
         device: where the gradients are.
-        repeats: times that a bucket is compressed; the fastest counts, after one that does not.
+        repeats: times that a bucket is compressed, >= 1; the fastest counts, after one that does not.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
+    check_count("world_size", world_size)
+    check_number("bucket_mb", bucket_mb, above=0, unit="MiB")
+    check_count("repeats", repeats)
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(0)
     plans = []
-    for names in _buckets(shapes, bucket_mb, itemsize=4):
+    for names in bucket_names(shapes, bucket_mb, itemsize=4):
         slots, offset = [], 0
         for name in names:
             rows, columns = as_matrix(shapes[name])
@@ -124,20 +131,10 @@ def _drive(exchange: BucketExchange, step: Step, world_size: int, device: torch.
 
 
 def _echo(request: Collective, world_size: int) -> Tensor:
+    """What comes back where every rank sends what this one does."""
+    if isinstance(request, AllReduce):
+        return request.tensor.mul_(world_size)
     return request.tensor.expand(world_size, -1) if isinstance(request, AllGather) else request.tensor
-
-
-def _buckets(shapes: Mapping[str, Sequence[int]], bucket_mb: float | None, itemsize: int) -> list[list[str]]:
-    """Names by bucket, in the order in which DDP reduces them: the last parameters of the model first."""
-    buckets: list[list[str]] = [[]]
-    size = 0
-    for name in reversed(list(shapes)):
-        buckets[-1].append(name)
-        size += itemsize * prod(shapes[name])
-        if size >= 2**20 * (bucket_mb or (1 if len(buckets) == 1 else 25)):
-            buckets.append([])
-            size = 0
-    return [bucket for bucket in buckets if bucket]
 
 
 @dataclass(frozen=True)

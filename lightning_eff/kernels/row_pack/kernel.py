@@ -25,41 +25,41 @@ WARPS = 2
 
 
 @triton.jit
-def _pack_row(pointer, error, target, m, divisor, WITH_ERROR: tl.constexpr, BLOCK: tl.constexpr):
+def _pack_row(pointer, error, target, m, factor, WITH_ERROR: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     for start in range(0, m, BLOCK):
         inside = start + offsets < m
         x = tl.load(pointer + start + offsets, mask=inside, other=0.0).to(tl.float32)
         if WITH_ERROR:
             x += tl.load(error + start + offsets, mask=inside, other=0.0)
-        x = tl.div_rn(x, tl.full([BLOCK], 1.0, tl.float32) * divisor)
+        x *= factor
         tl.store(target + start + offsets, x.to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _pack_typed(
-    address, error, buffer, offset, m, divisor, DTYPE: tl.constexpr, WITH_ERROR: tl.constexpr,
+    address, error, buffer, offset, m, factor, DTYPE: tl.constexpr, WITH_ERROR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Elements have at least two bytes: eight of them, and a multiple of eight, are a multiple of 16 bytes.
     if ((address | error) % 16 == 0) & (m % 8 == 0) & (offset % 8 == 0):
         _pack_row(
             typed_pointer(address, DTYPE, True), typed_pointer(error, tl.float32, True), buffer + offset // 8 * 8,
-            m // 8 * 8, divisor, WITH_ERROR, BLOCK,
+            m // 8 * 8, factor, WITH_ERROR, BLOCK,
         )  # fmt: skip
     else:
         _pack_row(
             typed_pointer(address, DTYPE, False), typed_pointer(error, tl.float32, False), buffer + offset,
-            m, divisor, WITH_ERROR, BLOCK,
+            m, factor, WITH_ERROR, BLOCK,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["divisor"])
+@triton.jit(do_not_specialize=["factor"])
 def _pack(
     addresses, errors, rows, columns, codes, first_rows, slot_owners, local_slots, buffer_offsets, selected, buffer,
-    divisor, WITH_ERROR: tl.constexpr, BLOCK: tl.constexpr,
+    factor, WITH_ERROR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One selected row of G + E, divided, to its place in the buffer."""
+    """One selected row of G + E, times the factor, to its place in the buffer."""
     slot = tl.program_id(0)
     owner = tl.load(slot_owners + slot)
     m = tl.load(columns + owner)
@@ -74,15 +74,15 @@ def _pack(
         if code == FLOAT32:
             address += row * m * 4
             error = error if WITH_ERROR else address
-            _pack_typed(address, error, buffer, offset, m, divisor, tl.float32, WITH_ERROR, BLOCK)
+            _pack_typed(address, error, buffer, offset, m, factor, tl.float32, WITH_ERROR, BLOCK)
         elif code == BFLOAT16:
             address += row * m * 2
             error = error if WITH_ERROR else address
-            _pack_typed(address, error, buffer, offset, m, divisor, tl.bfloat16, WITH_ERROR, BLOCK)
+            _pack_typed(address, error, buffer, offset, m, factor, tl.bfloat16, WITH_ERROR, BLOCK)
         else:
             address += row * m * 2
             error = error if WITH_ERROR else address
-            _pack_typed(address, error, buffer, offset, m, divisor, tl.float16, WITH_ERROR, BLOCK)
+            _pack_typed(address, error, buffer, offset, m, factor, tl.float16, WITH_ERROR, BLOCK)
     else:
         # A row that its matrix does not have: no memory is read for it, and the result cannot pass for one.
         offsets = tl.arange(0, BLOCK)
@@ -187,7 +187,7 @@ def pack_rows(
         _pack[(len(selected),)](
             addresses, addresses if errors is None else address_table(errors.listed), table.rows, table.columns,
             table.codes, layout.first_rows, layout.slot_owners, layout.local_slots, layout.buffer_offsets, selected,
-            buffer, float(divisor), WITH_ERROR=errors is not None, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS,
+            buffer, 1 / divisor, WITH_ERROR=errors is not None, BLOCK=BLOCK, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
     return buffer
 
@@ -232,7 +232,7 @@ def compile_cases() -> list[CompileCase]:
         buffer = f"*{name}"
         cases += [
             CompileCase(
-                _pack, f"pack to {name}", {**pack, "buffer": buffer, "divisor": "fp32"},
+                _pack, f"pack to {name}", {**pack, "buffer": buffer, "factor": "fp32"},
                 {"WITH_ERROR": True, "BLOCK": BLOCK}, WARPS, (4 + 2 + 2) + 3 * 4,
             ),
             CompileCase(

@@ -43,7 +43,8 @@ def pack_rows(
             parts[index].copy_(matrix.index_select(0, rows))
         if errors is not None:
             parts[index].add_(errors[index].index_select(0, rows))
-    return buffer.div_(divisor).to(dtype)
+    # By the reciprocal, as the kernel does, and as a GPU does where torch divides by a Python number.
+    return buffer.mul_(1 / divisor).to(dtype)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,10 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_eff.kernels.device import BFLOAT16, FLOAT32, OPTIONS, CompileCase, typed_pointer
-from lightning_eff.kernels.matrices import ROWS, MatrixList, matrix_table
-from lightning_eff.kernels.tables import address_table, to_device
+from lightning_eff.kernels.matrices import MatrixList, matrix_table
+from lightning_eff.kernels.tables import CACHE_SIZE, address_table, stream_of, to_device
 
-COLUMNS = 64
+# Rows and columns of a tile, without and with an error memory. The random words of a column serve all rows of a tile,
+# and in 16 bits drawing them takes longer than reading the rows. Settled by the registers of a thread, compiled for
+# cuda:90 by Triton 3.6 and 3.9: 64 x 32 takes 96 and 72 (32 x 64: 139 and 130; 64 x 64: 168 by 3.6). With an error
+# memory 32 x 32 takes 157 and 86 (32 x 64: 242 and 141; 64 x 32: 219 and 93).
+TILES = {False: (64, 32), True: (32, 32)}
 RANK = 16  # what a matrix unit takes at least; columns of V beyond the rank are computed and not stored
 
 
@@ -141,22 +146,29 @@ def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
 
 
+@functools.lru_cache(CACHE_SIZE)
+def _streams(device: torch.device, stream: int, streams: tuple[int, ...]) -> Tensor:
+    """int32 (matrices,) on the device; ``stream`` is the CUDA stream that copies it."""
+    return to_device([_signed(number) for number in streams], torch.int32, device)
+
+
 def row_sketch(matrices: MatrixList, errors: MatrixList | None, rank: int, seed: int, streams: Sequence[int]) -> Tensor:
     """Launch the kernel over lists that have been inspected."""
     device = matrices.listed.device
     assert device is not None
-    table = matrix_table(matrices)
+    block_rows, block_columns = TILES[errors is not None]
+    table = matrix_table(matrices, block_rows)
     addresses = address_table(matrices.listed)
     out = torch.empty((table.total_rows, rank), dtype=torch.float32, device=device)
     if table.blocks == 0:
         return out
-    numbers = to_device([_signed(stream) for stream in streams], torch.int32, device)
+    numbers = _streams(device, stream_of(device), tuple(streams))
     with torch.cuda.device_of(out):
         _sketch[(table.blocks,)](
             addresses, addresses if errors is None else address_table(errors.listed), table.rows, table.columns,
             table.codes, table.first_rows, numbers, table.owners, table.positions, out,
             _signed(seed & 0xFFFFFFFF), _signed(seed >> 32), rank,
-            WITH_ERROR=errors is not None, ROWS=ROWS, COLUMNS=COLUMNS, RANK=RANK, num_warps=4, **OPTIONS,
+            WITH_ERROR=errors is not None, ROWS=block_rows, COLUMNS=block_columns, RANK=RANK, num_warps=4, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -168,10 +180,12 @@ def compile_cases() -> list[CompileCase]:
         **{"first_rows": "*i64", "streams": "*i32", "owners": "*i32", "positions": "*i32", "out": "*fp32"},
         **{"seed_low": "i32", "seed_high": "i32", "rank": "i32"},
     }
-    sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "RANK": RANK}
-    # 128 threads, 32 x 64 elements: four loads of 4 floats for each thread, two of 8 halves for each 16-bit dtype; the
-    # error is float32.
-    return [
-        CompileCase(_sketch, "sketch", arguments, {"WITH_ERROR": False, **sizes}, 4, 4 + 2 + 2),
-        CompileCase(_sketch, "sketch, with error", arguments, {"WITH_ERROR": True, **sizes}, 4, 4 + 2 + 2 + 3 * 4),
-    ]
+    # 128 threads. 64 x 32 elements are four loads of 4 floats for each thread, two of 8 halves for each 16-bit dtype.
+    # Of 32 x 32 only the float32 ones are counted, rows and errors: waves of 64 threads load 16-bit rows by 8 bytes.
+    cases = []
+    for with_error, wide in ((False, 4 + 2 + 2), (True, 2 + 3 * 2)):
+        block_rows, block_columns = TILES[with_error]
+        constants = {"WITH_ERROR": with_error, "ROWS": block_rows, "COLUMNS": block_columns, "RANK": RANK}
+        name = "sketch, with error" if with_error else "sketch"
+        cases.append(CompileCase(_sketch, name, arguments, constants, 4, wide))
+    return cases

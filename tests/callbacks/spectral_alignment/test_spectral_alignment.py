@@ -21,7 +21,7 @@ from tests.operators import OperatorCounter
 
 TOKENS = 51  # odd, so that no majority is exactly a half
 
-FAST = dict(every_n_steps=1, window=1, patience=2, threshold=0.9, margin=0.2, max_residual=10.0)
+FAST = dict(every_n_steps=1, look_back=1, patience=2, threshold=0.9, hysteresis=0.2, max_residual=10.0)
 
 
 class Block(nn.Module):
@@ -104,7 +104,7 @@ class Listener(L.Callback):
 
 
 def test_an_alarm_is_heard_once_when_a_layer_has_collapsed():
-    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, **FAST), Listener()
+    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, action="warn", **FAST), Listener()
     fit(Model(shift_at=4), monitor, listener, max_steps=10)
     (alarm,) = listener.alarms
     assert (alarm.source, alarm.step, alarm.severity) == ("spectral_alignment", 6, 1.0)  # the second in a row
@@ -113,9 +113,18 @@ def test_an_alarm_is_heard_once_when_a_layer_has_collapsed():
     assert monitor.collapsed == monitor.armed == ONE
 
 
-def test_severity_is_the_share_of_armed_layers():
+def test_a_monitor_that_only_logs_does_not_end_runs():
+    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, **FAST), Listener()
+    guard = TrainingGuard(every_n_steps=2, keep=5, margin=3, check_every_n_steps=1, rules=[])
+    trainer = fit(Model(shift_at=4), monitor, listener, guard, max_steps=10)
+    assert monitor.collapsed == ONE
+    assert listener.alarms == []
+    assert (guard.alarms, guard.rollbacks, trainer.global_step) == (0, 0, 10)
+
+
+def test_severity_is_the_share_of_watched_layers():
     quiet, loud = (Listener() for _ in range(2))
-    two = dict(include=["blocks.0.*"])  # only one of the two collapses: the other one gets products of the shift
+    two = dict(include=["blocks.0.*"], action="warn")  # only one collapses: the other one gets products of the shift
     monitor = SpectralAlignmentMonitor(severity=1.0, **two, **FAST)
     fit(Model(shift_at=4), monitor, quiet, max_steps=10)
     collapsed, armed = monitor.collapsed, monitor.armed
@@ -152,12 +161,12 @@ def test_action_stop():
 
 
 def test_action_rollback_needs_a_guard():
-    with pytest.raises(MisconfigurationException, match="needs a TrainingGuard among the callbacks"):
+    with pytest.raises(MisconfigurationException, match=r"needs a TrainingGuard\(action='rollback'\)"):
         fit(Model(), SpectralAlignmentMonitor(action="rollback"))
 
 
 def test_action_rollback_needs_a_guard_that_rolls_back():
-    with pytest.raises(MisconfigurationException, match=r"TrainingGuard\(action='warn'\) beside it"):
+    with pytest.raises(MisconfigurationException, match=r"needs a TrainingGuard\(action='rollback'\)"):
         fit(Model(), SpectralAlignmentMonitor(action="rollback"), TrainingGuard(action="warn"))
 
 
@@ -182,7 +191,7 @@ def test_action_rollback(caplog):
 
 
 def test_logged_values():
-    monitor = SpectralAlignmentMonitor(include=["blocks.0.*"], log_layers=True, **FAST)
+    monitor = SpectralAlignmentMonitor(include=["blocks.0.*"], log_details=True, **FAST)
     metrics = fit(Model(shift_at=4), monitor, max_steps=10).callback_metrics
     majority = monitor.majority
     worst = max(majority, key=majority.get)
@@ -279,7 +288,8 @@ def test_an_observation_that_is_only_logged_waits_for_nothing():
     plain = syncs()
     # One read, at the end, for the words on layers that were never armed.
     assert syncs(SpectralAlignmentMonitor(**FAST)) - plain == 1
-    assert syncs(SpectralAlignmentMonitor(**FAST), Listener()) - plain == 1 + 10
+    assert syncs(SpectralAlignmentMonitor(**FAST), Listener()) - plain == 1
+    assert syncs(SpectralAlignmentMonitor(action="warn", **FAST)) - plain == 1 + 10
 
 
 CONV = {
@@ -322,7 +332,7 @@ def test_a_model_without_blocks_is_refused():
             super().__init__()
             del self.blocks
 
-    with pytest.raises(MisconfigurationException, match=r"no linear layer in repeated blocks .* Candidates: head"):
+    with pytest.raises(MisconfigurationException, match=r"no linear layer in repeated blocks .* There are: head"):
         fit(Flat(), SpectralAlignmentMonitor())
 
 
@@ -331,11 +341,11 @@ def test_a_model_without_blocks_is_refused():
     [
         (
             dict(include=["attention*"]),
-            r"include='attention\*' matches no linear layer or convolution. Candidates: blocks",
+            r"include='attention\*' matches no linear layer or convolution. There are: blocks",
         ),
-        (dict(exclude=["*.gate"]), r"exclude='\*.gate' matches no layer"),
+        (dict(exclude=["*.gate"]), r"exclude='\*.gate' matches no linear layer or convolution"),
         (dict(exclude=["blocks*"]), "exclude leaves no layer"),
-        (dict(include=["extra"]), "'extra': Embedding is neither nn.Linear nor a convolution"),
+        (dict(include=["extra"]), "include='extra' matches no linear layer or convolution"),  # an embedding
     ],
 )
 def test_patterns_without_a_layer(arguments, words):
@@ -373,8 +383,8 @@ def test_tensor_parallelism_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (dict(threshold=0.501, margin=0.0005), "the most diverse one had a median of 0.5.* arms a layer"),
-        (dict(window=50), "there were 4 observations, fewer than window=50"),
+        (dict(threshold=0.501, hysteresis=0.0005), "the most diverse one had a median of 0.5.* arms a layer"),
+        (dict(look_back=50), "there were 4 observations, fewer than look_back=50"),
         (dict(max_residual=1e-9), "no singular vector had converged to max_residual=1e-09"),
         (dict(include=["extra"]), "none of their forward passes was called"),
     ],
@@ -421,6 +431,29 @@ def test_compiled_modules_are_seen_and_stay_compiled():
     assert seen[True] == seen[False]
     assert len(calls) == 2 * 4  # two blocks in the steps 1, 2, 4 and 5; 0, 3 and 6 observe
     torch._dynamo.reset()
+
+
+def test_an_epoch_that_a_hook_has_ended_leaves_compilation_alone():
+    class Skips(Model):
+        """Ends every epoch at its second batch, in a step that observes."""
+
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 1 else None
+
+    class Stances(L.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.seen.append(stance())
+
+    def stance():
+        return torch._dynamo.eval_frame._stance.stance
+
+    stances = Stances()
+    fit(Skips(), stances, SpectralAlignmentMonitor(**FAST), max_epochs=3, max_steps=-1)
+    assert stances.seen == ["default"] * 3
+    assert stance() == "default"
 
 
 def test_layers_that_changed_since_the_checkpoint_are_learned_anew():
