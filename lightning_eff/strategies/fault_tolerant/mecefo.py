@@ -14,7 +14,7 @@ from lightning_eff.strategies.fault_tolerant.steps import ShardSteps
 
 
 def find_mecefo(
-    module: nn.Module, rank: int | float, refresh_every: int, attention: list[str] | None, ffn: list[str] | None
+    module: nn.Module, rank: int | float, every_n_steps: int, attention: list[str] | None, ffn: list[str] | None
 ) -> MeCeFO:
     """For this model; see `MeCeFO`.
 
@@ -22,7 +22,7 @@ def find_mecefo(
         MisconfigurationException: it has no attention or feed-forward modules that can be recognised.
     """
     try:
-        return MeCeFO(module, rank=rank, refresh_every=refresh_every, attention=attention, ffn=ffn)
+        return MeCeFO(module, rank=rank, every_n_steps=every_n_steps, attention=attention, ffn=ffn)
     except ValueError as error:
         raise MisconfigurationException(f"on_failure='mecefo' does not fit this model: {error}") from error
 

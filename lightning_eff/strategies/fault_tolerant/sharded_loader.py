@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check, check_count
 from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan, seeded
 
 
@@ -60,7 +60,7 @@ class ShardedLoader:
         shuffle: bool | None = None,
         keep: int = 1,
     ) -> None:
-        check("keep", keep, is_count(keep), "an integer >= 1")
+        check_count("keep", keep)
         self.plan = ShardPlan(loader, shards, seed=seed, group_rank=group_rank, group_size=group_size, shuffle=shuffle)
         self.loader = loader
         self.keep = keep

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff import _launched
+from lightning_eff.arguments import (
+    check,
+    check_address,
+    check_choice,
+    check_count,
+    check_flag,
+    check_globs,
+    check_text,
+)
+from lightning_eff.functional.mecefo import check_rank
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
 from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
 from lightning_eff.strategies.fault_tolerant.limits import Limits
@@ -25,6 +35,7 @@ from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
 from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
 from lightning_eff.strategies.fault_tolerant.mecefo import approximate, find_mecefo
 from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
+from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError, NoQuorumError
 from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from lightning_eff.strategies.fault_tolerant.start import (
@@ -36,6 +47,7 @@ from lightning_eff.strategies.fault_tolerant.start import (
 )
 from lightning_eff.strategies.fault_tolerant.steps import ShardSteps, shares
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
+from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 
 if TYPE_CHECKING:
     from lightning_eff.functional.mecefo import MeCeFO
@@ -75,6 +87,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             ``REPLICA_GROUP_ID``.
         host: the address on which this replica listens, and under which the others reach it. By default the
             environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
+        run_id: the same text in all replicas of a run, by which those of another run on the same lighthouse are turned
+            away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
         collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
             wait for a peer that is stopped, or whose link is cut, without having died.
         connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
@@ -86,7 +100,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         max_aborts: how often one step may fail in a row.
         mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
             shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
-        mecefo_refresh_every: committed steps for which the vectors behind them are kept.
+        mecefo_every_n_steps: committed steps for which the vectors behind them are kept.
         mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
         mecefo_ffn: the same for the feed-forward modules.
         **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
@@ -117,6 +131,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         heartbeat_timeout: float = 5.0,
         replica: int | None = None,
         host: str | None = None,
+        run_id: str | None = None,
         collective_timeout: float = 60.0,
         connect_timeout: float = 10.0,
         quorum_timeout: float = 600.0,
@@ -125,13 +140,13 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         start_grace: float = 60.0,
         max_aborts: int = 10,
         mecefo_rank: int | float = 0.25,
-        mecefo_refresh_every: int = 100,
+        mecefo_every_n_steps: int = 100,
         mecefo_attention: list[str] | None = None,
         mecefo_ffn: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         check_torchft()
-        check("on_failure", on_failure, on_failure in get_args(OnFailure), f"one of {get_args(OnFailure)}")
+        check_choice("on_failure", on_failure, OnFailure)
         self.limits = Limits(
             heartbeat_timeout=heartbeat_timeout,
             collective_timeout=collective_timeout,
@@ -144,22 +159,35 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             min_replicas=min_replicas,
         )
         if max_replicas is None:
-            max_replicas = environment_count("NUM_REPLICA_GROUPS", "max_replicas")
+            max_replicas = environment_count(_launched.REPLICAS, "max_replicas")
         if replica is None:
-            replica = environment_count("REPLICA_GROUP_ID", "replica")
-        check("max_replicas", max_replicas, is_count(max_replicas), "an integer, at least 1")
-        check("min_replicas", min_replicas, min_replicas <= max_replicas, f"at most max_replicas, {max_replicas}")
-        check("replica", replica, 0 <= replica < max_replicas, f"at least 0 and below max_replicas, {max_replicas}")
+            replica = environment_count(_launched.REPLICA, "replica")
+        check_count("max_replicas", max_replicas)
+        check_count("min_replicas", min_replicas, most=max_replicas)
+        check_count("replica", replica, least=0, most=max_replicas - 1)
+        lighthouse = os.environ.get(_launched.LIGHTHOUSE) if lighthouse is None else lighthouse
+        if lighthouse is not None:
+            check_address("lighthouse", lighthouse)
+        host = os.environ.get(_launched.HOST, "127.0.0.1") if host is None else host
+        run_id = os.environ.get(_launched.RUN_ID) if run_id is None else run_id
+        check_text("host", host)
+        check_text("run_id", run_id, optional=True)
+        check_rank("mecefo_rank", mecefo_rank)
+        check_count("mecefo_every_n_steps", mecefo_every_n_steps)
+        check_globs("mecefo_attention", mecefo_attention)
+        check_globs("mecefo_ffn", mecefo_ffn)
         for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook", "process_group"):
             usual = not kwargs.get(refused)
             check(refused, kwargs.get(refused), usual, "left out: ddp_ft has its own hook, buckets and groups")
+        check_flag("find_unused_parameters", kwargs.get("find_unused_parameters", False))
         kwargs.pop("process_group", None)  # LightningCLI gives every argument of DDP
         self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
         super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
-        self.lighthouse = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
+        self.lighthouse = lighthouse
         self.on_failure: OnFailure = on_failure
-        self.host = host or os.environ.get("FT_HOST", "127.0.0.1")
-        self._mecefo_arguments = (mecefo_rank, mecefo_refresh_every, mecefo_attention, mecefo_ffn)
+        self.host = host
+        self.run_id = run_id
+        self._mecefo_arguments = (mecefo_rank, mecefo_every_n_steps, mecefo_attention, mecefo_ffn)
         self._mecefo: MeCeFO | None = None
 
         self._gradients: ShardGradients | None = None
@@ -168,12 +196,12 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @property
     def trainable_change_refused(self) -> str | None:
-        """Why parameters cannot be opened and closed during a run; see training/trainable.py."""
+        """Why parameters cannot be frozen during a run; see training/trainable.py."""
         if self.on_failure != "mecefo":
             return None
         return (
-            "where attention alone is open, on_failure='mecefo' leaves a neighbour nothing to compute a gradient of: "
-            "take on_failure='takeover'"
+            "where attention alone is trained, on_failure='mecefo' leaves a neighbour nothing to compute a gradient "
+            "of: take on_failure='takeover'"
         )
 
     # Setting up.
@@ -207,8 +235,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         if fitting:
             assert self.replicas is not None
             self._log = ReplicaLog(self.replicas, self.shrinks)
-            trainer.callbacks.insert(0, self._log)  # type: ignore[attr-defined]
-            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._place()[1]))
+            callbacks_of(trainer).append(self._log)
+            sort_callbacks(trainer)
+            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._rank_and_size()[1]))
         if fitting:
             check_optimizers(self.optimizers)
 
@@ -233,7 +262,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     def _first(self, lighthouse: str) -> Replicas:
         """What speaks with the other replicas, in one process of this one."""
-        from lightning_eff.strategies.fault_tolerant.replicas import connected
+        from lightning_eff.strategies.fault_tolerant.connect import connected
 
         return connected(
             self.replica,
@@ -241,6 +270,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.limits,
             self.host,
             lighthouse,
+            self.run_id or "",
             self._state,
             self._load,
             lambda: layout(self._fit.trainer),
@@ -278,7 +308,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             return dataloader
         if not trainer.training:
             limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-            return EvaluationShare(dataloader, self._place, limit if isinstance(limit, float) else 1.0)
+            return EvaluationShare(dataloader, self._rank_and_size, limit if isinstance(limit, float) else 1.0)
         assert self.replicas is not None and self._gradients is not None  # noqa: PT018
         loader = ShardedLoader(
             dataloader,
@@ -312,6 +342,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         if self._joined:
             self._fit.replicas.finishing = True
             self.barrier("end")
+            if self._group.leads:
+                _launched.note_progress(over=True)
 
     # State, for a peer and from a peer.
 
@@ -392,13 +424,19 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         return loss
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, LeftBehindError | NoQuorumError):
+            _launched.note_progress(anew=True)
+        super().on_exception(exception)
+
+    @override
     def teardown(self) -> None:
         trainer, module = self._trainer, self.lightning_module
         if self._fitting is not None:
             self._fitting.steps.close()
         if trainer is not None and module is not None:
             compute_together(module, None)
-            trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]
+            callbacks_of(trainer)[:] = [c for c in callbacks_of(trainer) if not isinstance(c, ReplicaLog)]
         self._fitting = self._log = None
         if self.replicas is not None:
             self.replicas.leave()
