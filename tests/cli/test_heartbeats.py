@@ -24,9 +24,13 @@ from lightning_eff.cli.lighthouse import load_torchft
 TIMEOUT = 0.5  # of the lighthouse, as `launch` has it
 
 
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUST_LOG", "error")  # else it is set when torchft is loaded
+
+
 @pytest.fixture
-def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("RUST_LOG", "error")
+def lighthouse(_quiet: None) -> Iterator[str]:
     server = load_torchft().LighthouseServer("127.0.0.1:0", 1, 600_000, 20, round(TIMEOUT * 1000))
     yield f"http://127.0.0.1:{server.address().rpartition(':')[2]}"
     server.shutdown()

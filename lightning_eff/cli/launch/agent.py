@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     budget = Budget(int(max_restarts), int(max_exceptions))
     progress = os.environ[_launched.PROGRESS]
-    for life in range(sys.maxsize):
+    for life in range(sys.maxsize):  # a budget is finite
         os.environ[_launched.RESTARTS] = str(life)
         replace(Progress(), furthest=Progress.read(progress).furthest).write(progress)
         failure = _run(f"replica-{replica}", int(processes), folder, command)
@@ -63,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if failure.received:
             return 128 + failure.received
+        if os.path.exists(os.environ[_launched.FINISHED]):
+            print("the run is over: not started again", file=sys.stderr)
+            return 0
         ended = Progress.read(progress)
         exception = not failure.signalled and not ended.anew
         allowed = budget.allows(exception, ended.step)

@@ -26,7 +26,7 @@ from lightning_eff.strategies.fault_tolerant.operations import (
     send_object,
 )
 from lightning_eff.strategies.fault_tolerant.replica_group import ReplicaGroup
-from lightning_eff.strategies.fault_tolerant.steps import ShardSteps
+from lightning_eff.strategies.fault_tolerant.steps import Steps
 from lightning_eff.strategies.fault_tolerant.writer import NewerCheckpoints, begin_to_write
 from lightning_eff.training.whole_files import Attempts, write_whole
 
@@ -45,7 +45,7 @@ class Fit:
     trainer: Trainer
     replicas: Membership
     gradients: ShardGradients
-    steps: ShardSteps
+    steps: Steps
 
 
 class LivingReplicas(DDPStrategy):

@@ -105,6 +105,13 @@ class Membership(ABC):
             alone: the result if the run is over and nobody else is there any more.
         """
 
+    def finish(self) -> None:
+        """The run is over; nobody waits for long any more."""
+        self.finishing = True
+
+    def has_healed(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """This process has taken a peer's state, in a call that is not over."""
+
     def goes_on(self, more: bool) -> None:
         """After `settle`: whether the step has another part, or is over."""
         self.in_attempt = more

@@ -165,7 +165,7 @@ class GroupMembership(Membership):
         self.group = group
         self.first = first
         self.healed: dict[str, Any] | None = None
-        """What the first process has taken from a peer in this call; set by whoever takes it."""
+        """What the first process has taken from a peer in this call."""
         self._state = state
         self._load = load
         self._step = 0
@@ -216,6 +216,10 @@ class GroupMembership(Membership):
     @override
     def agree(self, operation: Callable[[Gloo], T], alone: T) -> T:
         return self._together(lambda first: first.agree(operation, alone))
+
+    @override
+    def has_healed(self, state: dict[str, Any]) -> None:
+        self.healed = state
 
     @override
     def goes_on(self, more: bool) -> None:

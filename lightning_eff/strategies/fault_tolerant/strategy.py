@@ -33,7 +33,7 @@ from lightning_eff.strategies.fault_tolerant.limits import Limits
 from lightning_eff.strategies.fault_tolerant.living_replicas import Fit, LivingReplicas
 from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
 from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
-from lightning_eff.strategies.fault_tolerant.mecefo import approximate, find_mecefo
+from lightning_eff.strategies.fault_tolerant.mecefo import approximated, find_mecefo
 from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError, NoQuorumError
 from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
@@ -45,7 +45,8 @@ from lightning_eff.strategies.fault_tolerant.start import (
     check_trainer,
     environment_count,
 )
-from lightning_eff.strategies.fault_tolerant.steps import ShardSteps, shares
+from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment
+from lightning_eff.strategies.fault_tolerant.steps import AutomaticSteps, shares
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 
@@ -257,8 +258,10 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.replicas = GroupMembership(
                 self._group, first, self.replica, self.max_replicas, self._state, self._load
             )
-        self._gradients = ShardGradients(GradientSums(self._group, None if first is None else first.manager))
-        self._gradients.all_used = not self._wants_unused and self._mecefo is None
+        self._gradients = ShardGradients(
+            GradientSums(self._group, None if first is None else first.manager),
+            all_used=not self._wants_unused and self._mecefo is None,
+        )
 
     def _first(self, lighthouse: str) -> Replicas:
         """What speaks with the other replicas, in one process of this one."""
@@ -317,11 +320,10 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             group_rank=self._group.rank,
             group_size=self._group.size,
             keep=max(1, trainer.accumulate_grad_batches),
+            before_fetch=self._before_batch,
         )
-        loader.before_fetch = self._before_batch
-        kind = ShardSteps if trainer.lightning_module.automatic_optimization else ManualSteps
+        kind = AutomaticSteps if trainer.lightning_module.automatic_optimization else ManualSteps
         steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
-        steps.own([])
         self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
         return loader
 
@@ -340,7 +342,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     def on_train_end(self) -> None:
         """Nobody leaves while another may still need what it knows."""
         if self._joined:
-            self._fit.replicas.finishing = True
+            self._fit.replicas.finish()
             self.barrier("end")
             if self._group.leads:
                 _launched.note_progress(over=True)
@@ -360,8 +362,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self._fit.steps.take_over(state)
         finally:
             self._heals = False
-        if isinstance(self.replicas, GroupMembership):
-            self.replicas.healed = state
+        self._fit.replicas.has_healed(state)
 
     # The step.
 
@@ -376,20 +377,22 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self._share_out()
             fit.steps.begin()
         index = loop.epoch_loop.batch_progress.current.ready
-        fit.steps.window.append(index)
-        fit.steps.loader.seek(fit.trainer.current_epoch, index)
+        fit.steps.step.fetch(fit.trainer.current_epoch, index)
         assert loop._data_fetcher is not None
         loop._data_fetcher.fetched = index
 
     def _share_out(self) -> None:
         """Which shards this replica computes in the step to come."""
         fit = self._fit
-        members = fit.replicas.members
-        fit.steps.own([] if self.shrinks else shares(self.max_replicas, members)[self.replica])
-        fit.gradients.divisor = len(members) if self.shrinks else self.max_replicas
-        fit.steps.seed = fit.replicas.seed
+        members, seed = fit.replicas.members, fit.replicas.seed
+        share = shares(self.max_replicas, members)
+        if self.shrinks:
+            assignment = Assignment(seed, orphans=[], divisor=len(members))
+        else:
+            assignment = Assignment(seed, orphans=share[self.replica], divisor=self.max_replicas)
         if self._mecefo is not None:
-            approximate(self._mecefo, fit.steps, fit.gradients, shares(self.max_replicas, members), fit.replicas.step)
+            assignment = approximated(self._mecefo, assignment, share, fit.replicas.step)
+        fit.steps.assign(assignment)
         self.set_world_ranks()
 
     @override

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,15 +66,15 @@ class NewGradients:
         known = self._known.get(id(parameter))
         return id(parameter) in self._fired or known is None or known() is not parameter.grad
 
-    def held(self) -> Any:
-        """To put aside while other passes run."""
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Around other passes, which begin without knowing of any."""
         held = self._fired, self._known
         self._fired, self._known = set(), {}
-        return held
-
-    def take(self, held: Any) -> None:
-        """Go on from what was `held`."""
-        self._fired, self._known = held
+        try:
+            yield
+        finally:
+            self._fired, self._known = held
 
 
 def summed_over_shards(
