@@ -196,6 +196,8 @@ class _Run:
                 _launched.PROGRESS: str(self.progress[offset]),
                 **({_launched.RUN_ID: run_id} if run_id else {}),
                 "RUST_LOG": os.environ.get("RUST_LOG", "error"),
+                # Else DDP warns once of each replica that it looks for unused parameters, which it has to.
+                "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(args))),
                 **({"CUDA_VISIBLE_DEVICES": visible[offset]} if visible else {}),
             }

@@ -12,6 +12,7 @@ import torch
 from lightning_eff import _launched
 from lightning_eff.arguments import check_address
 from lightning_eff.strategies.fault_tolerant.handover import Handover
+from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.strategies.fault_tolerant.limits import Limits
 from lightning_eff.strategies.fault_tolerant.manager import QuorumManager
 from lightning_eff.strategies.fault_tolerant.replicas import Replicas
@@ -19,12 +20,8 @@ from lightning_eff.strategies.fault_tolerant.start import reach_lighthouse
 
 
 def connected(
-    index: int,
-    count: int,
+    identity: Identity,
     limits: Limits,
-    host: str,
-    lighthouse: str,
-    run: str,
     state: Callable[[], dict[str, Any]],
     load: Callable[[dict[str, Any]], None],
     layout: Callable[[], int],
@@ -32,12 +29,8 @@ def connected(
     """A replica that can have a rendezvous with the others.
 
     Args:
-        index: of this replica.
-        count: the largest number of replicas.
+        identity: of this replica.
         limits: how long it waits, and how often it tries.
-        host: where it listens, and under which the peers reach it.
-        lighthouse: its address.
-        run: the id of the run; "" where none is given.
         state: called when a peer needs the state of this replica.
         load: called with a peer's state.
         layout: see `Replicas`.
@@ -45,12 +38,12 @@ def connected(
     Raises:
         ConnectionError: the lighthouse cannot be reached.
     """
-    address, port = check_address("lighthouse", lighthouse)
+    address, port = check_address("lighthouse", identity.lighthouse)
     reach_lighthouse(address, port, limits.connect_timeout)
-    handover = Handover(state, load, run)
+    handover = Handover(state, load, identity.run)
     manager = QuorumManager(
-        name=f"replica_{index:05d}",
-        host=host,
+        name=f"replica_{identity.index:05d}",
+        host=identity.host,
         lighthouse=f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}",
         connect_timeout=timedelta(seconds=limits.connect_timeout),
         timeout=timedelta(seconds=limits.collective_timeout),
@@ -61,4 +54,4 @@ def connected(
     )
     _launched.note_progress(name=manager.name, pid=os.getpid(), step=-1, over=False, anew=False)
     seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**62
-    return Replicas(index, count, manager, limits, seed, layout, handover)
+    return Replicas(identity.index, identity.count, manager, limits, seed, layout, handover)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -19,6 +20,14 @@ from torchft.manager import REPLICA_ID_KEY, Manager
 
 from lightning_eff.strategies.fault_tolerant.process_group import Gloo, store_on
 from lightning_eff.strategies.fault_tolerant.transport import PeerState
+
+
+def _only_when_asked(record: logging.LogRecord) -> bool:
+    """torchft writes a traceback of each error that is handled here, and a warning at each quorum."""
+    return logging.getLogger(record.name).isEnabledFor(logging.INFO)
+
+
+logging.getLogger(torchft.manager.__name__).addFilter(_only_when_asked)
 
 
 class QuorumManager(Manager):
@@ -111,6 +120,16 @@ class QuorumManager(Manager):
             if self._broken_off:
                 raise ConnectionAbortedError("this replica asks for no quorum any more")
         self._quorum_future.result()
+
+    def ask_for_new_connections(self) -> None:
+        """Let the next quorum make new connections, though nothing has failed: all have a rendezvous then."""
+        self._commit_failures = 1
+
+    def fall_silent(self) -> None:
+        """Send no heartbeats and ask for no quorum any more; the connections that there are serve on."""
+        assert self._manager is not None
+        self._numbers.silent = True
+        self._manager.shutdown()
 
     def break_off(self) -> None:
         """End a quorum that another thread waits for, and with it this replica's part in the run."""
@@ -205,6 +224,7 @@ class _Client:
         self._last: tuple[int, list[str]] = (0, [])
         self._number = -1
         self.missed: int | None = 0
+        self.silent = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
@@ -213,6 +233,11 @@ class _Client:
     def names(self) -> list[str]:
         """Of all in the last quorum."""
         return self._last[1]
+
+    def should_commit(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> bool:
+        if self.silent:  # the manager is gone; it only asks those of this replica, and there is one
+            return should_commit
+        return bool(self._client.should_commit(group_rank, step, should_commit, timeout=timeout))
 
     def _quorum(self, **arguments: Any) -> Any:
         answer = self._client._quorum(**arguments)

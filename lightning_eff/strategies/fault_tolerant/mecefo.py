@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_eff.functional.mecefo import MeCeFO, divisors
+from lightning_eff.arguments import check_count, check_globs
+from lightning_eff.functional.mecefo import MeCeFO, check_rank, divisors
 from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment
 
 
-def find_mecefo(
-    module: nn.Module, rank: int | float, every_n_steps: int, attention: list[str] | None, ffn: list[str] | None
-) -> MeCeFO:
-    """For this model; see `MeCeFO`.
+@dataclass(frozen=True)
+class MeCeFOSettings:
+    """The arguments ``mecefo_*`` of the strategy; see `MeCeFO`.
 
     Raises:
-        MisconfigurationException: it has no attention or feed-forward modules that can be recognised.
+        ValueError: one of them is out of its range.
     """
-    try:
-        return MeCeFO(module, rank=rank, every_n_steps=every_n_steps, attention=attention, ffn=ffn)
-    except ValueError as error:
-        raise MisconfigurationException(f"on_failure='mecefo' does not fit this model: {error}") from error
+
+    rank: int | float
+    every_n_steps: int
+    attention: list[str] | None
+    ffn: list[str] | None
+
+    def __post_init__(self) -> None:
+        check_rank("mecefo_rank", self.rank)
+        check_count("mecefo_every_n_steps", self.every_n_steps)
+        check_globs("mecefo_attention", self.attention)
+        check_globs("mecefo_ffn", self.ffn)
+
+    def of(self, module: nn.Module) -> MeCeFO:
+        """For this model.
+
+        Raises:
+            MisconfigurationException: it has no attention or feed-forward modules that can be recognised.
+        """
+        try:
+            return MeCeFO(module, **vars(self))
+        except ValueError as error:
+            raise MisconfigurationException(f"on_failure='mecefo' does not fit this model: {error}") from error
 
 
 def approximated(mecefo: MeCeFO, assignment: Assignment, share: dict[int, list[int]], step: int) -> Assignment:
-    """With a neighbour's passes, its own as well, and what the sums of gradients are then divided by.
+    """An assignment with a neighbour's passes, its own as well, and what the sums of gradients are then divided by.
 
     Args:
         mecefo: of the module.

@@ -118,6 +118,15 @@ class Membership(ABC):
 
     @abstractmethod
     def leave(self) -> None:
+        """Take leave between two steps: after some more steps with the others this process ends, with status 0.
+
+        For a machine that is about to be taken away. The others go on without a pause, where after a death they would
+        wait for the heartbeat timeout: it passes while this replica still takes part, and no heartbeat of it comes.
+        The steps last for about `Limits.heartbeat_timeout`.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
         """End the connections."""
 
     def shown(self) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Position:
     layout: int
     run: int
     """A digest of the run's id."""
+    stays: int
+    """Steps that it still takes part in before it leaves; 0 if it does not leave."""
 
     def row(self) -> list[int]:
         """As integers."""
@@ -47,8 +49,8 @@ class Position:
     @staticmethod
     def of(row: Sequence[int]) -> Position:
         """From integers."""
-        index, step, agreed, where, veteran, writer, waits, seed, layout, run = row
-        return Position(index, step, agreed, where, bool(veteran), bool(writer), bool(waits), seed, layout, run)
+        index, step, agreed, where, veteran, writer, waits, seed, layout, run, stays = row
+        return Position(index, step, agreed, where, bool(veteran), bool(writer), bool(waits), seed, layout, run, stays)
 
 
 def strangers(positions: Sequence[Position], count: int) -> dict[int, str]:
@@ -61,7 +63,7 @@ def strangers(positions: Sequence[Position], count: int) -> dict[int, str]:
         count: the largest number of replicas.
 
     Example:
-        >>> old, new = [Position(1, 7, 0, START, veteran, False, False, 0, 0, 0) for veteran in (True, False)]
+        >>> old, new = [Position(1, 7, 0, START, veteran, False, False, 0, 0, 0, 0) for veteran in (True, False)]
         >>> list(strangers([new, old], count=3))
         [0]
     """

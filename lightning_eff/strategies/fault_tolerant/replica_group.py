@@ -229,8 +229,12 @@ class GroupMembership(Membership):
 
     @override
     def leave(self) -> None:
+        self._together(lambda first: first.leave())
+
+    @override
+    def close(self) -> None:
         if self.first is not None:
-            self.first.leave()
+            self.first.close()
 
     def _together(self, call: Callable[[Membership], T]) -> T:
         if self.first is None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from typing_extensions import override
 
 from lightning_eff import _launched
+from lightning_eff.strategies.fault_tolerant.departure import Departure
 from lightning_eff.strategies.fault_tolerant.handover import Handover
 from lightning_eff.strategies.fault_tolerant.left_behind import LeftBehind
 from lightning_eff.strategies.fault_tolerant.limits import Limits
@@ -78,9 +79,8 @@ class Replicas(Membership):
         self._agreed = 0
         self._last: Any = None
         self._generation: int | None = None
-        self._names: list[str] = []  # of the members, as the lighthouse knows them
         self._turns_away = False  # strangers, who are not to come in again
-        self._alone_since: float | None = None
+        self._departure = Departure(limits.heartbeat_timeout)
         self._created = time.monotonic()
         self._failed_at: float | None = None
         self._aborts_in_a_row = 0
@@ -107,6 +107,12 @@ class Replicas(Membership):
 
     @override
     def begin(self) -> bool:
+        if self._departure.under_way(self.step):
+            self.in_attempt = True
+            return False
+        self._departure.end()
+        if self._departure.wanted:
+            self.manager.ask_for_new_connections()
         while True:
             before = self.step
             positions = self._rendezvous(START, newcomers=True)
@@ -193,6 +199,7 @@ class Replicas(Membership):
         self.in_attempt = False
         result = self.agree(operation, alone)
         _launched.note_progress(step=self.step)
+        self._departure.note_step()
         if self._failed_at is not None:
             self.waited, self._failed_at = time.monotonic() - self._failed_at, None
         return result
@@ -230,6 +237,7 @@ class Replicas(Membership):
 
     def _rendezvous(self, where: int, newcomers: bool) -> list[Position]:
         """Wait for a quorum, and learn where everybody stands."""
+        self._departure.end()
         for _ in range(MOST_RENDEZVOUS):
             positions = self._try(where, newcomers)
             if positions is not None:
@@ -254,7 +262,9 @@ class Replicas(Membership):
             return None
         if where != START and self.step > before + (where == RETRY):
             raise LeftBehindError(f"the others are at step {self.step}, this replica was at {before}; start anew")
-        if self._is_left_alone():
+        if self._veteran and not self.finishing and self._left_behind.is_alone(self.members, self.step):
+            self._in_vain(RuntimeError("the lighthouse was started again, and no other replica has come to it yet"))
+            time.sleep(0.2)
             return None
         caught_up = self.step > before
         if where == RETRY and caught_up:
@@ -262,7 +272,7 @@ class Replicas(Membership):
         if self.group.generation == self._generation and self._veteran:
             # Nothing has happened, so all are where this one is.
             return [
-                Position(i, self.step, self._agreed, where, True, False, False, 0, 0, self._run)
+                Position(i, self.step, self._agreed, where, True, False, False, 0, 0, self._run, 0)
                 for i in self.group.members
             ]
         veteran = self._veteran and not (where == START and caught_up)  # else it slept, and comes in like a newcomer
@@ -277,6 +287,7 @@ class Replicas(Membership):
             self.seed,
             self.layout(),
             self._run,
+            self._departure.steps_to_stay() if where == START and veteran else 0,
         )
         try:
             with self.group.patient(self.limits.heal_timeout):  # of somebody else, perhaps
@@ -293,11 +304,15 @@ class Replicas(Membership):
         writer = writer_of(positions)
         self.members = [position.index for position in positions]
         self.writer, self.seed = writer.index, writer.seed
-        self._left_behind.peers = [
-            address for position, address in zip(positions, addresses, strict=True) if position.index != self.index
-        ]
-        self._generation, self._names = self.group.generation, self.manager.quorum_names
+        self._left_behind.meet(
+            [a for position, a in zip(positions, addresses, strict=True) if position.index != self.index]
+        )
+        self._generation = self.group.generation
         self.manager.reset_failures()
+        self._departure.agree(self.step, max(position.stays for position in positions))
+        if self._departure.wanted and self._departure.agreed:
+            _launched.note_progress(name="")
+            self.manager.fall_silent()
         return positions
 
     def _has_strangers(self, positions: list[Position]) -> bool:
@@ -311,32 +326,6 @@ class Replicas(Membership):
             warnings.warn(f"turned away: {whom}", RuntimeWarning, stacklevel=2)
             self._in_vain(RuntimeError(f"turned away: {whom}"))
         return bool(found)
-
-    def _is_left_alone(self) -> bool:
-        """Whether this replica has a quorum with none of the former members, and must not go on.
-
-        It goes on if they are dead. It may also have been asleep while they came to the end of the run, or cut off:
-        then the lighthouse has formed quorums without it. For the end all members are needed, so that those who end
-        well do not do so between two quorums of this replica.
-        """
-        others = set(self._names) - {self.manager.name}
-        if not self._veteran or not others or others & set(self.manager.quorum_names) or self.finishing:
-            self._alone_since = None
-            return False
-        missed = self.manager.missed_quorums
-        if missed == 0:
-            return False
-        leave_if_over()
-        now = time.monotonic()
-        self._alone_since = self._alone_since or now
-        if missed is None and now - self._alone_since < self.limits.patience:  # they may come to the new lighthouse
-            self._in_vain(RuntimeError("the lighthouse was started again, and no other replica has come to it yet"))
-            time.sleep(0.2)
-            return True
-        raise LeftBehindError(
-            f"none of the former members {self.members} is there after step {self.step}, and they have gone on without "
-            f"replica {self.index}, which may have been stopped or cut off; start anew"
-        )
 
     def _in_vain(self, error: Exception) -> None:
         self._failure = error
@@ -357,7 +346,8 @@ class Replicas(Membership):
                 except Exception as error:
                     if self._left_behind.found:
                         raise LeftBehindError(
-                            f"the others went on without replica {self.index} after step {self.step}; start anew"
+                            f"the others went on without replica {self.index} after step {self.step}, or have all "
+                            "ended; start anew"
                         ) from error
                     waited = time.monotonic() - began
                     if waited > limit - 1:
@@ -381,6 +371,10 @@ class Replicas(Membership):
 
     @override
     def leave(self) -> None:
+        self._departure.wanted = True
+
+    @override
+    def close(self) -> None:
         _launched.note_progress(name="")
         self.group.abort()
         self.manager.shutdown(wait=False)

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
 
 from lightning_eff import _launched
+from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.training.trainer import gradient_scaler
 
 
@@ -53,17 +54,6 @@ def _listens(host: str, port: int, timeout: float) -> bool:
     return True
 
 
-def environment_count(variable: str, argument: str) -> int:
-    """A number that the launcher gives."""
-    value = os.environ.get(variable)
-    if value is None or not value.isdigit():
-        raise ValueError(
-            f"{argument} is not given, and the environment variable {variable} is {value!r}: start with "
-            "`lightning-eff launch --replicas N script.py`, or give it"
-        )
-    return int(value)
-
-
 def leave_if_over() -> None:
     """End a replica that begins after others have come to the run's end: alone it would begin the run anew.
 
@@ -88,8 +78,13 @@ def check_processes(environment: ClusterEnvironment, nodes: int, devices: int) -
         )
 
 
-def check_trainer(trainer: Trainer, on_failure: str) -> None:
-    """Refuse what a step that is repeated cannot be made of."""
+def check_trainer(trainer: Trainer, on_failure: str, identity: Identity) -> None:
+    """Refuse what a step that is repeated cannot be made of, and a replica that knows no lighthouse."""
+    if identity.lighthouse is None:
+        raise MisconfigurationException(
+            "ddp_ft needs a lighthouse: start with `lightning-eff launch --replicas N script.py`, or give "
+            "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
+        )
     if not trainer.lightning_module.automatic_optimization and on_failure == "mecefo":
         raise MisconfigurationException(
             "on_failure='mecefo' approximates the backward pass of one loss, and with `automatic_optimization = False` "

@@ -202,22 +202,6 @@ class AutomaticSteps(Steps):
             self.passes.accumulate(self.step.shard, index)
 
 
-def shares(count: int, members: list[int]) -> dict[int, list[int]]:
-    """Which shards of dead replicas each living one takes besides its own, evenly.
-
-    >>> shares(4, [0, 2, 3])
-    {0: [], 2: [1], 3: []}
-    >>> shares(4, [1])
-    {1: [0, 2, 3]}
-    """
-    share: dict[int, list[int]] = {member: [] for member in members}
-    for orphan in range(count):
-        if orphan not in share:
-            neighbour = min(members, key=lambda member: (len(share[member]), (member - orphan) % count))
-            share[neighbour].append(orphan)
-    return share
-
-
 class Once:
     """A closure for the optimizer, of a loss that is there already."""
 

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -19,21 +18,18 @@ from typing_extensions import override
 from lightning_eff import _launched
 from lightning_eff.arguments import (
     check,
-    check_address,
     check_choice,
     check_count,
     check_flag,
-    check_globs,
-    check_text,
 )
-from lightning_eff.functional.mecefo import check_rank
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
 from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
+from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.strategies.fault_tolerant.limits import Limits
 from lightning_eff.strategies.fault_tolerant.living_replicas import Fit, LivingReplicas
 from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
 from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
-from lightning_eff.strategies.fault_tolerant.mecefo import approximated, find_mecefo
+from lightning_eff.strategies.fault_tolerant.mecefo import MeCeFOSettings, approximated
 from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError, NoQuorumError
 from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
@@ -43,17 +39,15 @@ from lightning_eff.strategies.fault_tolerant.start import (
     check_processes,
     check_torchft,
     check_trainer,
-    environment_count,
 )
-from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment
-from lightning_eff.strategies.fault_tolerant.steps import AutomaticSteps, shares
+from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, shares
+from lightning_eff.strategies.fault_tolerant.steps import AutomaticSteps
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 
 if TYPE_CHECKING:
     from lightning_eff.functional.mecefo import MeCeFO
     from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
-    from lightning_eff.strategies.fault_tolerant.replicas import Replicas
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
@@ -159,38 +153,20 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             max_aborts=max_aborts,
             min_replicas=min_replicas,
         )
-        if max_replicas is None:
-            max_replicas = environment_count(_launched.REPLICAS, "max_replicas")
-        if replica is None:
-            replica = environment_count(_launched.REPLICA, "replica")
-        check_count("max_replicas", max_replicas)
-        check_count("min_replicas", min_replicas, most=max_replicas)
-        check_count("replica", replica, least=0, most=max_replicas - 1)
-        lighthouse = os.environ.get(_launched.LIGHTHOUSE) if lighthouse is None else lighthouse
-        if lighthouse is not None:
-            check_address("lighthouse", lighthouse)
-        host = os.environ.get(_launched.HOST, "127.0.0.1") if host is None else host
-        run_id = os.environ.get(_launched.RUN_ID) if run_id is None else run_id
-        check_text("host", host)
-        check_text("run_id", run_id, optional=True)
-        check_rank("mecefo_rank", mecefo_rank)
-        check_count("mecefo_every_n_steps", mecefo_every_n_steps)
-        check_globs("mecefo_attention", mecefo_attention)
-        check_globs("mecefo_ffn", mecefo_ffn)
+        self.identity = Identity.of(replica, max_replicas, host, lighthouse, run_id)
+        check_count("min_replicas", min_replicas, most=self.identity.count)
+        self._mecefo_settings = MeCeFOSettings(mecefo_rank, mecefo_every_n_steps, mecefo_attention, mecefo_ffn)
         for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook", "process_group"):
             usual = not kwargs.get(refused)
             check(refused, kwargs.get(refused), usual, "left out: ddp_ft has its own hook, buckets and groups")
         check_flag("find_unused_parameters", kwargs.get("find_unused_parameters", False))
         kwargs.pop("process_group", None)  # LightningCLI gives every argument of DDP
         self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
-        super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
-        self.lighthouse = lighthouse
+        super().__init__(
+            self.identity.index, self.identity.count, on_failure == "shrink", find_unused_parameters=True, **kwargs
+        )
         self.on_failure: OnFailure = on_failure
-        self.host = host
-        self.run_id = run_id
-        self._mecefo_arguments = (mecefo_rank, mecefo_every_n_steps, mecefo_attention, mecefo_ffn)
         self._mecefo: MeCeFO | None = None
-
         self._gradients: ShardGradients | None = None
         self._trainer: Trainer | None = None
         self._log: ReplicaLog | None = None
@@ -200,10 +176,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         """Why parameters cannot be frozen during a run; see training/trainable.py."""
         if self.on_failure != "mecefo":
             return None
-        return (
-            "where attention alone is trained, on_failure='mecefo' leaves a neighbour nothing to compute a gradient "
-            "of: take on_failure='takeover'"
-        )
+        why = "where attention alone is trained, on_failure='mecefo' leaves a neighbour nothing to compute"
+        return f"{why}: take on_failure='takeover'"
 
     # Setting up.
 
@@ -224,7 +198,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.model is not None
         if fitting:
-            check_trainer(trainer, self.on_failure)
+            check_trainer(trainer, self.on_failure, self.identity)
             self._connect()
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.precision_plugin.convert_module(self.model)
@@ -234,26 +208,25 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
+            check_optimizers(self.optimizers)
             assert self.replicas is not None
             self._log = ReplicaLog(self.replicas, self.shrinks)
             callbacks_of(trainer).append(self._log)
             sort_callbacks(trainer)
             compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._rank_and_size()[1]))
-        if fitting:
-            check_optimizers(self.optimizers)
 
     def _connect(self) -> None:
         from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
+        from lightning_eff.strategies.fault_tolerant.connect import connected
 
-        if self.lighthouse is None:
-            raise MisconfigurationException(
-                "ddp_ft needs a lighthouse: start with `lightning-eff launch --replicas N script.py`, or give "
-                "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
-            )
         self._writes = self.is_global_zero
         if self.on_failure == "mecefo":
-            self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
-        self.replicas = first = None if not self._group.leads else self._first(self.lighthouse)
+            self._mecefo = self._mecefo_settings.of(cast(nn.Module, self.lightning_module))
+        self.replicas = first = None
+        if self._group.leads:
+            self.replicas = first = connected(
+                self.identity, self.limits, self._state, self._load, lambda: layout(self._fit.trainer)
+            )
         if self._group.size > 1:
             self.replicas = GroupMembership(
                 self._group, first, self.replica, self.max_replicas, self._state, self._load
@@ -261,22 +234,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         self._gradients = ShardGradients(
             GradientSums(self._group, None if first is None else first.manager),
             all_used=not self._wants_unused and self._mecefo is None,
-        )
-
-    def _first(self, lighthouse: str) -> Replicas:
-        """What speaks with the other replicas, in one process of this one."""
-        from lightning_eff.strategies.fault_tolerant.connect import connected
-
-        return connected(
-            self.replica,
-            self.max_replicas,
-            self.limits,
-            self.host,
-            lighthouse,
-            self.run_id or "",
-            self._state,
-            self._load,
-            lambda: layout(self._fit.trainer),
         )
 
     @override
@@ -312,11 +269,11 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         if not trainer.training:
             limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
             return EvaluationShare(dataloader, self._rank_and_size, limit if isinstance(limit, float) else 1.0)
-        assert self.replicas is not None and self._gradients is not None  # noqa: PT018
+        assert self._gradients is not None
         loader = ShardedLoader(
             dataloader,
             self.max_replicas,
-            seed=self._data_seed,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             group_rank=self._group.rank,
             group_size=self._group.size,
             keep=max(1, trainer.accumulate_grad_batches),
@@ -326,10 +283,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
         self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
         return loader
-
-    @property
-    def _data_seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def on_train_start(self) -> None:
         """Before the replicas meet: Lightning would set up the validation in the midst of them."""
@@ -386,10 +339,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         fit = self._fit
         members, seed = fit.replicas.members, fit.replicas.seed
         share = shares(self.max_replicas, members)
-        if self.shrinks:
-            assignment = Assignment(seed, orphans=[], divisor=len(members))
-        else:
-            assignment = Assignment(seed, orphans=share[self.replica], divisor=self.max_replicas)
+        orphans, divisor = ([], len(members)) if self.shrinks else (share[self.replica], self.max_replicas)
+        assignment = Assignment(seed, orphans, divisor)
         if self._mecefo is not None:
             assignment = approximated(self._mecefo, assignment, share, fit.replicas.step)
         fit.steps.assign(assignment)
@@ -442,6 +393,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             callbacks_of(trainer)[:] = [c for c in callbacks_of(trainer) if not isinstance(c, ReplicaLog)]
         self._fitting = self._log = None
         if self.replicas is not None:
-            self.replicas.leave()
+            self.replicas.close()
             self.replicas = None
         super().teardown()

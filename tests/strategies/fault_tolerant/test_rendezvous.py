@@ -31,7 +31,7 @@ from tests.strategies.fault_tolerant.test_replicas import LIMITS, total
 
 def position(index: int, veteran: bool, **others: Any) -> Position:
     values = {"step": 7, "agreed": 0, "where": START, "writer": False, "waits": False, "seed": index}
-    return Position(index=index, veteran=veteran, **{**values, "layout": 1, "run": 2, **others})
+    return Position(index=index, veteran=veteran, **{**values, "layout": 1, "run": 2, "stays": 0, **others})
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,8 @@ def alone(missed: int | None) -> Replicas:
     manager: Any = Manager(world, "0:", handover.give, handover.take)
     replicas = Replicas(0, 2, manager, LIMITS, 0, lambda: 0, handover)
     replicas.begin()
-    replicas._names, replicas.members = ["0:", "1:"], [0, 1]
+    manager.quorum_names, replicas.members = ["0:", "1:"], [0, 1]
+    replicas._left_behind.meet(["1:"])
     world.previous = []
     manager.missed_quorums = missed
     return replicas

@@ -21,7 +21,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
 
 from lightning_eff.strategies import FaultTolerantDDPStrategy
-from lightning_eff.strategies.fault_tolerant.steps import shares
+from lightning_eff.strategies.fault_tolerant.identity import Identity
+from lightning_eff.strategies.fault_tolerant.step_in_hand import shares
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
@@ -157,7 +158,7 @@ def test_the_string(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = L.Trainer(accelerator="cpu", devices=1, strategy="ddp_ft", logger=False, enable_checkpointing=False)
     strategy = trainer.strategy
     assert isinstance(strategy, FaultTolerantDDPStrategy)
-    assert (strategy.max_replicas, strategy.replica, strategy.host) == (4, 2, "127.0.0.1")
+    assert strategy.identity == Identity(2, 4, "127.0.0.1", "http://127.0.0.1:9", "")
 
 
 def test_shares_are_even_and_complete() -> None:
