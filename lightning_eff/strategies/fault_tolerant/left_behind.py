@@ -37,7 +37,7 @@ class LeftBehind:
         or none of them answers.
         """
 
-    def meet(self, peers: list[str]) -> None:
+    def remember(self, peers: list[str]) -> None:
         """After a rendezvous.
 
         Args:

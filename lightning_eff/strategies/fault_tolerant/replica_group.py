@@ -43,7 +43,7 @@ class ReplicaGroup:
     Args:
         rank: of this process in its replica.
         size: of the replica. With 1 there is nobody else, and every operation gives back what it gets.
-        port: on loopback, at which they meet.
+        port: on loopback, of their rendezvous.
         patience: seconds for which the first process waits for another one. The others wait for the first without
             end: it may be waiting for other replicas.
     """

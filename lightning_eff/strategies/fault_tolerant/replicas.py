@@ -304,7 +304,7 @@ class Replicas(Membership):
         writer = writer_of(positions)
         self.members = [position.index for position in positions]
         self.writer, self.seed = writer.index, writer.seed
-        self._left_behind.meet(
+        self._left_behind.remember(
             [a for position, a in zip(positions, addresses, strict=True) if position.index != self.index]
         )
         self._generation = self.group.generation

@@ -285,7 +285,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         return loader
 
     def on_train_start(self) -> None:
-        """Before the replicas meet: Lightning would set up the validation in the midst of them."""
+        """Before the first rendezvous: Lightning would set up the validation in the midst of them."""
         trainer = self._fit.trainer
         if trainer.enable_validation:
             trainer.validating = True
@@ -320,7 +320,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     # The step.
 
     def _before_batch(self) -> None:
-        """Before each micro-batch is fetched: at the first of a step the replicas meet, and the data follow."""
+        """Before each micro-batch is fetched: the first of a step begins with a rendezvous, and the data follow."""
         fit, loop = self._fit, self._fit.trainer.fit_loop
         if not fit.steps.window:
             if not fit.replicas.joined:

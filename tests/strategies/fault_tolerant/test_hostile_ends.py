@@ -58,6 +58,7 @@ def test_who_sleeps_through_the_end_does_not_overwrite_the_run(phase: str, serve
     assert list(folder.glob("*.part")) == []
 
 
+@pytest.mark.slow
 def test_who_leaves_costs_no_timeout(server: Server, tmp_path: Path) -> None:
     """A death costs the others 6 s here."""
     outcome = run(

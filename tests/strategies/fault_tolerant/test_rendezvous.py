@@ -153,7 +153,7 @@ def alone(missed: int | None) -> Replicas:
     replicas = Replicas(0, 2, manager, LIMITS, 0, lambda: 0, handover)
     replicas.begin()
     manager.quorum_names, replicas.members = ["0:", "1:"], [0, 1]
-    replicas._left_behind.meet(["1:"])
+    replicas._left_behind.remember(["1:"])
     world.previous = []
     manager.missed_quorums = missed
     return replicas

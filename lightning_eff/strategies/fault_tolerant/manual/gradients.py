@@ -30,16 +30,16 @@ class NewGradients:
         self._known: dict[int, TensorWeakRef] = {}
 
     def listen(self, parameters: Iterable[nn.Parameter]) -> None:
-        """To these, which may be opened later."""
+        """To these, which may be unfrozen later."""
         for parameter in parameters:
             if id(parameter) in self._hooked or not (parameter.is_floating_point() or parameter.is_complex()):
                 continue
             self._hooked.add(id(parameter))
-            open_ = parameter.requires_grad
+            trained = parameter.requires_grad
             parameter.requires_grad_(True)  # else there can be no hook
             register: Any = parameter.register_post_accumulate_grad_hook
             self._hooks.append(register(self._tell))
-            parameter.requires_grad_(open_)
+            parameter.requires_grad_(trained)
 
     def _tell(self, parameter: Any) -> None:
         self._fired.add(id(parameter))
