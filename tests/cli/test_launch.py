@@ -219,14 +219,14 @@ def test_whoever_is_killed_comes_back(launch):
 
 
 def test_after_the_first_end_nothing_begins_again(launch):
-    run = launch("--replicas", "3", "--grace", "3", script=("deaf",))
+    run = launch("--replicas", "3", "--grace", "8", script=("deaf",))
     actors = [run.actor(f"{replica}.0") for replica in range(3)]
     run.tell("0.0")
     eventually(lambda: Path(actors[1]["environ"]["LIGHTNING_EFF_FINISHED"]).exists())
     os.kill(actors[1]["pid"], signal.SIGKILL)
     assert run.wait(40) == 0
     assert "[replica 1] the run is over: not started again" in run.text
-    assert "the run is over, but replica 2 still runs after 3 s" in run.text
+    assert "the run is over, but replica 2 still runs after 8 s" in run.text
     assert not any(alive(actor["pid"]) for actor in actors)
     assert run.others() == []
 
