@@ -32,6 +32,7 @@ from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
 
 WORKER = "benchmarks.fault_tolerance_worker"
 CORES = len(os.sched_getaffinity(0))  # that all replicas share
+TINY = {"block_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 32}  # 0.03 M: what is left is the recovery itself
 SMALL = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.85 M parameters
 MIDDLE = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}  # 10.8 M
 
@@ -152,14 +153,15 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
 # --- (2) recovery ---------------------------------------------------------------------------------------------------
 
 
-def recovery(kills: int) -> None:
+def recovery(kills: int, name: str) -> None:
     """Kills of replicas 1 and 2 in turn; what replica 0 sees of it."""
+    model = {"0.03M": TINY, "0.85M": SMALL, "10.8M": MIDDLE}[name]
     quantities: dict[tuple[str, str], list[float]] = {}
 
     def note(quantity: str, value: float) -> None:
         quantities.setdefault(("ddp_ft", quantity), []).append(value)
 
-    with launched(3, strategy="ddp_ft", steps=1_000_000) as run:
+    with launched(3, strategy="ddp_ft", steps=1_000_000, model=model) as run:
         for kill in range(kills):
             victim = 1 + kill % 2
             at = len(run.steps(0))
@@ -192,7 +194,7 @@ def recovery(kills: int) -> None:
             note("heal_stall", stall - usual_step)
             made = {line["step"] for line in run.steps(0)}
             note("steps_lost", float(len(set(range(1, after["step"] + 1)) - made)))
-            show(f"After {kill + 1} kills of one of three replicas (seconds)", _write_recovery(quantities))
+            show(f"After {kill + 1} kills of one of three replicas (seconds)", _write_recovery(quantities, name))
 
 
 def alarms(steps: int) -> None:
@@ -248,19 +250,21 @@ def restart(repeats: int) -> None:
     show("After kill -9 of one of three ranks, a checkpoint every 10 steps (seconds)", _write_recovery(quantities))
 
 
-def _write_recovery(quantities: dict[tuple[str, str], list[float]]) -> list[dict[str, Any]]:
+def _write_recovery(quantities: dict[tuple[str, str], list[float]], model: str = "0.85M") -> list[dict[str, Any]]:
     rows = [
         {
             "part": "recovery",
             "strategy": strategy,
+            "model": model,
             "replicas": 3,
             "cores": CORES,
+            "load_average": round(os.getloadavg()[1], 1),
             "quantity": quantity,
             **_median(values),
         }
         for (strategy, quantity), values in quantities.items()
     ]
-    CONSOLE.print(write_rows("fault_tolerance_recovery", rows, key=("strategy", "quantity")))
+    CONSOLE.print(write_rows("fault_tolerance_recovery", rows, key=("strategy", "model", "quantity")))
     return rows
 
 
@@ -375,13 +379,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--every", type=float, default=10.0, help="seconds between kills, on average")
-    parser.add_argument("--models", nargs="+", choices=["0.85M", "10.8M"], default=["0.85M", "10.8M"])
+    parser.add_argument("--models", nargs="+", choices=["0.03M", "0.85M", "10.8M"], default=["0.85M", "10.8M"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.part == "steady":
         steady(args.rounds, args.steps or 24, args.models)
     elif args.part == "recovery":
-        recovery(args.kills)
+        recovery(args.kills, args.models[0])
     elif args.part == "restart":
         restart(args.rounds)
     elif args.part == "alarms":

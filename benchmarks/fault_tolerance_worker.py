@@ -72,7 +72,7 @@ class Diary(L.Callback):
     def __init__(self, settings: dict[str, Any], replica: int) -> None:
         self.file = (Path(settings["folder"]) / f"steps-{replica}.jsonl").open("a")
         self.quorum: tuple[float, float] = (0.0, 0.0)
-        """When the replica last asked for one after a failure, and when it had it."""
+        """When the replica last asked for one, and when it had it."""
         self.write(event="start")
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -84,8 +84,7 @@ class Diary(L.Callback):
         def timed(newcomers: bool, timeout: float) -> None:
             began = time.time()
             ask(newcomers, timeout)
-            if not newcomers:
-                self.quorum = (began, time.time())
+            self.quorum = (began, time.time())
 
         manager.ask_for_quorum = timed
 
