@@ -71,7 +71,22 @@ class Diary(L.Callback):
 
     def __init__(self, settings: dict[str, Any], replica: int) -> None:
         self.file = (Path(settings["folder"]) / f"steps-{replica}.jsonl").open("a")
+        self.quorum: tuple[float, float] = (0.0, 0.0)
+        """When the replica last asked for one, and when it had it."""
         self.write(event="start")
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        manager: Any = getattr(getattr(trainer.strategy, "replicas", None), "manager", None)
+        if manager is None:
+            return
+        ask = manager.ask_for_quorum
+
+        def timed(newcomers: bool, timeout: float) -> None:
+            began = time.time()
+            ask(newcomers, timeout)
+            self.quorum = (began, time.time())
+
+        manager.ask_for_quorum = timed
 
     def write(self, **line: Any) -> None:
         self.file.write(json.dumps({"time": time.time(), "pid": os.getpid(), **line}) + "\n")
@@ -88,6 +103,8 @@ class Diary(L.Callback):
             step=trainer.global_step,
             loss=float(trainer.callback_metrics["train_loss"]),
             members=replicas.members if replicas is not None else None,
+            aborts=replicas.aborts if replicas is not None else 0,
+            quorum=self.quorum,
             descriptors=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir("/proc/self/task")),
             resident=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),

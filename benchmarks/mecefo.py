@@ -204,7 +204,7 @@ def train(variant: str, seed: int, steps: int) -> tuple[dict[str, Any], list[flo
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=128))
     rank = QUALITY[variant]
-    mecefo = MeCeFO(model, rank=rank, refresh_every=100) if rank else None
+    mecefo = MeCeFO(model, rank=rank, every_n_steps=100) if rank else None
     optimizer = optimizer_for(model, 2e-3)
     data = TextDataModule(block_size=128, batch_size=4, crops_per_epoch=steps * 4 * SHARDS, val_windows=512, seed=seed)
     data.setup()

@@ -145,6 +145,21 @@ def check_text(name: str, value: Any, *, optional: bool = False) -> None:
     check(name, value, ok, "a string that is not empty, or None" if optional else "a string that is not empty")
 
 
+def check_address(name: str, value: Any) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``, of ``[::1]:PORT``, and of either with ``http://`` before it.
+
+    Example:
+        >>> check_address("bind", "http://10.0.0.1:29510"), check_address("bind", "[::1]:0")
+        (('10.0.0.1', 29510), ('::1', 0))
+    """
+    host, _, port = str(value).removeprefix("http://").rstrip("/").rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    ok = isinstance(value, str) and port.isascii() and port.isdecimal() and int(port) <= 65535
+    ok = ok and host != "" and (bracketed or ":" not in host) and "/" not in host
+    check(name, value, ok, "HOST:PORT or http://HOST:PORT, such as 127.0.0.1:29510")
+    return host.strip("[]"), int(port)
+
+
 def readable_size(size: float) -> str:
     """A number of bytes with a unit.
 

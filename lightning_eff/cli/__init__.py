@@ -23,7 +23,7 @@ COMMANDS = {
     "advise": Command("lightning_eff.cli.advise", "measure the link between the ranks: does compression pay?"),
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
     "launch": Command("lightning_eff.cli.launch.run", "start a fault-tolerant run: replicas may die and come back"),
-    "lighthouse": Command("lightning_eff.cli.lighthouse", "the meeting point of a fault-tolerant run's replicas"),
+    "lighthouse": Command("lightning_eff.cli.lighthouse", "the rendezvous of a fault-tolerant run's replicas"),
     "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
 }
 

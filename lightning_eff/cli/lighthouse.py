@@ -1,4 +1,4 @@
-"""`lightning-eff lighthouse`: the meeting point of the replicas of a fault-tolerant run."""
+"""`lightning-eff lighthouse`: the rendezvous of the replicas of a fault-tolerant run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from typing import Any
 
+from lightning_eff.arguments import check_address
+
 PORT = 29510
 
 _DESCRIPTION = """\
-The meeting point of the replicas of a fault-tolerant run: it knows who is alive and tells each step who takes part.
+The rendezvous of the replicas of a fault-tolerant run: it knows who is alive and tells each step who takes part.
 `lightning-eff launch` has one of its own unless it is given another's address. It holds no state that a run needs:
 it may be killed and started again on its port.
 """
 
 _EPILOG = """\
 There is no authentication: whoever reaches the port can join a run or disturb it. Bind it to the address of a private
-network, never to one that strangers reach.
+network, never to one that strangers reach. The port also serves an HTTP page of who is there, with a button for each
+replica that kills it: torchft offers no way to leave it out.
 """
 
 _MISSING = (
@@ -31,13 +34,13 @@ _MISSING = (
 )
 
 
-def add_timing_arguments(parser: argparse._ActionsContainer) -> None:
-    """The arguments of a lighthouse that `launch` has as well."""
+def add_timing_arguments(parser: argparse._ActionsContainer, heartbeat_timeout: float) -> None:
+    """The arguments of a lighthouse that `launch` has as well, with another default for one of them."""
     parser.add_argument("--min-replicas", type=int, default=1, help="no step is made with fewer (default %(default)s)")
     parser.add_argument(
         "--heartbeat-timeout",
         type=float,
-        default=5.0,
+        default=heartbeat_timeout,
         metavar="SECONDS",
         help="silence after which a replica is taken for dead (default %(default)s)",
     )
@@ -82,13 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="HOST:PORT",
         help="address to listen on; port 0 takes a free one (default %(default)s)",
     )
-    add_timing_arguments(parser)
+    add_timing_arguments(parser, heartbeat_timeout=5.0)
     args = parser.parse_args(argv)
     check_timing(parser, args)
     try:
-        host, port = split_address(args.bind)
+        host, port = check_address("--bind", args.bind)
     except ValueError as error:
-        parser.error(f"--bind {error}")
+        parser.error(str(error))
     ends = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the server's threads as well: `sigwait` is to get them
     try:
@@ -127,19 +130,6 @@ def load_torchft() -> Any:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``HOST:PORT``, of ``[::1]:PORT``, and of either with ``http://`` before it.
-
-    Example:
-        >>> split_address("http://10.0.0.1:29510"), split_address("[::1]:0")
-        (('10.0.0.1', 29510), ('::1', 0))
-    """
-    host, colon, port = address.removeprefix("http://").rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535 or not host:
-        raise ValueError(f"must be HOST:PORT, such as 127.0.0.1:{PORT}, got {address!r}")
-    return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check, check_count, check_globs
 from lightning_eff.functional.mecefo_skipped import SkippedParameters
 from lightning_eff.structure.parts import BlockParts, find_block_parts
 
@@ -122,14 +122,21 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
+def check_rank(name: str, value: Any) -> None:
+    """The argument ``rank`` of `MeCeFO`."""
+    ok = isinstance(value, float) and 0 < value <= 1
+    ok = ok or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+    check(name, value, ok, "an integer of at least 1, or a fraction above 0 and at most 1")
+
+
 class MeCeFO:
     """A model's cheap passes.
 
     Args:
         model: the model, without or within its wrappers. Its blocks must be recognised, see `find_block_parts`.
-        rank: singular vectors of each feed-forward matrix: an integer >= 1, or a fraction of its shorter side, in
-            (0, 1]. A matrix whose input is not wider than that keeps its exact gradient.
-        refresh_every: steps (optimizer updates) between two computations of the vectors, >= 1.
+        rank: singular vectors of each feed-forward matrix: an integer of at least 1, or a fraction of its shorter
+            side, above 0 and at most 1. A matrix whose input is not wider than that keeps its exact gradient.
+        every_n_steps: steps (optimizer updates) between two computations of the vectors, at least 1.
         attention: globs on module names in place of the attentions that are found.
         ffn: globs on module names in place of the feed-forward networks that are found.
 
@@ -152,15 +159,16 @@ class MeCeFO:
         self,
         model: nn.Module,
         rank: int | float = 0.25,
-        refresh_every: int = 100,
+        every_n_steps: int = 100,
         attention: str | Sequence[str] | None = None,
         ffn: str | Sequence[str] | None = None,
     ) -> None:
-        good = is_count(rank) or (isinstance(rank, float) and 0 < rank <= 1)
-        check("rank", rank, good, "an integer >= 1 or a fraction in (0, 1]")
-        check("refresh_every", refresh_every, is_count(refresh_every), "an integer >= 1 (steps)")
+        check_rank("rank", rank)
+        check_count("every_n_steps", every_n_steps, unit="steps")
+        for name, globs in (("attention", attention), ("ffn", ffn)):
+            check_globs(name, [globs] if isinstance(globs, str) else globs)
         self.rank = rank
-        self.refresh_every = refresh_every
+        self.every_n_steps = every_n_steps
         self.parts: list[BlockParts] = find_block_parts(model, attention, ffn)
         self._vectors: dict[nn.Linear, Tensor] = {}
         self._window: int | None = None
@@ -204,7 +212,7 @@ class MeCeFO:
         Nested use is an error. Compiled modules run as they were before compilation.
 
         Args:
-            step: optimizer updates done so far; the vectors are computed in the first pass of every ``refresh_every``
+            step: optimizer updates done so far; the vectors are computed in the first pass of every ``every_n_steps``
                 steps, and do not depend on anything but the weights at that time.
         """
         self._refresh(step)
@@ -227,7 +235,7 @@ class MeCeFO:
         return lambda x: low_rank_linear(x, layer.weight, layer.bias, vectors)
 
     def _refresh(self, step: int) -> None:
-        window = step // self.refresh_every
+        window = step // self.every_n_steps
         if window != self._window:
             self._vectors = {
                 layer: leading_right_singular_vectors(layer.weight, self._rank_of(layer))

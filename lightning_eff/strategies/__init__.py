@@ -2,7 +2,7 @@
 
 from lightning_eff.compression import BF16, FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
 from lightning_eff.strategies.compressed_ddp import CompressedDDPStrategy
-from lightning_eff.strategies.fault_tolerant import FaultTolerantDDPStrategy
+from lightning_eff.strategies.fault_tolerant import FaultTolerantDDPStrategy, ShardedLoader
 
 __all__ = [
     "BF16",
@@ -14,5 +14,6 @@ __all__ = [
     "Int8",
     "PowerSGD",
     "RandK",
+    "ShardedLoader",
     "TopK",
 ]

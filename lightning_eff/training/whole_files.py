@@ -51,17 +51,29 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         raise
 
 
-def write_whole(io: CheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+def write_whole(
+    io: CheckpointIO,
+    checkpoint: dict[str, Any],
+    path: Any,
+    storage_options: Any = None,
+    last_look: Callable[[], None] | None = None,
+) -> None:
     """Save a checkpoint of Lightning so.
+
+    ``last_look`` is called when all is written and before the file takes its name; if it raises, the file does not.
 
     Lightning writes to a temporary folder and moves the file, which is a copy where that is another file system.
     Plugins of other kinds (asynchronous, sharded) and remote file systems save as they do.
     """
     if type(io) is not TorchCheckpointIO or not isinstance(get_filesystem(path), LocalFileSystem):
+        if last_look is not None:
+            last_look()
         io.save_checkpoint(checkpoint, path, storage_options=storage_options)
         return
     with whole_file(path) as part:
         io.save_checkpoint(checkpoint, part, storage_options=storage_options)
+        if last_look is not None:
+            last_look()
 
 
 def failure_of(write: Callable[[], None]) -> Exception | None:

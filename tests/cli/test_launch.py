@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_eff.arguments import check_address
 from lightning_eff.cli import main
+from lightning_eff.cli.launch.agent import Budget
 from lightning_eff.cli.launch.run import _threads, _visible_devices
-from lightning_eff.cli.lighthouse import is_loopback, split_address
+from lightning_eff.cli.lighthouse import is_loopback
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchft has wheels for Linux only")
 
@@ -31,6 +33,11 @@ me = os.environ["REPLICA_GROUP_ID"] + "." + os.environ["TORCHELASTIC_RESTART_COU
 if "deaf" in sys.argv:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+if "raises" in sys.argv:
+    raise ValueError("a bug")
+if "progress" in sys.argv:
+    with open(os.environ["LIGHTNING_EFF_PROGRESS"], "w") as file:
+        json.dump({"step": 57, "furthest": 57}, file)
 if "spawns" in sys.argv:  # in a session of its own
     subprocess.Popen(["sleep", "300"], start_new_session=True)
 print(f"hello from {me}")
@@ -156,7 +163,7 @@ def listeners(pids: list[int]) -> set[str]:
 
 def connects(address: str) -> bool:
     try:
-        socket.create_connection(split_address(address), timeout=1).close()
+        socket.create_connection(check_address("lighthouse", address), timeout=1).close()
     except OSError:
         return False
     return True
@@ -212,14 +219,14 @@ def test_whoever_is_killed_comes_back(launch):
 
 
 def test_after_the_first_end_nothing_begins_again(launch):
-    run = launch("--replicas", "3", "--grace", "3", script=("deaf",))
+    run = launch("--replicas", "3", "--grace", "8", script=("deaf",))
     actors = [run.actor(f"{replica}.0") for replica in range(3)]
     run.tell("0.0")
     eventually(lambda: Path(actors[1]["environ"]["LIGHTNING_EFF_FINISHED"]).exists())
     os.kill(actors[1]["pid"], signal.SIGKILL)
     assert run.wait(40) == 0
     assert "[replica 1] the run is over: not started again" in run.text
-    assert "the run is over, but replica 2 still runs after 3 s" in run.text
+    assert "the run is over, but replica 2 still runs after 8 s" in run.text
     assert not any(alive(actor["pid"]) for actor in actors)
     assert run.others() == []
 
@@ -259,13 +266,13 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(launch):
 
 
 def test_a_replica_out_of_restarts_fails_and_the_others_go_on(launch):
-    run = launch("--replicas", "2", "--max-restarts", "1")
+    run = launch("--replicas", "2", "--max-exceptions", "1")
     for name in ("0.0", "0.1"):
         run.actor(name)
         run.tell(name, 3)
     run.actor("1.0")
     eventually(lambda: "replica 0 ended with exit status 1 and is not started again" in run.text)
-    assert "[replica 0] ended with exit status 3; no restart is left of 1" in run.text
+    assert "[replica 0] ended with exit status 3; no restart is left of 1 after exceptions" in run.text
     assert run.process.poll() is None
     run.tell("1.0")
     assert run.wait() == 0
@@ -273,11 +280,52 @@ def test_a_replica_out_of_restarts_fails_and_the_others_go_on(launch):
 
 @pytest.mark.slow
 def test_the_run_fails_when_too_few_are_left(launch):
-    run = launch("--replicas", "2", "--max-restarts", "0", "--min-replicas", "2")
+    run = launch("--replicas", "2", "--max-exceptions", "0", "--min-replicas", "2")
     run.actor("0.0")
     run.tell("0.0", 1)
     assert run.wait() == 1
     assert "1 replicas are left here: the run has failed" in run.text
+    assert [line for line in run.text.splitlines() if "[launch]" in line][-1] == "[launch] replica 0: exit status 1"
+
+
+def test_a_bug_in_the_script_is_not_tried_for_long(launch):
+    run = launch("--replicas", "2", "--max-exceptions", "1", script=("raises",))
+    assert run.wait(60) == 1
+    # Each replica twice.
+    assert run.text.count("Traceback (most recent call last)") == 4
+    assert "ended with exit status 1: restart 1 of 1 after exceptions" in run.text
+    told = [line for line in run.text.splitlines() if line.startswith("[launch]")]
+    assert told[-2] == "[launch] 0 replicas are left here: the run has failed"
+    assert re.fullmatch(r"\[launch\] replica [01]: ValueError: a bug", told[-1])
+
+
+def test_an_early_end_with_status_0_is_said(launch):
+    run = launch("--replicas", "1", script=("progress",))
+    run.actor("0.0")
+    run.tell("0.0")
+    assert run.wait() == 0
+    assert "[launch] replica 0 ended with exit status 0 after 57 steps, before the training was over" in run.text
+
+
+@pytest.mark.parametrize(
+    ("ends", "allowed"),
+    [
+        # Killed, or lost the others: max_restarts times.
+        ([(False, 5)] * 3, [True, True, False]),
+        # At the same step, or before there is a step.
+        ([(True, 5), (True, 5), (True, 5)], [True, True, False]),
+        ([(True, -1), (True, -1), (True, -1)], [True, True, False]),
+        # From the beginning to the same step again.
+        ([(True, 5), (True, -1), (True, 4)], [True, True, False]),
+        # Each a step further.
+        ([(True, 5), (True, 6), (True, 6), (True, 9)], [True, True, True, True]),
+        # Each of the two has a budget of its own.
+        ([(True, 5), (False, 5), (True, 5), (False, 5), (False, 5)], [True, True, True, True, False]),
+    ],
+)
+def test_budgets(ends, allowed):
+    budget = Budget(max_restarts=2, max_exceptions=2)
+    assert [budget.allows(exception, step) for exception, step in ends] == allowed
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -288,9 +336,10 @@ def test_the_run_fails_when_too_few_are_left(launch):
     [
         (["--replicas", "0"], "--replicas must be at least 1, got 0"),
         (["--replicas", "2", "--min-replicas", "3"], "--min-replicas 3 is more than there are: 2"),
+        (["--replicas", "2", "--max-exceptions", "-1"], "--max-exceptions must be at least 0"),
         (["--replicas", "2", "--max-restarts", "-1"], "--max-restarts must be at least 0"),
         (["--replicas", "2", "--heartbeat-timeout", "0"], "--heartbeat-timeout must be positive"),
-        (["--replicas", "2", "--lighthouse", "nowhere"], "must be HOST:PORT"),
+        (["--replicas", "2", "--lighthouse", "nowhere"], "it must be HOST:PORT"),
         (["--replicas", "2", "--lighthouse", "10.0.0.1:29510"], "is reached from this machine only"),
         (["--replicas", "2", "--total-replicas", "4"], "need a lighthouse that they reach"),
         (["--replicas", "2", "--first-replica", "3", "--total-replicas", "4"], "is less than"),
@@ -348,10 +397,6 @@ def test_a_lighthouse_by_itself():
 
 
 def test_addresses():
-    assert split_address("[::1]:0") == ("::1", 0)
-    for wrong in ("host", "host:", ":1", "host:port", "host:70000"):
-        with pytest.raises(ValueError, match="must be HOST:PORT"):
-            split_address(wrong)
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "10.0.0.1", "node7")] == [
         *[True] * 3,
         *[False] * 4,

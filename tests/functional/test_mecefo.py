@@ -385,7 +385,7 @@ def test_vectors_are_computed_every_so_many_steps(monkeypatch):
     monkeypatch.setattr(
         module, "leading_right_singular_vectors", lambda weight, rank: calls.append(rank) or compute(weight, rank)
     )
-    mecefo = MeCeFO(gpt(), rank=0.5, refresh_every=10)
+    mecefo = MeCeFO(gpt(), rank=0.5, every_n_steps=10)
     for step in (3, 3, 4, 9, 10, 19, 40):
         with mecefo.neighbour(step):
             pass
@@ -486,7 +486,7 @@ def test_a_residual_inside_the_attention_is_an_error_and_a_pattern_mends_it():
         (gpt, dict(rank=0), "rank=0 is not allowed"),
         (gpt, dict(rank=1.5), "rank=1.5 is not allowed"),
         (gpt, dict(rank=True), "rank=True is not allowed"),
-        (gpt, dict(refresh_every=0), "refresh_every=0 is not allowed"),
+        (gpt, dict(every_n_steps=0), "every_n_steps=0 is not allowed"),
     ],
 )
 def test_bad_input(model, arguments, message):

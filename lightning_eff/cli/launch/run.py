@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from lightning_eff import _launched
+from lightning_eff._launched import Progress
+from lightning_eff.arguments import check_address
+from lightning_eff.cli.launch.heartbeats import Heartbeats
 from lightning_eff.cli.launch.supervisor import RUN, Child, Output, end_all, kill_leftovers
 from lightning_eff.cli.lighthouse import (
     _MISSING,
     add_timing_arguments,
     check_timing,
     is_loopback,
-    split_address,
     timing_arguments,
 )
-
-FINISHED = "LIGHTNING_EFF_FINISHED"
-"""In the environment of every replica: a file that exists once one of them has ended with status 0."""
 
 _LIGHTHOUSE_WAIT = 60.0  # seconds for another machine's lighthouse to be there
 _LIGHTHOUSE_DEATHS = 5  # within _LIGHTHOUSE_WAIT: it does not die, it does not work
@@ -68,7 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=10,
         metavar="K",
-        help="how often each replica may be restarted (default %(default)s)",
+        help="how often each replica is restarted after it was killed or has lost the others (default %(default)s)",
+    )
+    parser.add_argument(
+        "--max-exceptions",
+        type=int,
+        default=2,
+        metavar="E",
+        help="how often each replica is restarted after an exception, in a row without a step more than before"
+        " (default %(default)s)",
     )
     parser.add_argument(
         "--nproc-per-node",
@@ -101,8 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--total-replicas", type=int, metavar="N", help="replicas on all machines (default: those on this one)"
     )
+    parser.add_argument(
+        "--run-id",
+        metavar="ID",
+        help="a text of your own, the same on all machines: replicas of another run are turned away (default: one of"
+        " this launcher's own, or none with --lighthouse)",
+    )
     timing = parser.add_argument_group("the lighthouse on loopback")
-    add_timing_arguments(timing)
+    add_timing_arguments(timing, heartbeat_timeout=0.5)
     parser.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module's name, as with `python -m`")
     parser.add_argument("script", metavar="SCRIPT", help="what each replica runs")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="its arguments")
@@ -112,7 +126,13 @@ def _parser() -> argparse.ArgumentParser:
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     check_timing(parser, args)
     args.total_replicas = args.first_replica + args.replicas if args.total_replicas is None else args.total_replicas
-    for name, least in (("replicas", 1), ("nproc_per_node", 1), ("max_restarts", 0), ("first_replica", 0)):
+    for name, least in (
+        ("replicas", 1),
+        ("nproc_per_node", 1),
+        ("max_restarts", 0),
+        ("max_exceptions", 0),
+        ("first_replica", 0),
+    ):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.total_replicas < args.first_replica + args.replicas:
@@ -126,9 +146,9 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--grace must not be negative, got {args.grace}")
     if args.lighthouse is not None:
         try:
-            host, _ = split_address(args.lighthouse)
+            host, _ = check_address("--lighthouse", args.lighthouse)
         except ValueError as error:
-            parser.error(f"--lighthouse {error}")
+            parser.error(str(error))
         if not is_loopback(host) and is_loopback(args.host):
             parser.error(
                 f"--lighthouse {args.lighthouse} is on a network, but --host {args.host} is reached from this machine"
@@ -149,27 +169,37 @@ class _Run:
         self.signals: list[int] = []
         self.lighthouse: Child | None = None
         self.lighthouse_deaths: list[float] = []
+        self.errors: dict[str, str] = {}
         address = args.lighthouse
         if address is None:
             address = f"127.0.0.1:{_free_port()}"
             command = [sys.executable, "-m", "lightning_eff", "lighthouse", "--bind", address, *timing_arguments(args)]
             self.lighthouse = Child("lighthouse", command, {RUN: self.mark})
-        self.address = "{}:{}".format(*split_address(address))
+        self.host, self.port = check_address("--lighthouse", address)
+        self.address = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        run_id = args.run_id or ("" if args.lighthouse else self.mark)
         script = ["-m", args.script] if args.module else [args.script]
         visible = _visible_devices(args.replicas, args.nproc_per_node)
-        self.replicas = []
-        for place in range(args.replicas):
-            number = args.first_replica + place
+        (folder / "progress").mkdir()
+        self.progress = [folder / "progress" / str(args.first_replica + number) for number in range(args.replicas)]
+        self.heartbeats = Heartbeats(f"http://{self.address}", self.progress)
+        self.replicas: list[Child] = []
+        for offset in range(args.replicas):
+            number = args.first_replica + offset
             environment = {
                 RUN: self.mark,
-                FINISHED: str(self.finished),
-                "TORCHFT_LIGHTHOUSE": f"http://{self.address}",
-                "REPLICA_GROUP_ID": str(number),
-                "NUM_REPLICA_GROUPS": str(args.total_replicas),
-                "FT_HOST": args.host,
+                _launched.FINISHED: str(self.finished),
+                _launched.LIGHTHOUSE: f"http://{self.address}",
+                _launched.REPLICA: str(number),
+                _launched.REPLICAS: str(args.total_replicas),
+                _launched.HOST: args.host,
+                _launched.PROGRESS: str(self.progress[offset]),
+                **({_launched.RUN_ID: run_id} if run_id else {}),
                 "RUST_LOG": os.environ.get("RUST_LOG", "error"),
+                # Else DDP warns once of each replica that it looks for unused parameters, which it has to.
+                "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
                 "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(args))),
-                **({"CUDA_VISIBLE_DEVICES": visible[place]} if visible else {}),
+                **({"CUDA_VISIBLE_DEVICES": visible[offset]} if visible else {}),
             }
             # The worker is tethered to its agent, and the agent to this process.
             tethered = Child("", [sys.executable, *script, *args.arguments], {}, unless=self.finished).command
@@ -180,6 +210,7 @@ class _Run:
                 str(number),
                 str(args.nproc_per_node),
                 str(args.max_restarts),
+                str(args.max_exceptions),
             ]
             self.replicas.append(Child(f"replica {number}", [*command, str(folder), *tethered], environment))
 
@@ -191,6 +222,7 @@ class _Run:
         try:
             return self._run()
         finally:
+            self.heartbeats.end()
             everything = [*self.replicas, *([self.lighthouse] if self.lighthouse else [])]
             end_all(everything, self.output, signal.SIGTERM, 5.0, lambda: False)
             for _ in range(100):
@@ -206,6 +238,7 @@ class _Run:
             return 1
         for child in [*([self.lighthouse] if self.lighthouse else []), *self.replicas]:
             self._start(child)
+        self.heartbeats.start()
         failed: set[str] = set()
         end: float | None = None
         while not self.signals:
@@ -218,6 +251,7 @@ class _Run:
                     continue
                 if status == 0 and end is None:
                     self.finished.touch()
+                    self._say_how_it_ended(child)
                     end = time.monotonic() + self.args.grace
                 elif status < 0 and end is None and child.starts <= self.args.max_restarts:
                     self._say(
@@ -227,6 +261,7 @@ class _Run:
                 elif status != 0:
                     failed.add(child.name)
                     self._say(f"{child.name} ended with exit status {status} and is not started again")
+                    self.errors[child.name] = self.output.errors.get(child.name, f"exit status {status}")
             if end is not None and (time.monotonic() > end or not any(child.running for child in self.replicas)):
                 return self._conclude()
             if end is None and self._too_few(len(failed)):
@@ -239,6 +274,14 @@ class _Run:
     def _start(self, child: Child) -> None:
         child.start()
         self.output.add(child)
+
+    def _say_how_it_ended(self, child: Child) -> None:
+        ended = Progress.read(self.progress[self.replicas.index(child)])
+        if ended.step >= 0 and not ended.over:
+            self._say(
+                f"{child.name} ended with exit status 0 after {ended.step} steps, before the training was over: with it"
+                " the run ends, and nobody is restarted"
+            )
 
     def _conclude(self) -> int:
         late = [child for child in self.replicas if child.running]
@@ -254,6 +297,8 @@ class _Run:
         if left >= self.args.min_replicas and failed < self.args.replicas:
             return False
         self._say(f"{len(self.replicas) - failed} replicas are left here: the run has failed")
+        causes = {error: name for name, error in reversed(self.errors.items())}  # each once, by the first who had it
+        self._say("; ".join(f"{name}: {error}" for error, name in causes.items()))
         return True
 
     def _restart_lighthouse(self) -> bool:
@@ -270,7 +315,7 @@ class _Run:
         return True
 
     def _reach_lighthouse(self) -> bool:
-        host, port = split_address(self.address)
+        host, port = self.host, self.port
         began = time.monotonic()
         while (problem := _cannot_connect(host, port)) and not self.signals:
             waited = time.monotonic() - began

@@ -77,6 +77,8 @@ class Output:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._streams: dict[int, _Stream] = {}
+        self.errors: dict[str, str] = {}
+        """The last exception that each process, by its name, has written a traceback of."""
 
     def add(self, child: Child) -> None:
         """Follow a process that has just been started."""
@@ -84,7 +86,7 @@ class Output:
         for pipe, sink in ((child.process.stdout, sys.stdout), (child.process.stderr, sys.stderr)):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
-            self._streams[pipe.fileno()] = _Stream(child.name, pipe, sink)
+            self._streams[pipe.fileno()] = _Stream(child.name, pipe, sink, self.errors)
             self._selector.register(pipe, selectors.EVENT_READ)
 
     def copy(self, seconds: float) -> None:
@@ -115,8 +117,9 @@ class Output:
 
 
 class _Stream:
-    def __init__(self, name: str, pipe: IO[bytes], sink: IO[str]) -> None:
-        self.name, self.pipe, self.sink = name, pipe, sink
+    def __init__(self, name: str, pipe: IO[bytes], sink: IO[str], errors: dict[str, str]) -> None:
+        self.name, self.pipe, self.sink, self.errors = name, pipe, sink, errors
+        self.in_traceback = False
         self.buffer = b""
         self.last = time.monotonic()
 
@@ -140,6 +143,11 @@ class _Stream:
     def _write(self, line: bytes) -> None:
         # Of a progress bar, which goes back to the start of its line, the last state.
         text = line.rstrip(b"\r").rsplit(b"\r", 1)[-1].decode(errors="replace")
+        text_at = text.partition("]: ")[2] if text.startswith("[rank") else text  # as torch prefixes them
+        if text_at.startswith("Traceback (most recent call last)"):
+            self.in_traceback = True
+        elif self.in_traceback and text_at and not text_at[0].isspace():  # frames are indented
+            self.in_traceback, self.errors[self.name] = False, text_at
         try:
             self.sink.write(f"[{self.name}] {text}\n")
             self.sink.flush()

@@ -29,9 +29,8 @@ def main(argv: list[str]) -> int:
         if os.path.exists(finished):
             print("the run is over: not started again", file=sys.stderr)
             return 0
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts:
-        print(f"restart {restarts} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS')}", file=sys.stderr, flush=True)
+    if "LIGHTNING_EFF_RESTARTS" in os.environ and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["LIGHTNING_EFF_RESTARTS"]  # which torch does not count
     os.environ[PARENT] = str(os.getpid())  # of those that this one tethers
     os.execvp(argv[0], argv)
 

@@ -19,18 +19,18 @@ class ShardGradients:
 
     Args:
         sums: over all processes of all replicas.
+        all_used: whether each parameter has a gradient on each replica, as DDP wants it by default.
     """
 
-    def __init__(self, sums: "GradientSums") -> None:
+    def __init__(self, sums: "GradientSums", all_used: bool = True) -> None:
         self.sums = sums
+        self.all_used = all_used
         self.divisor: Callable[[Tensor], float] | float = 1.0
         """By what the sum over replicas is divided: a number, or one for each parameter. For each process of one."""
         self.orphans: dict[int, Tensor] = {}
         """Gradients of other shards, by ``id`` of the parameter, that are added to this replica's own."""
         self.launched = False
         """Whether the last backward pass has reduced anything."""
-        self.all_used = True
-        """Whether each parameter has a gradient on each replica, as DDP wants it by default."""
         self._works: list[Any] = []
         self._buckets: list[tuple[Tensor, Tensor]] = []
         self._used: Tensor | None = None
@@ -63,7 +63,15 @@ class ShardGradients:
             if used[index]:
                 parameter.grad = gradient.clone()
 
-    def take(self, parameters: list[nn.Parameter]) -> None:
+    def divide_by(self, divisor: Callable[[Tensor], float] | float) -> None:
+        """From the next backward pass on; see `divisor`."""
+        self.divisor = divisor
+
+    def forget_orphans(self) -> None:
+        """Their gradients belong to a step, or an attempt, that is over."""
+        self.orphans = {}
+
+    def adopt(self, parameters: list[nn.Parameter]) -> None:
         """Move gradients from the parameters to `orphans`, on top of those that are there."""
         for parameter in parameters:
             if parameter.grad is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Limits:
     """Timeouts in seconds, and counts; see `FaultTolerantDDPStrategy`.
 
     Raises:
-        ValueError: a timeout is not positive, or a count is no count.
+        ValueError: a timeout is not a number of seconds above 0, or a count is not an integer.
     """
 
     heartbeat_timeout: float = 5.0
@@ -36,14 +36,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.name.endswith("_timeout"):
-                check(field.name, value, value > 0, "seconds, above 0")
-        check("start_grace", self.start_grace, self.start_grace >= 0, "seconds, at least 0")
-        check("min_replicas", self.min_replicas, is_count(self.min_replicas), "an integer, at least 1")
-        for name in ("quorum_retries", "max_aborts"):
-            value = getattr(self, name)
-            check(name, value, value == 0 or is_count(value), "an integer, at least 0")
+                check_number(field.name, getattr(self, field.name), above=0, unit="seconds")
+        check_number("start_grace", self.start_grace, least=0, unit="seconds")
+        check_count("min_replicas", self.min_replicas)
+        check_count("quorum_retries", self.quorum_retries, least=0)
+        check_count("max_aborts", self.max_aborts, least=0)
 
     @property
     def patience(self) -> float:

@@ -26,9 +26,9 @@ from lightning_eff.strategies.fault_tolerant.operations import (
     send_object,
 )
 from lightning_eff.strategies.fault_tolerant.replica_group import ReplicaGroup
-from lightning_eff.strategies.fault_tolerant.steps import ShardSteps
-from lightning_eff.strategies.fault_tolerant.writer import begin_to_write
-from lightning_eff.training.whole_files import write_whole
+from lightning_eff.strategies.fault_tolerant.steps import Steps
+from lightning_eff.strategies.fault_tolerant.writer import NewerCheckpoints, begin_to_write
+from lightning_eff.training.whole_files import Attempts, write_whole
 
 if TYPE_CHECKING:
     from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
@@ -45,7 +45,7 @@ class Fit:
     trainer: Trainer
     replicas: Membership
     gradients: ShardGradients
-    steps: ShardSteps
+    steps: Steps
 
 
 class LivingReplicas(DDPStrategy):
@@ -70,6 +70,8 @@ class LivingReplicas(DDPStrategy):
         self._group = ReplicaGroup()  # the processes of this replica
         self._fitting: Fit | None = None
         self._writes = False
+        self._saves = Attempts("a checkpoint", "without it")
+        self._newer = NewerCheckpoints()
         self._heals = False  # a peer's state is being taken
 
     @property
@@ -123,7 +125,7 @@ class LivingReplicas(DDPStrategy):
             if self._writes:
                 begin_to_write(self._fit.trainer)
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_size(self) -> tuple[int, int]:
         """This process's rank among those of the living replicas, and how many they are."""
         rank, size = self._group.rank, self._group.size
         if not self._joined or self.replicas is None:
@@ -214,13 +216,26 @@ class LivingReplicas(DDPStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """By the replica that writes, or by the next one if it dies over it. The file appears when it is complete."""
+        """By the replica that writes, or by the next one if it dies over it. The file appears when it is complete.
+
+        A disk that fails is a warning, and what was saved before is kept.
+        """
         while True:
             writes = self.is_global_zero
             if writes:
-                write_whole(self.checkpoint_io, checkpoint, filepath, storage_options)
+                step = int(checkpoint["global_step"])
+                look = partial(self._newer.refuse_older, filepath, step)
+                write = partial(write_whole, self.checkpoint_io, checkpoint, filepath, storage_options, look)
+                if self._saves(write):
+                    self._newer.note_own(filepath, step)
             if self.is_written(writes):
                 return
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """By the replica that writes; not where a later one could not be written."""
+        if not self._saves.failing:
+            super().remove_checkpoint(filepath)
 
     def is_written(self, here: bool) -> bool:
         """Whether any living replica has written something; if not, who should have died over it.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
+
+from lightning_eff.training.hooks import Order
+from lightning_eff.training.trainer import log_values, logger_step, logs_now, tensorboards
 
 if TYPE_CHECKING:
     from lightning_eff.strategies.fault_tolerant.membership import Membership
@@ -21,7 +23,7 @@ class ReplicaLog(Callback):
         shrinks: whether the shards of dead replicas are left out, so that nobody takes them over.
     """
 
-    observes_gradients = False
+    order = Order.FIRST
 
     def __init__(self, replicas: Membership, shrinks: bool) -> None:
         self.replicas = replicas
@@ -36,17 +38,17 @@ class ReplicaLog(Callback):
         replicas = self.replicas
         if replicas.in_attempt:
             return  # the step goes on with the next micro-batch
-        if trainer._logger_connector.should_update_logs:
+        if logs_now(trainer):
             alive = len(replicas.members)
             values = {
-                "ft/participants": alive,
-                "ft/committed": trainer.global_step,
-                "ft/aborted_steps": self._aborts + replicas.aborts,
-                "ft/takeover_shards": 0 if self.shrinks else replicas.count - alive,
+                "participants": alive,
+                "committed": trainer.global_step,
+                "aborted_steps": self._aborts + replicas.aborts,
+                "takeover_shards": 0 if self.shrinks else replicas.count - alive,
             }
-            pl_module.log_dict({name: float(value) for name, value in values.items()}, batch_size=1)
+            log_values(pl_module, "ft", values)
         # Not at the next multiple of log_every_n_steps: an event has its own step.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = logger_step(trainer)
         if replicas.waited > 0.0:
             for logger in trainer.loggers:
                 logger.log_metrics({"ft/recovery_seconds": replicas.waited}, step=step)
@@ -62,10 +64,8 @@ class ReplicaLog(Callback):
         text = f"after {trainer.global_step} steps: {', '.join(words)}; {self.replicas.members} take part, "
         text += f"{self.replicas.writer} writes"
         rank_zero_info(f"ddp_ft: {text}")
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_text("ft/events", text, step)
+        for writer in tensorboards(trainer):
+            writer.add_text("ft/events", text, step)
 
     # Not `state_dict`: a resume restores callbacks before the strategy can add this one, and would warn of it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -15,10 +16,18 @@ import torchft.manager
 from torch._C._distributed_c10d import AllreduceOptions
 from torch.distributed import ReduceOp
 from torchft.coordination import ManagerClient
-from torchft.manager import Manager
+from torchft.manager import REPLICA_ID_KEY, Manager
 
 from lightning_eff.strategies.fault_tolerant.process_group import Gloo, store_on
 from lightning_eff.strategies.fault_tolerant.transport import PeerState
+
+
+def _only_when_asked(record: logging.LogRecord) -> bool:
+    """torchft writes a traceback of each error that is handled here, and a warning at each quorum."""
+    return logging.getLogger(record.name).isEnabledFor(logging.INFO)
+
+
+logging.getLogger(torchft.manager.__name__).addFilter(_only_when_asked)
 
 
 class QuorumManager(Manager):
@@ -77,7 +86,8 @@ class QuorumManager(Manager):
         except BaseException:
             self.peer_state.shutdown()
             raise
-        self._client: Any = _Client(self._client)
+        self._numbers = _Client(self._client)
+        self._client: Any = self._numbers
         self._executor: Any = _Background()  # torchft's own keeps the process from ending while a quorum is asked for
         self._broken_off = False
 
@@ -110,6 +120,16 @@ class QuorumManager(Manager):
             if self._broken_off:
                 raise ConnectionAbortedError("this replica asks for no quorum any more")
         self._quorum_future.result()
+
+    def ask_for_new_connections(self) -> None:
+        """Let the next quorum make new connections, though nothing has failed: all have a rendezvous then."""
+        self._commit_failures = 1
+
+    def fall_silent(self) -> None:
+        """Send no heartbeats and ask for no quorum any more; the connections that there are serve on."""
+        assert self._manager is not None
+        self._numbers.silent = True
+        self._manager.shutdown()
 
     def break_off(self) -> None:
         """End a quorum that another thread waits for, and with it this replica's part in the run."""
@@ -155,6 +175,25 @@ class QuorumManager(Manager):
     def reset_failures(self) -> None:
         """The group works again: without this, the next quorum would make a new one once more."""
         self._commit_failures = 0
+        self._numbers.missed = 0
+
+    @property
+    def name(self) -> str:
+        """Under which the lighthouse knows this replica: as given, with what torchft adds."""
+        return str(self._store.get(REPLICA_ID_KEY).decode())
+
+    @property
+    def quorum_names(self) -> list[str]:
+        """The names of all in the last quorum that this replica was in."""
+        return self._numbers.names
+
+    @property
+    def missed_quorums(self) -> int | None:
+        """How many were formed without this replica since `reset_failures`, as the lighthouse counts.
+
+        None where it was started again in between, and nobody knows.
+        """
+        return self._numbers.missed
 
     @property
     def quorum_id(self) -> int:
@@ -182,17 +221,37 @@ class _Client:
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._last: tuple[int, list[str]] | None = None
+        self._last: tuple[int, list[str]] = (0, [])
         self._number = -1
+        self.missed: int | None = 0
+        self.silent = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all in the last quorum."""
+        return self._last[1]
+
+    def should_commit(self, group_rank: int, step: int, should_commit: bool, timeout: timedelta) -> bool:
+        if self.silent:  # the manager is gone; it only asks those of this replica, and there is one
+            return should_commit
+        return bool(self._client.should_commit(group_rank, step, should_commit, timeout=timeout))
+
     def _quorum(self, **arguments: Any) -> Any:
         answer = self._client._quorum(**arguments)
         found = {name: getattr(answer, name) for name in dir(answer) if not name.startswith("_")}
-        quorum = (answer.quorum_id, answer.replica_ids)
+        quorum = (answer.quorum_id, list(answer.replica_ids))
         if quorum != self._last:
+            # Each quorum with other members than the one before has the next number.
+            skipped = answer.quorum_id - self._last[0] - 1
+            if self._number < 0:
+                self.missed = 0
+            elif skipped < 0:
+                self.missed = None
+            elif self.missed is not None:
+                self.missed += skipped
             self._last, self._number = quorum, (answer.max_step << 24) + answer.quorum_id
         return SimpleNamespace(**{**found, "quorum_id": self._number})
 

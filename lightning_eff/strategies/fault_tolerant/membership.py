@@ -105,12 +105,28 @@ class Membership(ABC):
             alone: the result if the run is over and nobody else is there any more.
         """
 
+    def finish(self) -> None:
+        """The run is over; nobody waits for long any more."""
+        self.finishing = True
+
+    def has_healed(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """This process has taken a peer's state, in a call that is not over."""
+
     def goes_on(self, more: bool) -> None:
         """After `settle`: whether the step has another part, or is over."""
         self.in_attempt = more
 
     @abstractmethod
     def leave(self) -> None:
+        """Take leave between two steps: after some more steps with the others this process ends, with status 0.
+
+        For a machine that is about to be taken away. The others go on without a pause, where after a death they would
+        wait for the heartbeat timeout: it passes while this replica still takes part, and no heartbeat of it comes.
+        The steps last for about `Limits.heartbeat_timeout`.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
         """End the connections."""
 
     def shown(self) -> dict[str, Any]:

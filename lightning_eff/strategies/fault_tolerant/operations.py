@@ -117,5 +117,5 @@ def send_bytes(group: Gloo, content: Tensor | None, source: int) -> Tensor:
 
 
 def nothing(group: Gloo) -> None:
-    """Only meet."""
+    """Only wait for each other."""
     summed(group, torch.zeros(1), ReduceOp.SUM)

@@ -23,7 +23,7 @@ class Gloo(ReconfigurableGloo):
 
     Args:
         host: address of the device that carries the traffic.
-        connect_timeout: for peers to meet after each change of membership. One that died on the way costs this.
+        connect_timeout: for peers to connect after each change of membership. One that died on the way costs this.
         timeout: for one operation: how long a peer may be silent within a step.
     """
 

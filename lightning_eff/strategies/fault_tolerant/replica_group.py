@@ -43,7 +43,7 @@ class ReplicaGroup:
     Args:
         rank: of this process in its replica.
         size: of the replica. With 1 there is nobody else, and every operation gives back what it gets.
-        port: on loopback, at which they meet.
+        port: on loopback, of their rendezvous.
         patience: seconds for which the first process waits for another one. The others wait for the first without
             end: it may be waiting for other replicas.
     """
@@ -165,7 +165,7 @@ class GroupMembership(Membership):
         self.group = group
         self.first = first
         self.healed: dict[str, Any] | None = None
-        """What the first process has taken from a peer in this call; set by whoever takes it."""
+        """What the first process has taken from a peer in this call."""
         self._state = state
         self._load = load
         self._step = 0
@@ -218,6 +218,10 @@ class GroupMembership(Membership):
         return self._together(lambda first: first.agree(operation, alone))
 
     @override
+    def has_healed(self, state: dict[str, Any]) -> None:
+        self.healed = state
+
+    @override
     def goes_on(self, more: bool) -> None:
         super().goes_on(more)
         if self.first is not None:
@@ -225,8 +229,12 @@ class GroupMembership(Membership):
 
     @override
     def leave(self) -> None:
+        self._together(lambda first: first.leave())
+
+    @override
+    def close(self) -> None:
         if self.first is not None:
-            self.first.leave()
+            self.first.close()
 
     def _together(self, call: Callable[[Membership], T]) -> T:
         if self.first is None:

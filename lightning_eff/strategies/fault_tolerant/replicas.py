@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from typing_extensions import override
 
+from lightning_eff import _launched
+from lightning_eff.strategies.fault_tolerant.departure import Departure
+from lightning_eff.strategies.fault_tolerant.handover import Handover
+from lightning_eff.strategies.fault_tolerant.left_behind import LeftBehind
 from lightning_eff.strategies.fault_tolerant.limits import Limits
-from lightning_eff.strategies.fault_tolerant.manager import QuorumManager, note_of
+from lightning_eff.strategies.fault_tolerant.manager import QuorumManager
 from lightning_eff.strategies.fault_tolerant.membership import Membership
 from lightning_eff.strategies.fault_tolerant.operations import gather_rows, gather_texts, send_object
 from lightning_eff.strategies.fault_tolerant.process_group import Gloo
@@ -24,13 +24,17 @@ from lightning_eff.strategies.fault_tolerant.rendezvous import (
     START,
     LeftBehindError,
     NoQuorumError,
-    Place,
+    Position,
+    StrangerError,
+    strangers,
+    writer_of,
 )
-from lightning_eff.strategies.fault_tolerant.start import host_and_port, leave_if_over, meet_lighthouse
+from lightning_eff.strategies.fault_tolerant.shard_plan import seed_of
+from lightning_eff.strategies.fault_tolerant.start import leave_if_over
 
 T = TypeVar("T")
 
-MOST_MEETINGS = 50  # that come to nothing, one after the other
+MOST_RENDEZVOUS = 50  # that come to nothing, one after the other
 
 
 class Replicas(Membership):
@@ -50,6 +54,7 @@ class Replicas(Membership):
         limits: how long it waits, and how often it tries.
         seed: of the run; the writer's holds for all.
         layout: a number that is equal where the gradients have the same buckets.
+        handover: what the manager gives to peers and takes from them.
     """
 
     def __init__(
@@ -60,22 +65,29 @@ class Replicas(Membership):
         limits: Limits,
         seed: int,
         layout: Callable[[], int],
+        handover: Handover,
     ) -> None:
         super().__init__(index, count, seed)
         self.manager = manager
         self.limits = limits
         self.layout = layout
+        self.handover = handover
+        self._left_behind = LeftBehind(manager, index, limits.patience)
+        self._run = seed_of(handover.run)
         self._told: tuple[Any] | None = None
-        self._left_behind = False
         self._failure: Exception | None = None
         self._agreed = 0
         self._last: Any = None
         self._generation: int | None = None
-        self._peers: list[str] = []
-        self._veteran = False
+        self._turns_away = False  # strangers, who are not to come in again
+        self._departure = Departure(limits.heartbeat_timeout)
         self._created = time.monotonic()
         self._failed_at: float | None = None
         self._aborts_in_a_row = 0
+
+    @property
+    def _veteran(self) -> bool:
+        return self.handover.veteran
 
     @property
     def group(self) -> Gloo:
@@ -95,29 +107,47 @@ class Replicas(Membership):
 
     @override
     def begin(self) -> bool:
+        if self._departure.under_way(self.step):
+            self.in_attempt = True
+            return False
+        self._departure.end()
+        if self._departure.wanted:
+            self.manager.ask_for_new_connections()
         while True:
             before = self.step
-            places = self._meet(START, newcomers=True)
-            if any(place.where == AGREEING for place in places) and self._veteran:
+            positions = self._rendezvous(START, newcomers=True)
+            if any(position.where == AGREEING for position in positions) and self._veteran:
                 continue  # they finish what they do, and come here
-            self.joins_a_retry = any(place.where == RETRY for place in places)
-            if any(place.where != START for place in places) and (not self._veteran or self.step > before):
+            self.joins_a_retry = any(position.where == RETRY for position in positions)
+            if any(position.where != START for position in positions) and (not self._veteran or self.step > before):
                 raise LeftBehindError("the others are within a step, where nobody can come in; start anew")
-            if all(place.waits for place in places) and len(places) < self.count:
+            if all(position.waits for position in positions) and len(positions) < self.count:
                 leave_if_over()
                 time.sleep(0.1)
                 continue
             # A step that has begun is finished by those who are left, however few.
-            if len(places) < self.limits.min_replicas and not self.joins_a_retry:
+            if len(positions) < self.limits.min_replicas and not self.joins_a_retry:
                 time.sleep(0.5)
                 continue
             break
-        self._veteran = True
+        self.handover.veteran = True
         self.in_attempt = True
-        begins = not any(place.veteran for place in places)
+        begins = not any(position.veteran for position in positions)
         if begins:
             leave_if_over()
+            self._warn_if_all_was_lost()
         return begins
+
+    def _warn_if_all_was_lost(self) -> None:
+        furthest = _launched.furthest_step()
+        if self.is_writer and furthest > self.step:
+            warnings.warn(
+                f"the run had come to step {furthest}, and nobody is left who knows it: it begins again at step "
+                f"{self.step}. With ModelCheckpoint(save_last=True) and Trainer.fit(ckpt_path='last') it begins at the "
+                "last checkpoint",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @override
     def within(self, operation: Callable[[Gloo], T], instead: T) -> T:
@@ -158,7 +188,7 @@ class Replicas(Membership):
     @override
     def again(self) -> bool:
         before = self.step
-        self._meet(RETRY, newcomers=False)
+        self._rendezvous(RETRY, newcomers=False)
         caught_up = self.step > before
         if caught_up:
             self._aborts_in_a_row = 0
@@ -168,6 +198,8 @@ class Replicas(Membership):
     def settle(self, operation: Callable[[Gloo], T], alone: T) -> T:
         self.in_attempt = False
         result = self.agree(operation, alone)
+        _launched.note_progress(step=self.step)
+        self._departure.note_step()
         if self._failed_at is not None:
             self.waited, self._failed_at = time.monotonic() - self._failed_at, None
         return result
@@ -189,7 +221,7 @@ class Replicas(Membership):
                     self._failed_at = time.monotonic()
                 self.manager.fail(error)
                 try:
-                    self._meet(AGREEING, newcomers=False)
+                    self._rendezvous(AGREEING, newcomers=False)
                 except NoQuorumError:
                     if self.finishing:
                         return alone
@@ -201,61 +233,99 @@ class Replicas(Membership):
         self._last = result
         return result
 
-    # Meeting.
+    # Rendezvous.
 
-    def _meet(self, where: int, newcomers: bool) -> list[Place]:
+    def _rendezvous(self, where: int, newcomers: bool) -> list[Position]:
         """Wait for a quorum, and learn where everybody stands."""
-        for _ in range(MOST_MEETINGS):
-            places = self._try_to_meet(where, newcomers)
-            if places is not None:
-                return places
+        self._departure.end()
+        for _ in range(MOST_RENDEZVOUS):
+            positions = self._try(where, newcomers)
+            if positions is not None:
+                return positions
         raise RuntimeError(
-            f"{MOST_MEETINGS} quorums in a row came to nothing, the last time by: {self._failure}. Can the replicas "
+            f"{MOST_RENDEZVOUS} quorums in a row came to nothing, the last time by: {self._failure}. Can the replicas "
             f"reach each other at their addresses (this one at {self.manager.group.host}), within `connect_timeout`?"
         )
 
-    def _try_to_meet(self, where: int, newcomers: bool) -> list[Place] | None:
+    def _try(self, where: int, newcomers: bool) -> list[Position] | None:
         """One quorum. None if it came to nothing."""
         before = self.step
         self._told = None
-        self._wait_for_quorum(newcomers)
+        self._wait_for_quorum(newcomers and not self._turns_away)
+        self._turns_away = False
+        refused, self.handover.refused = self.handover.refused, False
+        if refused:  # a stranger's state; the rendezvous tells it so
+            self.manager.set_step(before)
         failure = self.manager.errored()
         if failure is not None:
             self._in_vain(failure.original_exception)
             return None
         if where != START and self.step > before + (where == RETRY):
             raise LeftBehindError(f"the others are at step {self.step}, this replica was at {before}; start anew")
-        if where == RETRY and self.step > before:
+        if self._veteran and not self.finishing and self._left_behind.is_alone(self.members, self.step):
+            self._in_vain(RuntimeError("the lighthouse was started again, and no other replica has come to it yet"))
+            time.sleep(0.2)
+            return None
+        caught_up = self.step > before
+        if where == RETRY and caught_up:
             where, self._agreed, self._last = AGREEING, 0, None
         if self.group.generation == self._generation and self._veteran:
             # Nothing has happened, so all are where this one is.
-            return [Place(i, self.step, self._agreed, where, True, False, False, 0, 0) for i in self.group.members]
-        mine = Place(
+            return [
+                Position(i, self.step, self._agreed, where, True, False, False, 0, 0, self._run, 0)
+                for i in self.group.members
+            ]
+        veteran = self._veteran and not (where == START and caught_up)  # else it slept, and comes in like a newcomer
+        mine = Position(
             self.index,
             self.step,
             self._agreed,
             where,
-            self._veteran,
-            self._veteran and self.is_writer,
+            veteran,
+            veteran and self.is_writer,
             not self._veteran and time.monotonic() - self._created < self.limits.start_grace,
             self.seed,
             self.layout(),
+            self._run,
+            self._departure.steps_to_stay() if where == START and veteran else 0,
         )
         try:
             with self.group.patient(self.limits.heal_timeout):  # of somebody else, perhaps
-                places = [Place.of(row) for row in gather_rows(self.group, mine.row())]
+                positions = [Position.of(row) for row in gather_rows(self.group, mine.row())]
+            if self._has_strangers(positions):
+                return None
             addresses = gather_texts(self.group, self.manager.address)
-            self._tell(places, mine)
-        except LeftBehindError:
+            self._tell(positions, mine)
+        except (LeftBehindError, StrangerError):
             raise
         except RuntimeError as error:
             self._in_vain(error)
             return None
-        self._settle_roles(places)
-        self._peers = [address for place, address in zip(places, addresses, strict=True) if place.index != self.index]
+        writer = writer_of(positions)
+        self.members = [position.index for position in positions]
+        self.writer, self.seed = writer.index, writer.seed
+        self._left_behind.remember(
+            [a for position, a in zip(positions, addresses, strict=True) if position.index != self.index]
+        )
         self._generation = self.group.generation
         self.manager.reset_failures()
-        return places
+        self._departure.agree(self.step, max(position.stays for position in positions))
+        if self._departure.wanted and self._departure.agreed:
+            _launched.note_progress(name="")
+            self.manager.fall_silent()
+        return positions
+
+    def _has_strangers(self, positions: list[Position]) -> bool:
+        """Whether some have to leave, after which those who stay have another rendezvous."""
+        found = strangers(positions, self.count)
+        if self.group.rank in found:
+            raise StrangerError(f"replica {self.index} cannot take part: {found[self.group.rank]}")
+        if found:
+            self._turns_away = True
+            whom = "; ".join(f"replica {positions[rank].index}: {why}" for rank, why in found.items())
+            warnings.warn(f"turned away: {whom}", RuntimeWarning, stacklevel=2)
+            self._in_vain(RuntimeError(f"turned away: {whom}"))
+        return bool(found)
 
     def _in_vain(self, error: Exception) -> None:
         self._failure = error
@@ -265,16 +335,19 @@ class Replicas(Membership):
         began = time.monotonic()
         limit = 2 * self.limits.patience if self.finishing else self.limits.quorum_timeout
         self.manager.peer_state.note = f"{self.manager.quorum_id} {','.join(map(str, self.members))}"
-        with self._watching(not newcomers):
+        with self._left_behind.watching(not newcomers):
             while True:
                 waited = time.monotonic() - began
                 try:
                     self.manager.ask_for_quorum(newcomers, max(0.1, limit - waited))
                     return
+                except StrangerError:
+                    raise
                 except Exception as error:
-                    if self._left_behind:
+                    if self._left_behind.found:
                         raise LeftBehindError(
-                            f"the others went on without replica {self.index} after step {self.step}; start anew"
+                            f"the others went on without replica {self.index} after step {self.step}, or have all "
+                            "ended; start anew"
                         ) from error
                     waited = time.monotonic() - began
                     if waited > limit - 1:
@@ -284,112 +357,24 @@ class Replicas(Membership):
                         ) from error
                     time.sleep(0.1)
 
-    @contextmanager
-    def _watching(self, wanted: bool) -> Iterator[None]:
-        """While a replica waits within a step or an operation, see to it that the others have not gone on."""
-        if not wanted or not self._peers:
-            yield
-            return
-        over = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(over,), daemon=True, name="left-behind")
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watcher.join()
-
-    def _watch(self, over: threading.Event) -> None:
-        while not over.wait(self.limits.patience):
-            if self._was_left_behind():
-                self._left_behind = True
-                self.manager.break_off()
-                return
-
-    def _tell(self, places: list[Place], mine: Place) -> None:
+    def _tell(self, positions: list[Position], mine: Position) -> None:
         """Who has missed the end of an operation gets its result from one that has not; all take part."""
-        ahead = max((place.agreed for place in places if place.veteran), default=0)
-        if not any(place.where == AGREEING and place.agreed < ahead for place in places):
+        ahead = max((position.agreed for position in positions if position.veteran), default=0)
+        if not any(position.where == AGREEING and position.agreed < ahead for position in positions):
             return
-        teller = next(rank for rank, place in enumerate(places) if place.veteran and place.agreed == ahead)
+        teller = next(rank for rank, position in enumerate(positions) if position.veteran and position.agreed == ahead)
         result = send_object(self.group, self._last, teller)
         if mine.where == AGREEING and mine.agreed < ahead:
             if ahead > mine.agreed + 1:
                 raise LeftBehindError(f"the others are {ahead - mine.agreed} operations ahead; start anew")
             self._told = (result,)
 
-    def _was_left_behind(self) -> bool:
-        """Whether a former member is in a later quorum, and this replica is not.
-
-        Then it gets no quorum any more where it stands: no newcomers are let in there.
-        """
-        for address in self._peers:
-            note = note_of(address, 2.0)
-            if note is not None:
-                quorum, _, members = note.partition(" ")
-                if int(quorum) > self.manager.quorum_id and str(self.index) not in members.split(","):
-                    return True
-        return False
-
-    def _settle_roles(self, places: list[Place]) -> None:
-        indices = [place.index for place in places]
-        if len(set(indices)) < len(indices):
-            raise RuntimeError(f"several replicas have the same index: {indices}. Is REPLICA_GROUP_ID set for each?")
-        if max(indices) >= self.count:
-            raise RuntimeError(f"replicas {indices} are too many for max_replicas={self.count}")
-        # Whoever writes goes on as long as it lives: files change hands as rarely as possible.
-        first = next((p for p in places if p.writer), None) or next((p for p in places if p.veteran), places[0])
-        mine = next(place for place in places if place.index == self.index)
-        if not self._veteran and mine.layout != first.layout:
-            raise RuntimeError(
-                "this replica's model has other parameters in training, or of other shapes, than the run that it comes "
-                "into, also after it has taken that run's state: is it the same script with the same arguments?"
-            )
-        self.members, self.writer, self.seed = indices, first.index, first.seed
-
     @override
     def leave(self) -> None:
+        self._departure.wanted = True
+
+    @override
+    def close(self) -> None:
+        _launched.note_progress(name="")
         self.group.abort()
         self.manager.shutdown(wait=False)
-
-
-def connected(
-    index: int,
-    count: int,
-    limits: Limits,
-    host: str,
-    lighthouse: str,
-    state: Callable[[], dict[str, Any]],
-    load: Callable[[dict[str, Any]], None],
-    layout: Callable[[], int],
-) -> Replicas:
-    """A replica that can meet the others.
-
-    Args:
-        index: of this replica.
-        count: the largest number of replicas.
-        limits: how long it waits, and how often it tries.
-        host: where it listens, and under which the peers reach it.
-        lighthouse: its address.
-        state: called when a peer needs the state of this replica.
-        load: called with a peer's state.
-        layout: see `Replicas`.
-
-    Raises:
-        ConnectionError: the lighthouse cannot be reached.
-    """
-    address, port = host_and_port(lighthouse)
-    meet_lighthouse(address, port, limits.connect_timeout)
-    manager = QuorumManager(
-        name=f"replica_{index:05d}",
-        host=host,
-        lighthouse=f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}",
-        connect_timeout=timedelta(seconds=limits.connect_timeout),
-        timeout=timedelta(seconds=limits.collective_timeout),
-        quorum_timeout=timedelta(seconds=limits.quorum_timeout),
-        quorum_retries=limits.quorum_retries,
-        state=state,
-        load=load,
-    )
-    seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**62
-    return Replicas(index, count, manager, limits, seed, layout)

@@ -26,7 +26,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check_count, check_flag
 
 
 def seed_of(*parts: int | str) -> int:
@@ -98,9 +98,12 @@ class ShardPlan:
         group_size: int = 1,
         shuffle: bool | None = None,
     ) -> None:
-        check("shards", shards, is_count(shards), "an integer >= 1")
-        check("group_size", group_size, is_count(group_size), "an integer >= 1")
-        check("group_rank", group_rank, 0 <= group_rank < group_size, f"in [0, group_size={group_size})")
+        check_count("shards", shards)
+        check_count("seed", seed, least=0)
+        check_count("group_size", group_size)
+        check_count("group_rank", group_rank, least=0, most=group_size - 1)
+        if shuffle is not None:
+            check_flag("shuffle", shuffle)
         self.shards = shards
         self.seed = seed
         self.group_rank = group_rank

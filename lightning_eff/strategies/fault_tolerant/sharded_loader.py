@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff.arguments import check, check_count
 from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan, seeded
 
 
@@ -35,6 +35,8 @@ class ShardedLoader:
         shuffle: see `ShardPlan`.
         keep: batches of each shard that are kept after use, so that a step which failed can be repeated without
             loading again: the micro-batches of an optimizer step. A batch must not be changed in place.
+        before_fetch: called before iteration takes a batch; it may `own` and `seek`, and the batch is the one after
+            that.
 
     Raises:
         ValueError, MisconfigurationException: see `ShardPlan`.
@@ -59,8 +61,9 @@ class ShardedLoader:
         group_size: int = 1,
         shuffle: bool | None = None,
         keep: int = 1,
+        before_fetch: Callable[[], None] | None = None,
     ) -> None:
-        check("keep", keep, is_count(keep), "an integer >= 1")
+        check_count("keep", keep)
         self.plan = ShardPlan(loader, shards, seed=seed, group_rank=group_rank, group_size=group_size, shuffle=shuffle)
         self.loader = loader
         self.keep = keep
@@ -68,8 +71,7 @@ class ShardedLoader:
         self.position = 0
         """Index of the batch that iteration yields next."""
         self.owned: tuple[int, ...] = (0,)
-        self.before_fetch: Callable[[], None] | None = None
-        """Called before iteration takes a batch; it may `own` and `seek`, and the batch is the one after that."""
+        self.before_fetch = before_fetch
         self._streams: dict[int, _Stream] = {}
 
     @property

@@ -1,4 +1,4 @@
-"""What a replica needs before it can meet the others."""
+"""What a replica needs before its first rendezvous with the others."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
+
+from lightning_eff import _launched
+from lightning_eff.strategies.fault_tolerant.identity import Identity
+from lightning_eff.training.trainer import gradient_scaler
 
 
 def check_torchft() -> None:
@@ -26,19 +29,7 @@ def check_torchft() -> None:
         ) from error
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """Of ``http://HOST:PORT`` or ``HOST:PORT``."""
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = port = None
-    if host is None or port is None:
-        raise MisconfigurationException(f"lighthouse={address!r}: it must be HOST:PORT or http://HOST:PORT")
-    return host, port
-
-
-def meet_lighthouse(host: str, port: int, timeout: float) -> None:
+def reach_lighthouse(host: str, port: int, timeout: float) -> None:
     """Wait for a lighthouse to listen.
 
     Raises:
@@ -63,23 +54,12 @@ def _listens(host: str, port: int, timeout: float) -> bool:
     return True
 
 
-def environment_count(variable: str, argument: str) -> int:
-    """A number that the launcher gives."""
-    value = os.environ.get(variable)
-    if value is None or not value.isdigit():
-        raise ValueError(
-            f"{argument} is not given, and the environment variable {variable} is {value!r}: start with "
-            "`lightning-eff launch --replicas N script.py`, or give it"
-        )
-    return int(value)
-
-
 def leave_if_over() -> None:
     """End a replica that begins after others have come to the run's end: alone it would begin the run anew.
 
-    The launcher names a file in ``LIGHTNING_EFF_FINISHED`` that exists from then on; without it nothing is known.
+    The launcher names a file that exists from then on (`_launched.FINISHED`); without it nothing is known.
     """
-    if os.path.exists(os.environ.get("LIGHTNING_EFF_FINISHED", "")):
+    if os.path.exists(os.environ.get(_launched.FINISHED, "")):
         raise SystemExit(0)
 
 
@@ -98,14 +78,19 @@ def check_processes(environment: ClusterEnvironment, nodes: int, devices: int) -
         )
 
 
-def check_trainer(trainer: Trainer, on_failure: str) -> None:
-    """Refuse what a step that is repeated cannot be made of."""
+def check_trainer(trainer: Trainer, on_failure: str, identity: Identity) -> None:
+    """Refuse what a step that is repeated cannot be made of, and a replica that knows no lighthouse."""
+    if identity.lighthouse is None:
+        raise MisconfigurationException(
+            "ddp_ft needs a lighthouse: start with `lightning-eff launch --replicas N script.py`, or give "
+            "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
+        )
     if not trainer.lightning_module.automatic_optimization and on_failure == "mecefo":
         raise MisconfigurationException(
             "on_failure='mecefo' approximates the backward pass of one loss, and with `automatic_optimization = False` "
             "training_step makes its own: take on_failure='takeover'"
         )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+    if gradient_scaler(trainer.strategy) is not None:
         raise MisconfigurationException(
             "ddp_ft does not agree on the scale of a GradScaler: use precision='bf16-mixed' in place of '16-mixed'"
         )

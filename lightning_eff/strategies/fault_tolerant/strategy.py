@@ -6,9 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -16,15 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_eff.arguments import check, is_count
+from lightning_eff import _launched
+from lightning_eff.arguments import (
+    check,
+    check_choice,
+    check_count,
+    check_flag,
+)
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
 from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
+from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.strategies.fault_tolerant.limits import Limits
 from lightning_eff.strategies.fault_tolerant.living_replicas import Fit, LivingReplicas
 from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
 from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
-from lightning_eff.strategies.fault_tolerant.mecefo import approximate, find_mecefo
+from lightning_eff.strategies.fault_tolerant.mecefo import MeCeFOSettings, approximated
 from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
+from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError, NoQuorumError
 from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from lightning_eff.strategies.fault_tolerant.start import (
@@ -32,15 +39,15 @@ from lightning_eff.strategies.fault_tolerant.start import (
     check_processes,
     check_torchft,
     check_trainer,
-    environment_count,
 )
-from lightning_eff.strategies.fault_tolerant.steps import ShardSteps, shares
+from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, shares
+from lightning_eff.strategies.fault_tolerant.steps import AutomaticSteps
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
+from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 
 if TYPE_CHECKING:
     from lightning_eff.functional.mecefo import MeCeFO
     from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
-    from lightning_eff.strategies.fault_tolerant.replicas import Replicas
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
@@ -75,6 +82,8 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             ``REPLICA_GROUP_ID``.
         host: the address on which this replica listens, and under which the others reach it. By default the
             environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
+        run_id: the same text in all replicas of a run, by which those of another run on the same lighthouse are turned
+            away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
         collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
             wait for a peer that is stopped, or whose link is cut, without having died.
         connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
@@ -86,7 +95,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         max_aborts: how often one step may fail in a row.
         mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
             shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
-        mecefo_refresh_every: committed steps for which the vectors behind them are kept.
+        mecefo_every_n_steps: committed steps for which the vectors behind them are kept.
         mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
         mecefo_ffn: the same for the feed-forward modules.
         **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
@@ -106,7 +115,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
     """
 
-    rollback_refused = "its replicas would not go back together, and heal each other"  # see training/run_state.py
+    rollback_refused = "its replicas would not go back together, and heal each other"
 
     def __init__(
         self,
@@ -117,6 +126,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         heartbeat_timeout: float = 5.0,
         replica: int | None = None,
         host: str | None = None,
+        run_id: str | None = None,
         collective_timeout: float = 60.0,
         connect_timeout: float = 10.0,
         quorum_timeout: float = 600.0,
@@ -125,13 +135,13 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         start_grace: float = 60.0,
         max_aborts: int = 10,
         mecefo_rank: int | float = 0.25,
-        mecefo_refresh_every: int = 100,
+        mecefo_every_n_steps: int = 100,
         mecefo_attention: list[str] | None = None,
         mecefo_ffn: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         check_torchft()
-        check("on_failure", on_failure, on_failure in get_args(OnFailure), f"one of {get_args(OnFailure)}")
+        check_choice("on_failure", on_failure, OnFailure)
         self.limits = Limits(
             heartbeat_timeout=heartbeat_timeout,
             collective_timeout=collective_timeout,
@@ -143,38 +153,31 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             max_aborts=max_aborts,
             min_replicas=min_replicas,
         )
-        if max_replicas is None:
-            max_replicas = environment_count("NUM_REPLICA_GROUPS", "max_replicas")
-        if replica is None:
-            replica = environment_count("REPLICA_GROUP_ID", "replica")
-        check("max_replicas", max_replicas, is_count(max_replicas), "an integer, at least 1")
-        check("min_replicas", min_replicas, min_replicas <= max_replicas, f"at most max_replicas, {max_replicas}")
-        check("replica", replica, 0 <= replica < max_replicas, f"at least 0 and below max_replicas, {max_replicas}")
+        self.identity = Identity.of(replica, max_replicas, host, lighthouse, run_id)
+        check_count("min_replicas", min_replicas, most=self.identity.count)
+        self._mecefo_settings = MeCeFOSettings(mecefo_rank, mecefo_every_n_steps, mecefo_attention, mecefo_ffn)
         for refused in ("gradient_as_bucket_view", "static_graph", "ddp_comm_hook", "process_group"):
             usual = not kwargs.get(refused)
             check(refused, kwargs.get(refused), usual, "left out: ddp_ft has its own hook, buckets and groups")
+        check_flag("find_unused_parameters", kwargs.get("find_unused_parameters", False))
         kwargs.pop("process_group", None)  # LightningCLI gives every argument of DDP
         self._wants_unused = bool(kwargs.pop("find_unused_parameters", False))
-        super().__init__(replica, max_replicas, on_failure == "shrink", find_unused_parameters=True, **kwargs)
-        self.lighthouse = lighthouse or os.environ.get("TORCHFT_LIGHTHOUSE")
+        super().__init__(
+            self.identity.index, self.identity.count, on_failure == "shrink", find_unused_parameters=True, **kwargs
+        )
         self.on_failure: OnFailure = on_failure
-        self.host = host or os.environ.get("FT_HOST", "127.0.0.1")
-        self._mecefo_arguments = (mecefo_rank, mecefo_refresh_every, mecefo_attention, mecefo_ffn)
         self._mecefo: MeCeFO | None = None
-
         self._gradients: ShardGradients | None = None
         self._trainer: Trainer | None = None
         self._log: ReplicaLog | None = None
 
     @property
     def trainable_change_refused(self) -> str | None:
-        """Why parameters cannot be opened and closed during a run; see training/trainable.py."""
+        """Why parameters cannot be frozen during a run; see training/trainable.py."""
         if self.on_failure != "mecefo":
             return None
-        return (
-            "where attention alone is open, on_failure='mecefo' leaves a neighbour nothing to compute a gradient of: "
-            "take on_failure='takeover'"
-        )
+        why = "where attention alone is trained, on_failure='mecefo' leaves a neighbour nothing to compute"
+        return f"{why}: take on_failure='takeover'"
 
     # Setting up.
 
@@ -195,7 +198,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         fitting = trainer.state.fn == TrainerFn.FITTING
         assert self.model is not None
         if fitting:
-            check_trainer(trainer, self.on_failure)
+            check_trainer(trainer, self.on_failure, self.identity)
             self._connect()
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
         self.precision_plugin.convert_module(self.model)
@@ -205,45 +208,32 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
+            check_optimizers(self.optimizers)
             assert self.replicas is not None
             self._log = ReplicaLog(self.replicas, self.shrinks)
-            trainer.callbacks.insert(0, self._log)  # type: ignore[attr-defined]
-            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._place()[1]))
-        if fitting:
-            check_optimizers(self.optimizers)
+            callbacks_of(trainer).append(self._log)
+            sort_callbacks(trainer)
+            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._rank_and_size()[1]))
 
     def _connect(self) -> None:
         from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
+        from lightning_eff.strategies.fault_tolerant.connect import connected
 
-        if self.lighthouse is None:
-            raise MisconfigurationException(
-                "ddp_ft needs a lighthouse: start with `lightning-eff launch --replicas N script.py`, or give "
-                "`lighthouse='http://HOST:PORT'` of one that `lightning-eff lighthouse` runs"
-            )
         self._writes = self.is_global_zero
         if self.on_failure == "mecefo":
-            self._mecefo = find_mecefo(cast(nn.Module, self.lightning_module), *self._mecefo_arguments)
-        self.replicas = first = None if not self._group.leads else self._first(self.lighthouse)
+            self._mecefo = self._mecefo_settings.of(cast(nn.Module, self.lightning_module))
+        self.replicas = first = None
+        if self._group.leads:
+            self.replicas = first = connected(
+                self.identity, self.limits, self._state, self._load, lambda: layout(self._fit.trainer)
+            )
         if self._group.size > 1:
             self.replicas = GroupMembership(
                 self._group, first, self.replica, self.max_replicas, self._state, self._load
             )
-        self._gradients = ShardGradients(GradientSums(self._group, None if first is None else first.manager))
-        self._gradients.all_used = not self._wants_unused and self._mecefo is None
-
-    def _first(self, lighthouse: str) -> Replicas:
-        """What speaks with the other replicas, in one process of this one."""
-        from lightning_eff.strategies.fault_tolerant.replicas import connected
-
-        return connected(
-            self.replica,
-            self.max_replicas,
-            self.limits,
-            self.host,
-            lighthouse,
-            self._state,
-            self._load,
-            lambda: layout(self._fit.trainer),
+        self._gradients = ShardGradients(
+            GradientSums(self._group, None if first is None else first.manager),
+            all_used=not self._wants_unused and self._mecefo is None,
         )
 
     @override
@@ -278,29 +268,24 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             return dataloader
         if not trainer.training:
             limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-            return EvaluationShare(dataloader, self._place, limit if isinstance(limit, float) else 1.0)
-        assert self.replicas is not None and self._gradients is not None  # noqa: PT018
+            return EvaluationShare(dataloader, self._rank_and_size, limit if isinstance(limit, float) else 1.0)
+        assert self._gradients is not None
         loader = ShardedLoader(
             dataloader,
             self.max_replicas,
-            seed=self._data_seed,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
             group_rank=self._group.rank,
             group_size=self._group.size,
             keep=max(1, trainer.accumulate_grad_batches),
+            before_fetch=self._before_batch,
         )
-        loader.before_fetch = self._before_batch
-        kind = ShardSteps if trainer.lightning_module.automatic_optimization else ManualSteps
+        kind = AutomaticSteps if trainer.lightning_module.automatic_optimization else ManualSteps
         steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
-        steps.own([])
         self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
         return loader
 
-    @property
-    def _data_seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
     def on_train_start(self) -> None:
-        """Before the replicas meet: Lightning would set up the validation in the midst of them."""
+        """Before the first rendezvous: Lightning would set up the validation in the midst of them."""
         trainer = self._fit.trainer
         if trainer.enable_validation:
             trainer.validating = True
@@ -310,8 +295,10 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     def on_train_end(self) -> None:
         """Nobody leaves while another may still need what it knows."""
         if self._joined:
-            self._fit.replicas.finishing = True
+            self._fit.replicas.finish()
             self.barrier("end")
+            if self._group.leads:
+                _launched.note_progress(over=True)
 
     # State, for a peer and from a peer.
 
@@ -328,13 +315,12 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self._fit.steps.take_over(state)
         finally:
             self._heals = False
-        if isinstance(self.replicas, GroupMembership):
-            self.replicas.healed = state
+        self._fit.replicas.has_healed(state)
 
     # The step.
 
     def _before_batch(self) -> None:
-        """Before each micro-batch is fetched: at the first of a step the replicas meet, and the data follow."""
+        """Before each micro-batch is fetched: the first of a step begins with a rendezvous, and the data follow."""
         fit, loop = self._fit, self._fit.trainer.fit_loop
         if not fit.steps.window:
             if not fit.replicas.joined:
@@ -344,20 +330,20 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self._share_out()
             fit.steps.begin()
         index = loop.epoch_loop.batch_progress.current.ready
-        fit.steps.window.append(index)
-        fit.steps.loader.seek(fit.trainer.current_epoch, index)
+        fit.steps.step.fetch(fit.trainer.current_epoch, index)
         assert loop._data_fetcher is not None
         loop._data_fetcher.fetched = index
 
     def _share_out(self) -> None:
         """Which shards this replica computes in the step to come."""
         fit = self._fit
-        members = fit.replicas.members
-        fit.steps.own([] if self.shrinks else shares(self.max_replicas, members)[self.replica])
-        fit.gradients.divisor = len(members) if self.shrinks else self.max_replicas
-        fit.steps.seed = fit.replicas.seed
+        members, seed = fit.replicas.members, fit.replicas.seed
+        share = shares(self.max_replicas, members)
+        orphans, divisor = ([], len(members)) if self.shrinks else (share[self.replica], self.max_replicas)
+        assignment = Assignment(seed, orphans, divisor)
         if self._mecefo is not None:
-            approximate(self._mecefo, fit.steps, fit.gradients, shares(self.max_replicas, members), fit.replicas.step)
+            assignment = approximated(self._mecefo, assignment, share, fit.replicas.step)
+        fit.steps.assign(assignment)
         self.set_world_ranks()
 
     @override
@@ -392,15 +378,21 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         return loss
 
     @override
+    def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, LeftBehindError | NoQuorumError):
+            _launched.note_progress(anew=True)
+        super().on_exception(exception)
+
+    @override
     def teardown(self) -> None:
         trainer, module = self._trainer, self.lightning_module
         if self._fitting is not None:
             self._fitting.steps.close()
         if trainer is not None and module is not None:
             compute_together(module, None)
-            trainer.callbacks[:] = [c for c in trainer.callbacks if not isinstance(c, ReplicaLog)]  # type: ignore[attr-defined]
+            callbacks_of(trainer)[:] = [c for c in callbacks_of(trainer) if not isinstance(c, ReplicaLog)]
         self._fitting = self._log = None
         if self.replicas is not None:
-            self.replicas.leave()
+            self.replicas.close()
             self.replicas = None
         super().teardown()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.utilities import _log_hyperparams
+
+from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError
+from lightning_eff.training.whole_files import whole_file
 
 
 def places(trainer: Trainer) -> dict[str, list[Any]]:
@@ -55,9 +61,58 @@ def _carry_on(logger: CSVLogger) -> None:
         experiment = logger.experiment
     experiment.metrics_keys = before.splitlines()[0].split(",") if before else []
     whole = before[: before.rfind("\n") + 1]  # a line that was cut is left out
-    with open(f"{path}.part", "w", newline="") as file:
+    with whole_file(path) as part, open(part, "w", newline="") as file:
         file.write(whole)
-    os.replace(f"{path}.part", path)
+
+
+class NewerCheckpoints:
+    """Keeps a replica that was asleep from saving over what the others have saved meanwhile.
+
+    It looks at checkpoints that others have written into the same folder since this process began: a run never goes
+    back, so that one with more steps is of replicas that have gone on without this one.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.time()
+        self._seen: dict[tuple[str, int], int] = {}  # by path and time: its steps
+
+    def refuse_older(self, path: str | os.PathLike[str], step: int) -> None:
+        """Before a checkpoint is saved.
+
+        Args:
+            path: of the checkpoint; local, others are not looked at.
+            step: ``global_step`` of the checkpoint.
+
+        Raises:
+            LeftBehindError: another replica has saved a later step.
+        """
+        for other in Path(path).parent.glob("*.ckpt"):
+            newest = self._steps_in(other)
+            if newest > step:
+                raise LeftBehindError(
+                    f"{other} is of step {newest}, and this replica would save step {step}: the others went on without "
+                    "it; start anew"
+                )
+
+    def note_own(self, path: str | os.PathLike[str], step: int) -> None:
+        """After this replica has saved one itself, which is not to be read again."""
+        file = Path(path)
+        if file.is_file():
+            self._seen[str(file), file.stat().st_mtime_ns] = step
+
+    def _steps_in(self, checkpoint: Path) -> int:
+        """Of a run's checkpoint; -1 if it is none, or is older than this process."""
+        try:
+            key = str(checkpoint), checkpoint.stat().st_mtime_ns
+            if key not in self._seen and key[1] < self._began * 1e9:
+                return -1
+            if key not in self._seen:
+                # Mapped and not read: only what is looked at comes into memory.
+                found = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+                self._seen[key] = int(found["global_step"])
+        except Exception:  # it was just removed, or is another program's file
+            return -1
+        return self._seen[key]
 
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -391,6 +391,7 @@ class Diary(L.Callback):
         self.path = Path(settings["folder"]) / f"steps-{faults.name}-{faults.life}.jsonl"
         self.faults = faults
         self.patience = settings.get("patience", 0.5)
+        self.leaves = settings.get("leaves") == faults.replica and settings["leaves_after"]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.faults.trainer is None:
@@ -422,6 +423,8 @@ class Diary(L.Callback):
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self.faults.at("end")
+        if self.leaves and line["step"] == self.leaves:
+            strategy.replicas.leave()
         if len(strategy.replicas.members) < strategy.max_replicas:
             time.sleep(self.patience)  # so that a replica which starts anew is back before the end
 

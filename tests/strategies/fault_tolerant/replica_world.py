@@ -184,6 +184,8 @@ class Manager:
         self.peer_state = SimpleNamespace(note="")
         self.address = name
         self.quorum_id = -1
+        self.quorum_names: list[str] = []
+        self.missed_quorums = 0
         self.step = self.failures = 0
         self.failure: Exception | None = None
         with world.changed:
@@ -204,6 +206,9 @@ class Manager:
             world.form()
             world.wait(lambda: self.name in world.quorums)
             quorum = world.quorums.pop(self.name)
+        if self.quorum_id >= 0:
+            self.missed_quorums += max(0, quorum["id"] - self.quorum_id - 1)
+        self.quorum_names = quorum["members"]
         if quorum["id"] != self.quorum_id or self.group.generation is None:
             self.quorum_id = quorum["id"]
             self.group.generation, self.group.names, self.group.count = quorum["id"], quorum["members"], 0
@@ -234,7 +239,10 @@ class Manager:
         self.should_commit()
 
     def reset_failures(self) -> None:
-        self.failures = 0
+        self.failures = self.missed_quorums = 0
+
+    def set_step(self, step: int) -> None:
+        self.step = step
 
     def break_off(self) -> None:
         raise AssertionError("nobody is left behind here")

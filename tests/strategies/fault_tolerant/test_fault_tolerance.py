@@ -216,7 +216,7 @@ def test_mecefo_approximates_while_somebody_is_dead(case: str, server: Server, t
     for name, faults in (("exact", ()), ("approximate", _MECEFO[case])):
         folder = tmp_path / name
         folder.mkdir()
-        strategy = {"on_failure": "mecefo", "mecefo_rank": 4, "mecefo_refresh_every": 5}
+        strategy = {"on_failure": "mecefo", "mecefo_rank": 4, "mecefo_every_n_steps": 5}
         runs[name] = check(run(server, folder, steps=STEPS, faults=faults, language=True, strategy=strategy, **REAL))
     exact, approximate = runs["exact"].losses(), runs["approximate"].losses()
     assert [approximate[step] for step in range(1, 14)] == pytest.approx([exact[step] for step in range(1, 14)])

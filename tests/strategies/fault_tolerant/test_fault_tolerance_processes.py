@@ -72,7 +72,7 @@ def test_two_replicas_of_two_are_four_of_one(server: Server, undisturbed: Outcom
     [
         ({"validate_every": 1, "sanity": 1, "checkpoint_every": 5, "loggers": ["csv"]}, 0),
         ({"batch_norm": True, "precision": "bf16-mixed"}, 1),
-        ({"language": True, "strategy": {"on_failure": "mecefo", "mecefo_rank": 4, "mecefo_refresh_every": 5}}, 1),
+        ({"language": True, "strategy": {"on_failure": "mecefo", "mecefo_rank": 4, "mecefo_every_n_steps": 5}}, 1),
         ({"strategy": {"on_failure": "shrink"}}, 1),
         ({"callbacks": {"ZClip": {"warmup_steps": 5}, "EMA": {"half_life": 10.0}}}, 1),
         ({"resume": True}, 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,4 +50,26 @@ def test_a_lighthouse_that_counts_from_one_again() -> None:
 
 
 def test_the_rest_is_the_clients() -> None:
-    assert _Client(SimpleNamespace(should_commit=lambda: True)).should_commit()
+    assert _Client(SimpleNamespace(checkpoint=lambda: True)).checkpoint()
+
+
+def test_torchft_is_quiet_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """It writes a traceback for each error that is handled here, and a warning at each quorum."""
+    logger = logging.getLogger("torchft.manager")
+    logger.warning("Unable to reset NCCL flight recorder")
+    logger.error("a traceback")
+    assert caplog.records == []
+    with caplog.at_level(logging.INFO, "torchft.manager"):
+        logger.warning("wanted")
+    assert [record.message for record in caplog.records] == ["wanted"]
+
+
+def test_who_leaves_votes_by_itself() -> None:
+    """Its manager is gone by then, which sends the heartbeats."""
+
+    def gone(*_: Any, **__: Any) -> bool:
+        raise ConnectionError
+
+    client = _Client(SimpleNamespace(should_commit=gone))
+    client.silent = True
+    assert [client.should_commit(0, 7, vote, timeout=timedelta(seconds=1)) for vote in (True, False)] == [True, False]

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
+from lightning_eff.strategies.fault_tolerant.handover import Handover
 from lightning_eff.strategies.fault_tolerant.limits import Limits
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError
 from lightning_eff.strategies.fault_tolerant.replicas import Replicas
@@ -64,8 +65,9 @@ class Replica:
 
     def live(self, name: str) -> None:
         state = {"value": float(self.index), "run": 0.0}
-        manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
-        replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0)
+        handover = Handover(lambda: dict(state), state.update, "")
+        manager: Any = Manager(self.world, name, handover.give, handover.take)
+        replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0, handover)
 
         while replicas.step < STEPS:
             if replicas.begin() and self.world.finished:
@@ -105,8 +107,9 @@ class InParts(Replica):
 
     def live(self, name: str) -> None:
         state = {"value": float(self.index), "run": 0.0, "batch": 0.0}
-        manager: Any = Manager(self.world, name, lambda: dict(state), state.update)
-        replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0)
+        handover = Handover(lambda: dict(state), state.update, "")
+        manager: Any = Manager(self.world, name, handover.give, handover.take)
+        replicas = Replicas(self.index, self.count, manager, LIMITS, 0, lambda: 0, handover)
 
         while replicas.step < STEPS:
             if replicas.begin() and self.world.finished:

@@ -21,7 +21,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
 
 from lightning_eff.strategies import FaultTolerantDDPStrategy
-from lightning_eff.strategies.fault_tolerant.steps import shares
+from lightning_eff.strategies.fault_tolerant.identity import Identity
+from lightning_eff.strategies.fault_tolerant.step_in_hand import shares
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
@@ -42,12 +43,26 @@ ARGUMENTS = {"max_replicas": 3, "replica": 0, "lighthouse": "http://127.0.0.1:9"
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ({"min_replicas": 4}, r"min_replicas=4.*at most max_replicas, 3"),
+        ({"min_replicas": 4}, r"min_replicas=4.*an integer from 1 to 3"),
         ({"min_replicas": 0}, "min_replicas=0"),
         ({"on_failure": "ignore"}, "on_failure='ignore'.*takeover.*mecefo.*shrink"),
-        ({"replica": 3}, "replica=3.*below max_replicas, 3"),
+        ({"replica": 3}, "replica=3.*an integer from 0 to 2"),
         ({"heartbeat_timeout": 0.0}, "heartbeat_timeout=0.0.*seconds"),
         ({"start_grace": -1.0}, "start_grace=-1.0"),
+        ({"quorum_timeout": float("nan")}, "quorum_timeout=nan.*seconds"),
+        ({"collective_timeout": "60"}, "collective_timeout='60'"),
+        ({"max_aborts": True}, "max_aborts=True"),
+        ({"quorum_retries": -1}, "quorum_retries=-1"),
+        ({"min_replicas": 1.0}, "min_replicas=1.0"),
+        ({"lighthouse": "nowhere"}, "lighthouse='nowhere'.*HOST:PORT"),
+        ({"host": ""}, "host=''"),
+        ({"run_id": 3}, "run_id=3"),
+        ({"mecefo_rank": 0.0}, "mecefo_rank=0.0"),
+        ({"mecefo_rank": True}, "mecefo_rank=True"),
+        ({"mecefo_every_n_steps": 0}, "mecefo_every_n_steps=0"),
+        ({"mecefo_attention": "*.attn"}, "mecefo_attention='\\*.attn'.*list of patterns"),
+        ({"mecefo_ffn": []}, "mecefo_ffn=\\[\\]"),
+        ({"find_unused_parameters": 1}, "find_unused_parameters=1"),
         ({"static_graph": True}, "static_graph=True"),
         ({"process_group": "mine"}, "process_group='mine'.*own hook, buckets and groups"),
         ({"max_replicas": None}, "NUM_REPLICA_GROUPS.*lightning-eff launch"),
@@ -143,7 +158,7 @@ def test_the_string(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = L.Trainer(accelerator="cpu", devices=1, strategy="ddp_ft", logger=False, enable_checkpointing=False)
     strategy = trainer.strategy
     assert isinstance(strategy, FaultTolerantDDPStrategy)
-    assert (strategy.max_replicas, strategy.replica, strategy.host) == (4, 2, "127.0.0.1")
+    assert strategy.identity == Identity(2, 4, "127.0.0.1", "http://127.0.0.1:9", "")
 
 
 def test_shares_are_even_and_complete() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,16 +30,16 @@ class NewGradients:
         self._known: dict[int, TensorWeakRef] = {}
 
     def listen(self, parameters: Iterable[nn.Parameter]) -> None:
-        """To these, which may be opened later."""
+        """To these, which may be unfrozen later."""
         for parameter in parameters:
             if id(parameter) in self._hooked or not (parameter.is_floating_point() or parameter.is_complex()):
                 continue
             self._hooked.add(id(parameter))
-            open_ = parameter.requires_grad
+            trained = parameter.requires_grad
             parameter.requires_grad_(True)  # else there can be no hook
             register: Any = parameter.register_post_accumulate_grad_hook
             self._hooks.append(register(self._tell))
-            parameter.requires_grad_(open_)
+            parameter.requires_grad_(trained)
 
     def _tell(self, parameter: Any) -> None:
         self._fired.add(id(parameter))
@@ -65,15 +66,15 @@ class NewGradients:
         known = self._known.get(id(parameter))
         return id(parameter) in self._fired or known is None or known() is not parameter.grad
 
-    def held(self) -> Any:
-        """To put aside while other passes run."""
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Around other passes, which begin without knowing of any."""
         held = self._fired, self._known
         self._fired, self._known = set(), {}
-        return held
-
-    def take(self, held: Any) -> None:
-        """Go on from what was `held`."""
-        self._fired, self._known = held
+        try:
+            yield
+        finally:
+            self._fired, self._known = held
 
 
 def summed_over_shards(

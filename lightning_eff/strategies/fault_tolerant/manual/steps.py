@@ -5,101 +5,122 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_eff.strategies.fault_tolerant.manual.events import BACKWARD, END, STEP, Event, Leave, Standing
-from lightning_eff.strategies.fault_tolerant.manual.gradients import summed_over_shards
-from lightning_eff.strategies.fault_tolerant.manual.rerun import RerunSteps
+from lightning_eff.strategies.fault_tolerant.manual.gradients import NewGradients, summed_over_shards
+from lightning_eff.strategies.fault_tolerant.manual.orphan_runs import OrphanRuns
+from lightning_eff.strategies.fault_tolerant.manual.replay import Replay
 from lightning_eff.strategies.fault_tolerant.operations import summed
-from lightning_eff.strategies.fault_tolerant.steps import Once
+from lightning_eff.strategies.fault_tolerant.steps import Once, Steps
 from lightning_eff.training.run_parts import group_values
-
-if TYPE_CHECKING:
-    pass
+from lightning_eff.training.trainer import optimizer_index
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
 
 
-class ManualSteps(RerunSteps):
+class ManualSteps(Steps):
     """One ``training_step`` in terms of shards, where it calls ``backward`` and ``step`` itself.
 
     Each backward pass sums the gradients over all shards, as DDP does, and each optimizer step is a part that all
     replicas commit; what is left at the end is a last part. Python cannot be rewound, but it can be run again: when a
-    part fails, everything is set back to how ``training_step`` has found it, and it is run once more, see `RerunSteps`.
+    part fails, everything is set back to how ``training_step`` has found it, and it is run once more, see `Replay`.
     What has been committed is not done again. A dead replica's shard is run in the same way, up to the place where this
-    replica's own run stands.
+    replica's own run stands, see `OrphanRuns`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._fresh = NewGradients()
+        self._replay: Replay | None = None  # while training_step runs
+        self._orphans: OrphanRuns | None = None  # likewise
         self._parts = 0  # that are committed
         self._kind = END  # of the last one
         self._handed: dict[str, Any] | None = None  # of a peer that is ahead
         self._guards: list[Any] = []
         self._applying = False
 
+    @property
+    def replay(self) -> Replay:
+        """Of the training_step that runs."""
+        if self._replay is None:
+            raise RuntimeError("with ddp_ft, backward passes and optimizer steps have to be made in training_step")
+        return self._replay
+
+    @property
+    def orphans(self) -> OrphanRuns:
+        """Of the training_step that runs."""
+        assert self._orphans is not None
+        return self._orphans
+
+    @override
     def begin(self) -> None:
         """Hooks come between this and training_step: all is done in `run`."""
 
+    @override
     def run(self, training_step: Callable[[], Any]) -> Any:
         """Run this replica's ``training_step`` until all of it is committed."""
         self.replicas.last_part()  # who repeats this step repeats all of it
         if not self._guards:
             self._guards = [each.register_step_pre_hook(self._guard) for each in self.trainer.optimizers]
         self._parts = 0
-        self._keep_start()
+        self.gradients.forget_orphans()
+        self.buffers.begin()
+        self._fresh.listen(self.module.parameters())
+        self._replay = replay = Replay(self.trainer, self._fresh)
+        self._orphans = orphans = OrphanRuns(self.passes, self.values, replay, self._fresh)
         device = self.trainer.strategy.root_device
         while True:
-            self._begin_run()
+            orphans.start_over()
             try:
-                with self.random(self.shard, self.window[-1]):
+                with replay.run(), self.values.counted(), self.passes.random(self.step.shard, self.step.index):
                     output = training_step()
                     self._close()
                 break
             except Leave:
                 pass
-            finally:
-                self._end_run()
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a peer's is that of its batch
-                self._meet_again()
-            assert self._start is not None
-            self._start.restore()
-        self._forget_start()
+                self._try_again()
+            replay.start.restore()
+        self.buffers.note_changes()
+        self._replay = self._orphans = None
         self.replicas.goes_on(False)
-        if self.changing:
-            self.take_buffers(self.replicas.agree(self.share_buffers, None))
+        if self.buffers.changing:
+            self.buffers.adopt(self.replicas.agree(self.buffers.share, None))
         self.end()
         return output
 
     def _close(self) -> None:
         """The end of training_step: whatever is left is a part of its own, so that no accumulation is lost."""
-        self._check_not_caught()
-        if self._comes_again:
-            self._repeat(END)
+        replay = self.replay
+        replay.check_not_caught()
+        if replay.comes_again:
+            replay.repeat(END)
             return
         left = self._has_new()
         if left:
             self._reduce(END)
         # One part there must be: else one replica might be in the next batch while another meets it before this one.
-        if left or self._reduces_more or self._parts == 0:
+        if left or replay.reduces_more or self._parts == 0:
             self._commit(END, lambda: None)
 
-    def _meet_again(self) -> None:
-        """After a part that failed."""
-        assert self._start is not None
-        self._start.set_trained()  # a peer's state is of all that are trained
+    def _try_again(self) -> None:
+        """After a part that failed: a rendezvous, at which a peer may hand the part over."""
+        self.replay.start.set_trained()  # a peer's state is of all that are trained
         self._handed = None
         if self.replicas.again():
             assert self._handed is not None, "a peer that is ahead hands its part over"
-            self._take(self._handed)
+            self._adopt(self._handed)
         self.share_out()
 
+    @override
     def close(self) -> None:
         """Leave the module and the optimizers alone."""
         super().close()
@@ -110,58 +131,59 @@ class ManualSteps(RerunSteps):
 
     # What training_step calls.
 
+    @override
     def backward(self, loss: Tensor, usual: Callable[[], Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """A backward pass of the user's, after which the gradients are those of all shards."""
-        self._check_within()
-        trainer, module = self.trainer, self.module
-        new = not self._comes_again and not self.aside  # callbacks see each of the steps once, and no neighbour's
+        trainer, module, replay = self.trainer, self.module, self.replay
+        new = not replay.comes_again and not self.aside  # callbacks see each of the steps once, and no neighbour's
         if new:
-            with self._of_no_shard():
+            with self.values.of_no_shard():
                 call._call_callback_hooks(trainer, "on_before_backward", loss)
-        if self._stopped_at and self.aside:
-            self._stop(BACKWARD)
+        if self.aside:
+            self.orphans.stop_again(BACKWARD)
         call._call_lightning_module_hook(trainer, "on_before_backward", loss)
         trainer.precision_plugin.backward(loss, module, None, *args, **kwargs)
-        self._check_not_caught()
-        if self._unsynced or (self._comes_again and self._events[self._at].whole):
+        replay.check_not_caught()
+        if replay.unsynced or replay.in_a_peers_part:
             pass
-        elif self._comes_again:
-            self._repeat(BACKWARD)
+        elif replay.comes_again:
+            replay.repeat(BACKWARD)
         elif self.aside:
-            self._stop(BACKWARD)
+            self.orphans.stop(BACKWARD)
         else:
-            self._events.append(Event(BACKWARD, [], self._reduce(BACKWARD), None))
-            self._advance()
-            self._caught_up = False
+            replay.add(Event(BACKWARD, [], self._reduce(BACKWARD), None))
+            self.orphans.fall_behind()
         if new:
-            with self._of_no_shard():
+            with self.values.of_no_shard():
                 call._call_callback_hooks(trainer, "on_after_backward")
         call._call_lightning_module_hook(trainer, "on_after_backward")
         return loss.detach()
 
+    @override
     @contextmanager
     def without_sum(self) -> Iterator[None]:
         """Around backward passes that reduce nothing: what they leave is reduced with the next one, or at the end."""
-        before, self._unsynced = self._unsynced, True
+        replay = self.replay
+        before, replay.unsynced = replay.unsynced, True
         try:
             yield
         finally:
-            self._unsynced = before
+            replay.unsynced = before
 
+    @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], update: Callable[[Once], Any]) -> Any:
         """An optimizer step of the user's: a part that all replicas commit."""
-        self._check_within()
-        kind = STEP + next(i for i, each in enumerate(self.trainer.optimizers) if each is optimizer)
+        replay, kind = self.replay, STEP + optimizer_index(self.trainer, optimizer)
         try:
             loss = closure()
-            self._check_not_caught()
-            if self._comes_again:
-                self._repeat(kind)
+            replay.check_not_caught()
+            if replay.comes_again:
+                replay.repeat(kind)
             elif self.aside:
-                self._stop(kind)
+                self.orphans.stop(kind)
             else:
                 reduced = self._reduce(kind) if self._has_new() else []
-                self._see_others_at(kind)
+                self.orphans.see_at(kind)
                 self._commit(kind, partial(update, Once(loss)), optimizer, reduced)
         except Leave:
             profiler: Any = self.trainer.profiler  # type: ignore[attr-defined]
@@ -169,9 +191,18 @@ class ManualSteps(RerunSteps):
             raise
         return loss
 
-    def _check_within(self) -> None:
-        if self._start is None:
-            raise RuntimeError("with ddp_ft, backward passes and optimizer steps have to be made in training_step")
+    @override
+    def recorded(self, operate: Callable[[], Any], alone: Any) -> Any:
+        if self.aside or self._replay is None or self.values.count is None:
+            return super().recorded(operate, alone)
+        return self._replay.recorded(operate, alone)
+
+    @override
+    def reduced(self, value: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
+        """As in automatic optimization; the neighbours' runs have to come as far as this one."""
+        if self.values.count is not None and not self.aside and self.replay.reduces_anew:
+            self.orphans.catch_up()
+        return super().reduced(value, combine)
 
     def _guard(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._applying:
@@ -190,20 +221,21 @@ class ManualSteps(RerunSteps):
 
     def _reduce(self, kind: int) -> Gradients:
         """Sum the new gradients over all shards; they replace this replica's own."""
-        self._catch_up()
-        self._see_others_at(kind)
+        orphans = self.orphans
+        orphans.catch_up()
+        orphans.see_at(kind)
         sums, parameters = self.gradients.sums, list(self.module.parameters())
-        standing = self._standing(kind, len(self._events) - self._safe_events)
-        new = [self._fresh.has(parameter) or id(parameter) in self._orphans_new for parameter in parameters]
-        words = standing.words(self._complaint, new)
+        standing = self._standing(kind, self.replay.uncommitted)
+        new = [self._fresh.has(parameter) or id(parameter) in orphans.new for parameter in parameters]
+        words = standing.words(orphans.complaint, new)
         sums.begin()
         sums.finish([sums.all_reduce(words)])
         if sums.failed:
             self._fail()
-        counts = standing.check(words, self._complaint)
+        counts = standing.check(words, orphans.complaint)
         chosen = [parameter for parameter, count in zip(parameters, counts, strict=True) if count]
         divisor: Any = self.gradients.divisor
-        totals = summed_over_shards(sums, chosen, self._orphan_gradients, divisor)
+        totals = summed_over_shards(sums, chosen, orphans.gradients, divisor)
         if totals is None:
             self._fail()
         with torch.no_grad():
@@ -218,7 +250,7 @@ class ManualSteps(RerunSteps):
     def _fail(self) -> NoReturn:
         committed = self.replicas.commit()
         assert not committed, "nobody commits what has failed"
-        self._leave()
+        self.replay.leave()
 
     def _commit(
         self,
@@ -228,12 +260,12 @@ class ManualSteps(RerunSteps):
         reduced: Gradients | None = None,
     ) -> None:
         if not self.replicas.commit():
-            self._leave()
+            self.replay.leave()
         stepped = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
         before = [None if p.grad is None else (p.grad, p.grad._version) for p in stepped]
         self._applying = True
         try:
-            with self._of_no_shard():
+            with self.values.of_no_shard():
                 update()
         finally:
             self._applying = False
@@ -245,40 +277,40 @@ class ManualSteps(RerunSteps):
                 gradients[id(parameter)] = (parameter, None if now is None else now.detach().clone())
         self._fresh.forget(parameter for parameter, _ in gradients.values())
         values = [(parameter, parameter.detach().clone()) for parameter in stepped]
-        self._events.append(Event(kind, values, list(gradients.values()), group_values(self.trainer)))
+        event = Event(kind, values, list(gradients.values()), group_values(self.trainer))
         self._settle(kind)
-        self._at += 1
-        self._log_is_safe()
+        self.replay.add_committed(event)
 
     def _settle(self, kind: int) -> None:
         """All have this part; the next may begin."""
         self._kind = kind
         members, standing = self.replicas.members, self._standing(kind)
         # As many words as in `_reduce`: who is there by mistake is told so, where gloo would end its process.
-        words = standing.words(self._complaint, [False for _ in self.module.parameters()])
+        words = standing.words(self.orphans.complaint, [False for _ in self.module.parameters()])
         self.gradients.sums.group.sum_(words)
         total = self.replicas.settle(lambda group: summed(group, words.clone(), ReduceOp.SUM), words)
-        standing.check(total, self._complaint)
+        standing.check(total, self.orphans.complaint)
         self._parts += 1
-        self._safe_events, self._safe_results = len(self._events), len(self._results)
-        self._reduces_more, self._caught_up, self._next_kinds = False, False, []
+        self.orphans.start_over()
         self.replicas.goes_on(True)
         if self.replicas.members != members:
             self.share_out()
 
     # A part that a peer has, and this replica has not.
 
+    @override
     def handover(self) -> dict[str, Any]:
         """For a replica that takes this one's state: before a step, or after a part that it has missed."""
-        named = dict(self.module.named_parameters())
-        within = self._start is not None
-        own = [name for name, p in named.items() if within and self._fresh.has(p)]  # not yet reduced
+        named, replay = dict(self.module.named_parameters()), self._replay
+        own = [] if replay is None else [name for name, p in named.items() if self._fresh.has(p)]  # not yet reduced
         gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None and name not in own}
-        state = {"kind": self._kind, "gradients": gradients, "own": own, "results": self._results}
+        results = [] if replay is None else replay.results
+        state = {"kind": self._kind, "gradients": gradients, "own": own, "results": results}
         # One optimizer may be toggled just now.
-        trained = {"trainable": self._start.trained()} if self._start is not None else {}
+        trained = {} if replay is None else {"trainable": replay.start.trained()}
         return {**super().handover(), "manual": state, **trained}
 
+    @override
     def take_over(self, state: dict[str, Any]) -> None:
         """Take what a peer's `handover` gave, after all else."""
         super().take_over(state)
@@ -287,12 +319,12 @@ class ManualSteps(RerunSteps):
             gradient = self._handed["gradients"].get(name)
             parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
-    def _take(self, handed: dict[str, Any]) -> None:
+    def _adopt(self, handed: dict[str, Any]) -> None:
         """A peer's part, in place of the one that failed here."""
         named = dict(self.module.named_parameters())
         values = [(p, p.detach().clone()) for p in named.values()]
         gradients = [(p, p.grad) for name, p in named.items() if name not in handed["own"]]
-        del self._events[self._safe_events :]
-        self._events.append(Event(handed["kind"], values, gradients, group_values(self.trainer), whole=True))
-        self._results = list(handed["results"])
+        self.replay.adopt(
+            Event(handed["kind"], values, gradients, group_values(self.trainer), whole=True), handed["results"]
+        )
         self._settle(handed["kind"])
