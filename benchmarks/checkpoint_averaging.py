@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,20 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, step_times, text, train, validation_loss
+from benchmarks.rows import CONSOLE, show, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.memory import resident
+from harness.plots import IMAGES, by_step, mean_and_range, panels, save
+from harness.processes import apart, spawned
+from harness.runs import QUIET, begin, quiet_lightning
+from harness.timing import StepTimes, in_turn, over, ratio
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 
-IMAGE = Path(__file__).parent.parent / "docs" / "images" / "checkpoint_averaging.png"
 TINY = dict(n_layer=1, n_head=2, n_embd=16)
+UNSAID = "Be aware that when using `ckpt_path`"
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -56,94 +59,53 @@ COST: dict[str, Callable[[], list[L.Callback]]] = {
 }
 
 
-class StepTimes(L.Callback):
-    """Seconds of every step, from one batch's start to the next one's."""
+class Resident(L.Callback):
+    """MB of memory of this process at the end of the training."""
 
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-        self.resident = 0.0
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.marks.append(time.perf_counter())
-
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.on_train_batch_start(trainer)
-        self.resident = _resident()
-
-    @property
-    def mean(self) -> float:
-        """Over the steps measured; a mean, because one step in ten takes the snapshot."""
-        return statistics.fmean(b - a for a, b in itertools.pairwise(self.marks[WARM_UP:]))
+    def on_train_end(self, *_: Any) -> None:
+        self.megabytes = resident() / 1e6
 
 
-def _resident() -> float:
-    """MB of memory of this process, where the system says it."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return math.nan
-    return pages * 4096 / 1e6
-
-
-def _train_10m(callbacks: str, model: GPTModule, batch_size: int) -> StepTimes:
-    data = TextDataModule(block_size=256, batch_size=batch_size)
-    times = StepTimes()
-    trainer = L.Trainer(
-        devices=1,
-        max_steps=WARM_UP + MEASURED,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        callbacks=[*COST[callbacks](), times],
-        **QUIET,
-    )
-    trainer.fit(model, data)
-    return times
+def _train_10m(callbacks: str, model: GPTModule, batch_size: int, *others: L.Callback) -> StepTimes:
+    callbacks = [*COST[callbacks](), *others]
+    return step_times(model, text(GPT_10M, batch_size), MEASURED, *callbacks, warmup=WARM_UP)
 
 
 def _model(tiny: bool) -> GPTModule:
-    shape = TINY if tiny else dict(n_layer=6, n_head=6, n_embd=384)
-    return GPTModule(GPTConfig(block_size=256, **shape), schedule="constant", warmup_steps=0, fused=True)
+    return constant(GPTConfig(block_size=256, **TINY) if tiny else GPT_10M)
 
 
 def _memory(callbacks: str, tiny: bool, batch_size: int) -> float:
-    """MB of a process of its own at the end of the training."""
-    quiet_lightning("Be aware that when using `ckpt_path`")
-    return _train_10m(callbacks, _model(tiny), batch_size).resident
+    quiet_lightning(UNSAID)
+    memory = Resident()
+    _train_10m(callbacks, _model(tiny), batch_size, memory)
+    return memory.megabytes
 
 
 def cost(rounds: int, batch_size: int, tiny: bool) -> None:
     """Mean step time of the 10 M GPT under each callback, in turn; memory, each in a process of its own."""
     model = _model(tiny)
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = parameters(model)
     figures = in_turn({name: lambda name=name: _train_10m(name, model, batch_size).mean for name in COST}, rounds)
     # A hundred steps hold one snapshot: what it takes is the difference between ten steps with one and ten without.
     pairs = zip(figures["CheckpointAveraging, every 100"], figures["CheckpointAveraging, every 10"], strict=True)
     figures["CheckpointAveraging, every 100"] = [without + (with_ - without) / 10 for without, with_ in pairs]
-    memory = {}
-    for name in COST:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            memory[name] = pool.submit(_memory, name, tiny, batch_size).result()
-    rows = []
-    for name in COST:
-        middle, low, high = ratio(figures, name, "none")
-        rows.append(
-            {
-                "parameters": size,
-                "tokens_per_step": batch_size * 256,
-                "callback": name,
-                "window": WINDOW if "Checkpoint" in name else "",
-                "rounds": rounds,
-                "steps_per_round": MEASURED,
-                "step_ms": round(statistics.median(figures[name]) * 1e3, 2),
-                "over_none": round(middle, 4),
-                "over_none_q1": round(low, 4),
-                "over_none_q3": round(high, 4),
-                "memory_mb": round(memory[name] - memory["none"], 1),
-                "one_model_mb": round(size * 4 / 1e6, 1),
-            }
-        )
+    memory = {name: apart(_memory, name, tiny, batch_size) for name in COST}
+    rows = [
+        {
+            "parameters": size,
+            "tokens_per_step": batch_size * 256,
+            "callback": name,
+            "window": WINDOW if "Checkpoint" in name else "",
+            "rounds": rounds,
+            "steps_per_round": MEASURED,
+            "step_ms": round(statistics.median(figures[name]) * 1e3, 2),
+            **over(figures, name, "none", "over_none"),
+            "memory_mb": round(memory[name] - memory["none"], 1),
+            "one_model_mb": round(size * 4 / 1e6, 1),
+        }
+        for name in COST
+    ]
     show("Cost of averaging: step time, side by side", rows)
     if not tiny:
         CONSOLE.print(write_rows("checkpoint_averaging_cost", rows))
@@ -257,30 +219,16 @@ class Record(L.Callback):
         self.points += [(trainer.global_step, CURVES[key], found[key].item()) for key in CURVES if key in found]
 
 
-def train(seed: int, steps: int, lr: float, warmup: int, tiny: bool) -> list[tuple[int, str, float]]:
+def run(seed: int, steps: int, lr: float, warmup: int, tiny: bool) -> list[tuple[int, str, float]]:
     """One constant run of the 1 M GPT on one thread with all its averages, and the decays that branch off it."""
-    torch.set_num_threads(1)
-    quiet_lightning("Be aware that when using `ckpt_path`")
-    L.seed_everything(seed, verbose=False)
-    config = GPTConfig(block_size=128, **(TINY if tiny else {}))
+    begin(seed, UNSAID)
+    config = GPTConfig(block_size=128, **TINY) if tiny else GPT_1M
     arguments: dict[str, Any] = dict(lr=lr, schedule="constant", warmup_steps=warmup, fused=True)
     ends = sorted({round(steps * part / BETWEEN) * BETWEEN for part in (0.5, 0.75, 1)} - {0})
     branches = {end: round(end * (1 - DECAY)) for end in ends}
 
     def data() -> TextDataModule:
-        return TextDataModule(block_size=128, batch_size=16, val_windows=16 if tiny else 128, seed=seed)
-
-    def trainer(last: int, *callbacks: L.Callback, **more: Any) -> L.Trainer:
-        return L.Trainer(
-            devices=1,
-            max_steps=last,
-            val_check_interval=BETWEEN,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            callbacks=list(callbacks),
-            **QUIET,
-            **more,
-        )
+        return text(config, 16, val_windows=16 if tiny else 128, seed=seed)
 
     with tempfile.TemporaryDirectory() as folder:
         record = Record(list(branches.values()), folder)
@@ -290,35 +238,35 @@ def train(seed: int, steps: int, lr: float, warmup: int, tiny: bool) -> list[tup
             CheckpointAveraging("wsm", window=16, preview=[8], name="wsm", **common),
             EMA(half_life=25, save="none"),
         ]
-        trainer(steps, *averages, record).fit(GPTModule(config, **arguments), data())
+        validates: dict[str, Any] = dict(
+            limit_val_batches=1.0, val_check_interval=BETWEEN, check_val_every_n_epoch=None
+        )
+        train(GPTModule(config, **arguments), data(), *averages, record, max_steps=steps, **validates)
         points = record.points
-        for end, begin in branches.items():
+        for end, start in branches.items():
             module = Decayed(config, **arguments)
-            module.begin, module.end = begin, end
-            trainer(end, limit_val_batches=0).fit(module, data(), ckpt_path=f"{folder}/{begin}.ckpt")
-            loss = trainer(end).validate(module, data(), verbose=False)[0]["val_loss"]
-            points.append((end, DECAYED, loss))
+            module.begin, module.end = start, end
+            train(module, data(), max_steps=end, ckpt_path=f"{folder}/{start}.ckpt")
+            points.append((end, DECAYED, validation_loss(module, data())))
     return points
 
 
 def worth(steps: int, seeds: int, workers: int, lr: float, warmup: int, tiny: bool) -> None:
     """Validation loss over steps; what each average saves to the best loss of the constant run."""
     curves: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        runs = [pool.submit(train, seed, steps, lr, warmup, tiny) for seed in range(seeds)]
-        for seed, run in enumerate(runs):
+    with spawned(workers) as pool:
+        runs = [pool.submit(run, seed, steps, lr, warmup, tiny) for seed in range(seeds)]
+        for seed, done in enumerate(runs):
             curves += [
                 {"lr": lr, "seed": seed, "curve": curve, "step": step, "val_loss": round(loss, 4)}
-                for step, curve, loss in run.result()
+                for step, curve, loss in done.result()
             ]
     rows = [_summary(curves, curve, seed) for curve in [*CURVES.values(), DECAYED] for seed in range(seeds)]
     show("Worth of averaging", rows)
     if not tiny:
         CONSOLE.print(write_rows("checkpoint_averaging_worth", rows))
         CONSOLE.print(write_rows("checkpoint_averaging_worth_curves", curves))
-    image = Path(tempfile.gettempdir()) / IMAGE.name if tiny else IMAGE
-    plot(curves, seeds, image)
-    CONSOLE.print(image)
+    plot(curves, seeds, Path(tempfile.gettempdir()) if tiny else IMAGES)
 
 
 def _summary(curves: list[dict[str, Any]], curve: str, seed: int) -> dict[str, Any]:
@@ -341,33 +289,20 @@ def _summary(curves: list[dict[str, Any]], curve: str, seed: int) -> dict[str, A
     }
 
 
-def plot(curves: list[dict[str, Any]], seeds: int, path: Path) -> None:
+def plot(curves: list[dict[str, Any]], seeds: int, folder: Path) -> None:
     """Means over the seeds, with bands from the lowest to the highest."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = panels(1, 8, 5)
     for curve in [*CURVES.values(), DECAYED]:
-        losses: dict[int, list[float]] = {}
-        for row in curves:
-            if row["curve"] == curve:
-                losses.setdefault(row["step"], []).append(row["val_loss"])
+        losses = by_step((row["step"], row["val_loss"]) for row in curves if row["curve"] == curve)
         # What starts later, and what is far above the rest, would only flatten the picture.
-        steps = [step for step in losses if len(losses[step]) == seeds and step >= max(losses) / 4]
-        means = [statistics.fmean(losses[step]) for step in steps]
+        shown = {step: each for step, each in losses.items() if len(each) == seeds and step >= max(losses) / 4}
         style: dict[str, Any] = dict(marker="D", linestyle="none", color="black") if curve == DECAYED else {}
-        (line,) = axes.plot(steps, means, label=curve, **style)
-        if curve != DECAYED:
-            low, high = [min(losses[step]) for step in steps], [max(losses[step]) for step in steps]
-            axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
+        mean_and_range(axes, shown, band=curve != DECAYED, label=curve, **style)
     axes.set_xlabel("step")
     axes.set_ylabel("validation loss (nats per byte)")
     axes.set_title(f"Averages along a run at a constant rate, {seeds} seeds")
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    CONSOLE.print(save(figure, folder / "checkpoint_averaging.png"))
 
 
 def main() -> None:
@@ -382,7 +317,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="worth: runs at a time, one thread each")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script: no rows are written")
     arguments = parser.parse_args()
-    quiet_lightning("Be aware that when using `ckpt_path`")
+    quiet_lightning(UNSAID)
     if arguments.part == "cost":
         cost(arguments.rounds, arguments.batch_size, arguments.tiny)
     elif arguments.part == "small":

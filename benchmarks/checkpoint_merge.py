@@ -23,30 +23,25 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.rows import in_turn, ratio, write_rows
+from benchmarks.rows import write_rows
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.memory import GIVES_BACK
+from harness.timing import in_turn, over
 from lightning_eff.merging import open_source
 
 CONFIGS = Path(__file__).parent.parent / "examples/gpt/configs"
 
-# What a merge needs beside Python and torch: the peak above what was held before. (`ru_maxrss` would be that of the
-# parent process, which a child inherits; VmHWM begins anew.)
+# What a merge needs beside Python and torch: the peak above what was held before.
 _MERGE = """
 import json, sys, time
+from harness.memory import peak_resident, resident
 import lightning_eff.cli.merge as merge
-def status_kb(field):
-    try:
-        lines = open("/proc/self/status").read().splitlines()
-    except OSError:
-        return float("nan")
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-before = status_kb("VmRSS")
+before = resident()
 start = time.perf_counter()
 status = merge.main(sys.argv[1:])
 seconds = time.perf_counter() - start
-peak = (status_kb("VmHWM") - before) * 1024 / 1e6
-print(json.dumps({"status": status, "seconds": seconds, "peak_mb": peak}))
+print(json.dumps({"status": status, "seconds": seconds, "peak_mb": (peak_resident() - before) / 1e6}))
 """
 
 
@@ -109,7 +104,7 @@ def merge(paths: list[Path], output: Path, measure_memory: bool = False) -> tupl
     command = [sys.executable, "-c", _MERGE, *map(str, paths), "-o", str(output)]
     # To measure memory the allocator gives it back at once, so that the peak is what is held and not what is kept for
     # later. That takes time, so it is not done where time is measured.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"} if measure_memory else None
+    environment = {**os.environ, **(GIVES_BACK if measure_memory else {})}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     figures = json.loads(done.stdout.splitlines()[-1])
     if figures["status"]:
@@ -158,7 +153,6 @@ def main() -> None:
         rows = []
         for suffix, output in outputs.items():
             for more, used in (("", paths), (", fewer", fewer)):
-                middle, low, high = ratio(figures, suffix + more, "read" + more)
                 size = sum(path.stat().st_size for path in used)
                 seconds = statistics.median(figures[suffix + more])
                 reading = statistics.median(figures["read" + more])
@@ -174,9 +168,7 @@ def main() -> None:
                         "read_s": round(reading, 3),
                         "write_s": round(statistics.median(figures["write"]), 3),
                         "disk_mb_per_s": round(size / 1e6 / reading),
-                        "over_read": round(middle, 3),
-                        "over_read_q1": round(low, 3),
-                        "over_read_q3": round(high, 3),
+                        **over(figures, suffix + more, "read" + more, "over_read", digits=3),
                         "peak_mb": round(peaks[suffix + more], 1),
                         "peak_over_model": round(peaks[suffix + more] / (output.stat().st_size / 1e6), 2),
                     }

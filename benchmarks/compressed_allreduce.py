@@ -56,7 +56,7 @@ def steps(arguments: argparse.Namespace) -> None:
                     took[link, arm] = time.monotonic() - start
                     rows = [_steps_row(arguments, each, found, each_link) for each_link, each in _done(found)]
                     path = write_rows("compressed_allreduce_steps", rows, key=_STEPS_KEY)
-    show("Step time over a shaped link", [{name: row[name] for name in _SHOWN} for row in rows])
+    show("Step time over a shaped link", rows, _SHOWN)
     CONSOLE.print(path)
 
 

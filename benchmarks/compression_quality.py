@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from benchmarks.gpt import mean_loss
 from benchmarks.rows import CONSOLE, show, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPT, GPTConfig
@@ -89,7 +90,7 @@ def train(compressor: Compressor | None, seed: int, steps: int, lr: float, data:
         optimizer.step()
         losses.append(loss)
     return {
-        "val_loss": validation_loss(model, data),
+        "val_loss": mean_loss(model, data),
         "train_loss": statistics.fmean(losses[-20:]),
         "relative_error": statistics.median(errors) if errors else 0.0,
     }
@@ -105,16 +106,6 @@ def average(ranks: InProcessRanks | None, own: list[dict[str, Tensor]], measure:
     if ranks is None:
         return {name: torch.stack([part[name] for part in own]).mean(0) for name in own[0]}
     return ranks.average(own, measure=measure)[0]
-
-
-@torch.no_grad()
-def validation_loss(model: GPT, data: TextDataModule) -> float:
-    """Mean over the validation windows."""
-    model.eval()
-    windows = data.val_data
-    assert windows is not None
-    batches = torch.stack([windows[n] for n in range(len(windows))]).split(32)
-    return float(torch.stack([model.loss(batch) for batch in batches]).mean())
 
 
 def best_rate(steps: int, data: TextDataModule) -> float:

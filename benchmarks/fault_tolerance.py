@@ -28,7 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
+from benchmarks.rows import CONSOLE, publish, show, write_rows
+from harness import json_lines
+from harness.processes import environment
+from harness.timing import in_turn, ratio
 
 WORKER = "benchmarks.fault_tolerance_worker"
 CORES = len(os.sched_getaffinity(0))  # that all replicas share
@@ -42,12 +45,6 @@ class Run:
 
     def __init__(self, folder: Path, replicas: int, settings: dict[str, Any]) -> None:
         self.folder, self.replicas, self.settings = folder, replicas, settings
-        environment = {
-            **os.environ,
-            "FAULT_TOLERANCE_BENCHMARK": json.dumps({**settings, "folder": str(folder)}),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.getcwd(),
-        }
         if settings["strategy"] == "ddp_ft":
             command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas)]
             command += ["--nproc-per-node", str(settings.get("processes", 1))]
@@ -56,19 +53,17 @@ class Run:
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicas)]
             command += ["--max-restarts", "1000", "--standalone", "-m", WORKER]
         self.log = (folder / "output.log").open("w")
+        told = environment(FAULT_TOLERANCE_BENCHMARK=json.dumps({**settings, "folder": str(folder)}))
         self.process = subprocess.Popen(
-            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=told, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def lines(self, replica: int | None = None) -> list[dict[str, Any]]:
         """Of one replica, or of all by time."""
         found = []
         for index in range(self.replicas) if replica is None else [replica]:
-            path = self.folder / f"steps-{index}.jsonl"
-            if path.exists():
-                text = path.read_text()
-                whole = text[: text.rfind("\n") + 1]
-                found += [{"replica": index, **json.loads(line)} for line in whole.splitlines()]
+            lines = json_lines.read(self.folder / f"steps-{index}.jsonl")
+            found += [{"replica": index, **line} for line in lines]
         return sorted(found, key=lambda line: line["time"])
 
     def steps(self, replica: int | None = None) -> list[dict[str, Any]]:
@@ -146,8 +141,7 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
             middle, low, high = (round(value, 4) for value in ratio(figures, arm, "ddp"))
             about = {"strategy": f"{arm} / ddp", "replicas": arms[arm], "quantity": "ratio"}
             rows.append({**row, **about, "median": middle, "least": low, "most": high, "repeats": rounds})
-    show("A step without failures", rows)
-    CONSOLE.print(write_rows("fault_tolerance_steady", rows))
+    publish("A step without failures", "fault_tolerance_steady", rows)
 
 
 # --- (2) recovery ---------------------------------------------------------------------------------------------------
@@ -315,8 +309,8 @@ def consistency(steps: int) -> None:
                 "last_loss_without": f"{without[steps]:.6f}",
             }
         )
-    show("Loss with kills under takeover against none (AdamW, dropout 0.1, accumulation 2, a data worker)", rows)
-    CONSOLE.print(write_rows("fault_tolerance_consistency", rows))
+    title = "Loss with kills under takeover against none (AdamW, dropout 0.1, accumulation 2, a data worker)"
+    publish(title, "fault_tolerance_consistency", rows)
 
 
 # --- (6) soak -------------------------------------------------------------------------------------------------------
@@ -368,8 +362,7 @@ def soak(steps: int, every: float, seed: int) -> None:
             "seconds": round(lines[-1]["time"] - lines[0]["time"]),
         }
     ]
-    show("Soak: random kills of two of three replicas", rows)
-    CONSOLE.print(write_rows("fault_tolerance_soak", rows))
+    publish("Soak: random kills of two of three replicas", "fault_tolerance_soak", rows)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks.rows import CONSOLE, read_rows, show, write_rows
+from benchmarks.rows import publish, read_rows
 
 HOUR = 3600.0
 
@@ -194,8 +194,7 @@ def main() -> None:
                     }
                 )
     brief = ("scenario", "replicas", "system", "throughput_lost_percent", "dead_on_average")
-    show("Throughput lost against no failure", [{name: row[name] for name in brief} for row in rows])
-    CONSOLE.print(write_rows("fault_tolerance_simulation", rows))
+    publish("Throughput lost against no failure", "fault_tolerance_simulation", rows, brief)
 
 
 if __name__ == "__main__":

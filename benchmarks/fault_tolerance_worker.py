@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.gpt import train
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness import json_lines
+from harness.memory import resident
+from harness.runs import begin
 from lightning_eff.strategies import FaultTolerantDDPStrategy
 
 MALLINFO2 = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
@@ -70,7 +72,7 @@ class Diary(L.Callback):
     """A line for the start of the process, and one for each optimizer step."""
 
     def __init__(self, settings: dict[str, Any], replica: int) -> None:
-        self.file = (Path(settings["folder"]) / f"steps-{replica}.jsonl").open("a")
+        self.path = Path(settings["folder"]) / f"steps-{replica}.jsonl"
         self.quorum: tuple[float, float] = (0.0, 0.0)
         """When the replica last asked for one, and when it had it."""
         self.write(event="start")
@@ -89,8 +91,7 @@ class Diary(L.Callback):
         manager.ask_for_quorum = timed
 
     def write(self, **line: Any) -> None:
-        self.file.write(json.dumps({"time": time.time(), "pid": os.getpid(), **line}) + "\n")
-        self.file.flush()
+        json_lines.append(self.path, {"time": time.time(), "pid": os.getpid(), **line})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
@@ -107,7 +108,7 @@ class Diary(L.Callback):
             quorum=self.quorum,
             descriptors=len(os.listdir("/proc/self/fd")),
             threads=len(os.listdir("/proc/self/task")),
-            resident=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            resident=resident(),
             in_use=memory_in_use(),
         )
 
@@ -118,9 +119,7 @@ class Diary(L.Callback):
 
 def main() -> None:
     settings = json.loads(os.environ["FAULT_TOLERANCE_BENCHMARK"])
-    quiet_lightning()
-    torch.set_num_threads(1)
-    L.seed_everything(0, verbose=False)
+    begin(0)
     fault_tolerant = settings["strategy"] == "ddp_ft"
     processes = settings.get("processes", 1) if fault_tolerant else int(os.environ["WORLD_SIZE"])
     replica = int(os.environ["RANK"])
@@ -136,18 +135,18 @@ def main() -> None:
     kind = Manual if settings.get("manual") else WithDropout
     model = kind(GPTConfig(**settings["model"]), settings.get("dropout", 0.0), schedule="constant")
     data = TextDataModule(block_size=256, batch_size=settings["batch_size"], num_workers=settings.get("workers", 0))
-    trainer = L.Trainer(
-        **{**QUIET, "enable_checkpointing": bool(settings.get("save_every"))},
+    train(
+        model,
+        data,
+        *callbacks,
+        ckpt_path="last" if settings.get("save_every") else None,
         accelerator="cpu",
         devices=processes,
         strategy=strategy,
         max_steps=settings["steps"],
         max_epochs=-1,
         accumulate_grad_batches=settings.get("accumulate", 1),
-        limit_val_batches=0,
-        callbacks=callbacks,
     )
-    trainer.fit(model, data, ckpt_path="last" if settings.get("save_every") else None)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpt import GPT_1M, train, validation_loss
 from benchmarks.rows import CONSOLE
-from benchmarks.runs import QUIET, quiet_lightning
 from examples.gpt.data import TextDataModule
-from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.runs import quiet_lightning
 
 GRAPHICAL = ("idlelib", "tkinter", "turtledemo")
-BLOCK_SIZE = 128
 BATCH_SIZE = 16
-CONFIG = GPTConfig(block_size=BLOCK_SIZE)  # the 1 M GPT of the examples
 PRETRAIN_STEPS = 2000
 WEIGHTS = Path("logs") / "benchmarks" / "pretrained-1m.pt"
 
@@ -40,7 +38,7 @@ class PartOfLibrary(TextDataModule):
 
     def __init__(self, graphical: bool, seed: int = 0, val_windows: int | None = 256) -> None:
         super().__init__(
-            block_size=BLOCK_SIZE, batch_size=BATCH_SIZE, val_windows=val_windows, val_fraction=0.1, seed=seed
+            block_size=GPT_1M.block_size, batch_size=BATCH_SIZE, val_windows=val_windows, val_fraction=0.1, seed=seed
         )
         self.graphical = graphical
 
@@ -83,9 +81,8 @@ def pretrained(path: Path = WEIGHTS, steps: int = PRETRAIN_STEPS) -> dict[str, T
     """The state dict of the pre-trained GPT; trained now if it is not there yet (minutes on one core)."""
     if not path.exists():
         L.seed_everything(0, verbose=False)
-        module = GPTModule(CONFIG, lr=3e-3, warmup_steps=100, fused=True)
-        trainer = L.Trainer(devices=1, max_steps=steps, limit_val_batches=0, gradient_clip_val=1.0, **QUIET)
-        trainer.fit(module, PartOfLibrary(graphical=False))
+        module = GPTModule(GPT_1M, lr=3e-3, warmup_steps=100, fused=True)
+        train(module, PartOfLibrary(graphical=False), max_steps=steps, gradient_clip_val=1.0)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(module.model.state_dict(), path)
     return torch.load(path, weights_only=True)
@@ -93,17 +90,12 @@ def pretrained(path: Path = WEIGHTS, steps: int = PRETRAIN_STEPS) -> dict[str, T
 
 def tuned_module(lora: bool, lr: float, seed: int = 0, schedule: str = "cosine", warmup_steps: int = 20) -> GPTModule:
     """The pre-trained GPT, to be tuned: all parameters, or low-rank pairs alone."""
-    module = GPTModule(CONFIG, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=0.01, fused=True)
+    module = GPTModule(GPT_1M, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=0.01, fused=True)
     module.model.load_state_dict(pretrained())
     if lora:
         torch.manual_seed(seed)
         add_lora(module.model)
     return module
-
-
-def validation_loss(module: GPTModule, data: L.LightningDataModule) -> float:
-    """Nats a byte."""
-    return L.Trainer(devices=1, **QUIET).validate(module, data, verbose=False)[0]["val_loss"]
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks.fine_tuning import PartOfLibrary, tuned_module, validation_loss
-from benchmarks.grades import step_time
-from benchmarks.rows import CONSOLE, in_turn, ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.fine_tuning import PartOfLibrary, tuned_module
+from benchmarks.gpt import step_times, train, validation_loss
+from benchmarks.rows import CONSOLE, publish
+from harness import json_lines
+from harness.runs import begin, quiet_lightning
+from harness.timing import in_turn, now, ratio, seconds_of
 from lightning_eff.callbacks import GradES
 from lightning_eff.structure.flops import backward_flops
 
@@ -67,17 +68,17 @@ class Curve(Callback):
         self.begin = self.end = 0.0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.begin = time.perf_counter()
+        self.begin = now()
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.validation = time.perf_counter()
+        self.validation = now()
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.points.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
-        self.clock.append((self.validation, time.perf_counter()))
+        self.clock.append((self.validation, now()))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.end = time.perf_counter()
+        self.end = now()
 
     @property
     def seconds(self) -> float:
@@ -87,16 +88,13 @@ class Curve(Callback):
 
 def tune(mode: str, arm: str, seed: int, steps: int, timed: bool) -> Iterator[dict[str, Any]]:
     """One fine-tuning: its row; the plain one also gives the row of EarlyStopping, which is a part of the same run."""
-    L.seed_everything(seed, verbose=False)
+    begin(seed)
     module = tuned_module(mode == "lora", RATES[mode], seed)
     data = PartOfLibrary(graphical=True, seed=seed)
     curve, callbacks = Curve(), ARMS[arm]()
     watched = arm == "plain"
-    trainer = L.Trainer(
-        devices=1, max_steps=steps, gradient_clip_val=1.0, callbacks=[curve, *callbacks], num_sanity_val_steps=0,
-        **({"val_check_interval": VALIDATE_EVERY} if watched else {"limit_val_batches": 0}), **QUIET,
-    )  # fmt: skip
-    trainer.fit(module, data)
+    validates = {"val_check_interval": VALIDATE_EVERY, "limit_val_batches": 1.0} if watched else {}
+    trainer = train(module, data, curve, *callbacks, max_steps=steps, gradient_clip_val=1.0, **validates)
     about = {"mode": mode, "seed": seed, "lr": RATES[mode], "planned_steps": steps}
     frozen = [dict(callback.frozen) for callback in callbacks if isinstance(callback, GradES)]
     lowest = [round(callback.lowest, 3) for callback in callbacks if isinstance(callback, Watched)]
@@ -128,9 +126,8 @@ def early_stop(points: list[tuple[int, float]]) -> tuple[int, float]:
     return points[-1][0], best
 
 
-def train(mode: str, seed: int, arms: list[str], steps: int, timed: bool) -> None:
+def train_all(mode: str, seed: int, arms: list[str], steps: int, timed: bool) -> None:
     """Some arms of one mode and seed, each into a file of its own; with their seconds, if nothing else runs."""
-    torch.set_num_threads(1)
     LOGS.mkdir(parents=True, exist_ok=True)
     for arm in arms:
         rows = list(tune(mode, arm, seed, steps, timed))
@@ -141,8 +138,7 @@ def train(mode: str, seed: int, arms: list[str], steps: int, timed: bool) -> Non
 
 def trained(mode: str) -> list[dict[str, Any]]:
     """The rows of all seeds."""
-    files = sorted(LOGS.glob(f"grades_worth_{mode}_*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return json_lines.read(*sorted(LOGS.glob(f"grades_worth_{mode}_*.jsonl")))
 
 
 class FreezeNames(Callback):
@@ -201,8 +197,7 @@ def times(mode: str, steps: int, rounds: int) -> None:
                 "frozen": json.dumps(run["frozen"]),
             }
         )
-    show("Fine-tuning: seconds by arm", rows)
-    CONSOLE.print(write_rows(f"grades_worth_times_{mode}", rows))
+    publish("Fine-tuning: seconds by arm", f"grades_worth_times_{mode}", rows)
 
 
 def losses() -> None:
@@ -224,8 +219,7 @@ def losses() -> None:
                     "frozen": json.dumps(run["frozen"]),
                 }
             )
-    show("Fine-tuning", [{name: value for name, value in row.items() if name != "frozen"} for row in rows])
-    CONSOLE.print(write_rows("grades_worth", rows))
+    publish("Fine-tuning", "grades_worth", rows, [name for name in rows[0] if name != "frozen"])
 
 
 def flops(module: L.LightningModule, frozen: frozenset[str]) -> int:
@@ -241,16 +235,11 @@ def flops(module: L.LightningModule, frozen: frozenset[str]) -> int:
 def _variants(mode: str, states: list[frozenset[str]], steps: int) -> dict[str, Callable[[], float]]:
     module, data = tuned_module(mode == "lora", RATES[mode]), PartOfLibrary(graphical=True)
 
-    def validate() -> float:
-        begin = time.perf_counter()
-        validation_loss(module, data)
-        return time.perf_counter() - begin
-
     def step(state: frozenset[str]) -> float:
-        return step_time(module, data, steps, FreezeNames(set(state)))
+        return step_times(module, data, steps, FreezeNames(set(state))).median
 
     by_number = {str(number): lambda state=state: step(state) for number, state in enumerate(states)}
-    return {**by_number, "validation": validate}
+    return {**by_number, "validation": lambda: seconds_of(lambda: validation_loss(module, data))}
 
 
 def _phases(run: dict[str, Any]) -> list[tuple[int, frozenset[str]]]:
@@ -275,7 +264,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_lightning()
     if arguments.part == "train":
-        train(arguments.mode, arguments.seed, arguments.arms, arguments.steps or STEPS, arguments.timed)
+        train_all(arguments.mode, arguments.seed, arguments.arms, arguments.steps or STEPS, arguments.timed)
     elif arguments.part == "times":
         times(arguments.mode, arguments.steps or 5, arguments.rounds)
     else:

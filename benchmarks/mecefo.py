@@ -10,25 +10,23 @@ Rows go to benchmarks/results/mecefo_<part>.csv.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import math
-import multiprocessing
 import os
-import resource
 import statistics
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
-from examples.gpt.data import TextDataModule
+from benchmarks.gpt import GPT_1M, mean_loss, parameters, text
+from benchmarks.rows import CONSOLE, publish, read_rows, show, write_rows
 from examples.gpt.model import GPT, GPTConfig
+from harness.memory import GIVES_BACK, peak_resident, resident
+from harness.plots import IMAGES, by_step, panels, save
+from harness.processes import apart, spawned
+from harness.timing import in_turn, over, seconds_of
 from lightning_eff.functional.mecefo import MeCeFO, divisors
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 
@@ -58,9 +56,10 @@ def step(model: GPT, optimizer: torch.optim.Optimizer, tasks: list[torch.Tensor]
     optimizer.step()
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def enter(mecefo: MeCeFO) -> None:
+    """The first entry computes the singular vectors."""
+    with mecefo.neighbour(0):
+        pass
 
 
 def cost(config: GPTConfig, batch_size: int, rounds: int) -> None:
@@ -70,20 +69,10 @@ def cost(config: GPTConfig, batch_size: int, rounds: int) -> None:
     optimizer = optimizer_for(model)
     tasks = [torch.randint(0, 256, (batch_size, config.block_size + 1), device=device) for _ in range(2)]
     cheap = {rank: MeCeFO(model, rank=rank) for _, rank in COST.values() if rank}
-    refresh = {}
-    for rank, mecefo in cheap.items():
-        synchronize()
-        began = time.perf_counter()
-        with mecefo.neighbour(0):  # the first entry computes the singular vectors
-            synchronize()
-        refresh[rank] = time.perf_counter() - began
+    refresh = {rank: seconds_of(lambda mecefo=mecefo: enter(mecefo)) for rank, mecefo in cheap.items()}
 
     def timed(number: int, rank: float | None) -> float:
-        synchronize()
-        began = time.perf_counter()
-        step(model, optimizer, tasks[:number], cheap[rank] if rank else None)
-        synchronize()
-        return time.perf_counter() - began
+        return seconds_of(lambda: step(model, optimizer, tasks[:number], cheap[rank] if rank else None))
 
     variants: dict[str, Callable[[], float]] = {name: lambda v=variant: timed(*v) for name, variant in COST.items()}
     for run in variants.values():
@@ -93,29 +82,25 @@ def cost(config: GPTConfig, batch_size: int, rounds: int) -> None:
     for name, (number, rank) in COST.items():
         row: dict[str, Any] = {
             "variant": name,
-            "parameters": sum(p.numel() for p in model.parameters()),
+            "parameters": parameters(model),
             "tokens_per_task": batch_size * config.block_size,
             "rounds": rounds,
             "step_s": round(statistics.median(figures[name]), 3),
         }
         for other in ("healthy, one task", "takeover, two tasks"):
-            middle, low, high = ratio(figures, name, other)
-            key = other.split(",")[0]
-            row |= {f"over_{key}": round(middle, 3), f"over_{key}_q1": round(low, 3), f"over_{key}_q3": round(high, 3)}
+            row |= over(figures, name, other, f"over_{other.split(',')[0]}", digits=3)
         row["peak_mb_above_parameters"] = round(peak_memory(config, batch_size, number, rank) / 1e6)
         row["refresh_s"] = round(refresh[rank], 3) if rank else ""
         rows.append(row)
         CONSOLE.print(row)
     brief = ("variant", "step_s", "over_healthy", "over_takeover", "peak_mb_above_parameters", "refresh_s")
-    show("A neighbour's step", [{name: row[name] for name in brief} for row in rows])
-    CONSOLE.print(write_rows("mecefo_cost", rows))
+    publish("A neighbour's step", "mecefo_cost", rows, brief)
 
 
 def peak_memory(config: GPTConfig, batch_size: int, tasks: int, rank: float | None) -> float:
     """Bytes that a step needs at most beside the model, its gradients and the optimizer's state."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed memory is given back, so that the peak is one of tensors
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_peak_memory, config, batch_size, tasks, rank).result()
+    os.environ.update(GIVES_BACK)
+    return apart(_peak_memory, config, batch_size, tasks, rank)
 
 
 def _peak_memory(config: GPTConfig, batch_size: int, tasks: int, rank: float | None) -> float:
@@ -128,8 +113,7 @@ def _peak_memory(config: GPTConfig, batch_size: int, tasks: int, rank: float | N
     optimizer.zero_grad = lambda: None  # type: ignore[assignment]  # the gradients are part of what is there before
     mecefo = MeCeFO(model, rank=rank) if rank else None
     if mecefo:
-        with mecefo.neighbour(0):
-            pass
+        enter(mecefo)
     batches = [torch.randint(0, 256, (batch_size, config.block_size + 1), device=device) for _ in range(tasks)]
     small = [tokens[:1, :9] for tokens in batches]
     step(model, optimizer, small, mecefo)  # what is allocated once: threads, buffers of the libraries
@@ -138,26 +122,10 @@ def _peak_memory(config: GPTConfig, batch_size: int, tasks: int, rank: float | N
         before = torch.cuda.memory_allocated()
         step(model, optimizer, batches, mecefo)
         return torch.cuda.max_memory_allocated() - before
-    before = _resident()
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step(model, optimizer, batches, mecefo)
-    return max(_peak_resident(), before) - before
-
-
-def _status(name: str) -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return float(line.split()[1]) * 1024
-
-
-def _resident() -> float:
-    return _status("VmRSS")
-
-
-def _peak_resident() -> float:
-    try:
-        return _status("VmHWM")
-    except StopIteration:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return max(peak_resident(), before) - before
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
@@ -202,11 +170,11 @@ def train(variant: str, seed: int, steps: int) -> tuple[dict[str, Any], list[flo
     """One run on one thread: its row and the loss of every step."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=128))
+    model = GPT(GPT_1M)
     rank = QUALITY[variant]
     mecefo = MeCeFO(model, rank=rank, every_n_steps=100) if rank else None
     optimizer = optimizer_for(model, 2e-3)
-    data = TextDataModule(block_size=128, batch_size=4, crops_per_epoch=steps * 4 * SHARDS, val_windows=512, seed=seed)
+    data = text(GPT_1M, 4, crops_per_epoch=steps * 4 * SHARDS, val_windows=512, seed=seed)
     data.setup()
     loader = ShardedLoader(data.train_dataloader(), SHARDS)
     loader.own(range(SHARDS))
@@ -219,14 +187,12 @@ def train(variant: str, seed: int, steps: int) -> tuple[dict[str, Any], list[flo
         losses.append(averaged_gradients(model, batches, variant, mecefo, done))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    with torch.no_grad():
-        windows = [model.loss(tokens).item() for tokens in data.val_dataloader()]
     row = {
         "variant": variant,
         "seed": seed,
         "steps": steps,
         "sequences_per_step": 4 * SHARDS,
-        "val_loss": round(statistics.fmean(windows), 4),
+        "val_loss": round(mean_loss(model, data), 4),
         "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
     }
     return row, losses
@@ -236,7 +202,7 @@ def quality(steps: int, seeds: int, workers: int) -> None:
     """One of four shards taken over for good: exactly, cheaply, or its share of the batch dropped."""
     runs = [(variant, seed, steps) for seed in range(seeds) for variant in QUALITY]
     rows, curves = [], []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with spawned(workers) as pool:
         for row, losses in pool.map(train, *zip(*runs, strict=True)):
             rows.append(row)
             about = {name: row[name] for name in ("variant", "seed")}
@@ -249,29 +215,20 @@ def quality(steps: int, seeds: int, workers: int) -> None:
 
 def plot(window: int = 20) -> None:
     """Training loss, a running mean of each run; the mean over the seeds is thick."""
-    import matplotlib.pyplot as plt
-
-    with (RESULTS / "mecefo_quality_curves.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    rows = read_rows("mecefo_quality_curves")
+    figure, axis = panels(1, 7, 4.2)
     for variant in QUALITY:
-        mine = [row for row in rows if row["variant"] == variant]
-        by_seed = [
-            [float(row["train_loss"]) for row in group]
-            for _, group in itertools.groupby(mine, key=lambda row: row["seed"])
-        ]
-        if not by_seed:
+        losses = by_step((row["step"], row["train_loss"]) for row in rows if row["variant"] == variant)
+        if not losses:
             continue
-        mean = [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
+        mean = [statistics.fmean(values) for values in losses.values()]
         smooth = [statistics.fmean(mean[max(0, s - window + 1) : s + 1]) for s in range(len(mean))]
-        axis.plot(smooth, label=f"{variant} ({len(by_seed)} seeds)", linewidth=1.3)
+        axis.plot(smooth, label=f"{variant} ({len(losses[0])} seeds)", linewidth=1.3)
     axis.set(xlabel="step", ylabel=f"training loss, nats a byte, mean of {window} steps", ylim=(1.2, 3.2))
     axis.set_title("One of four shards taken over for the whole run (1 M GPT)")
     axis.grid(alpha=0.3)
     axis.legend()
-    path = RESULTS.parent.parent / "docs" / "images" / "mecefo_quality.png"
-    figure.savefig(path, dpi=110)
-    CONSOLE.print(path)
+    CONSOLE.print(save(figure, IMAGES / "mecefo_quality.png"))
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ has begun. Runs are kept under logs/benchmarks/misa.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import time
@@ -25,23 +24,26 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fine_tuning import CONFIG, PartOfLibrary, add_lora, tuned_module
-from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
-from benchmarks.zclip import StepTimes
+from benchmarks.fine_tuning import PartOfLibrary, add_lora, tuned_module
+from benchmarks.gpt import GPT_1M, GPT_10M, constant, mean_loss, parameters, step_times, text, train
+from benchmarks.rows import CONSOLE, publish, read_rows, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.pool import Pool
+from harness.runs import begin, quiet_lightning
+from harness.timing import in_turn, ratio
 from lightning_eff.callbacks import MISA
 from lightning_eff.functional.misa import Sampler, SamplerConfig, debiased, probabilities
 from lightning_eff.structure import select_matrices
 from lightning_eff.training.optimizer_state import state_bytes
 
 SIZES = {
-    "10M": GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384),
+    "10M": GPT_10M,
     "124M": GPTConfig(block_size=1024, n_layer=17, n_head=12, n_embd=768),
 }
 ENDS = ["*embed*", "*head*"]
+UNSAID = ("MISA", ".*You have overridden")
 
 
 def lisa(units: int = 1, interval: int = 14, **arguments: Any) -> MISA:
@@ -94,8 +96,8 @@ class Bytes(L.Callback):
         self._most("gradients", sum(p.grad.nbytes for p in module.parameters() if p.grad is not None))
         trained = [p for p in module.parameters() if p.requires_grad]
         # 4 bytes a parameter, and for each in training 4 of gradient and 8 of moments; a count for each tensor.
-        whole = sum(p.numel() for p in module.parameters())
-        self.expected = max(self.expected, 4 * whole + 12 * sum(p.numel() for p in trained) + 4 * len(trained))
+        expected = 4 * parameters(module) + 12 * sum(p.numel() for p in trained) + 4 * len(trained)
+        self.expected = max(self.expected, expected)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self._most("parameters", sum(p.nbytes for p in module.parameters()))
@@ -121,7 +123,7 @@ def memory(steps: int) -> None:
     for name, config in SIZES.items():
         base = 0
         for arm, build in MEMORY.items():
-            module = GPTModule(config, schedule="constant", warmup_steps=0)
+            module = constant(config, fused=False)
             if arm.startswith("LoRA"):
                 add_lora(module.model)
             misa, counter = build(1), Bytes()
@@ -130,9 +132,7 @@ def memory(steps: int) -> None:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             # One step shows all of an arm whose set of trained parameters stays the same.
-            steps_here = steps if misa else 1
-            trainer = L.Trainer(devices=1, max_steps=steps_here, limit_val_batches=0, callbacks=callbacks, **QUIET)
-            trainer.fit(module, data)
+            train(module, data, *callbacks, max_steps=steps if misa else 1)
             states = sum(counter.peak[kind] for kind in ("parameters", "gradients", "optimizer"))
             base = base or states
             row = {"model": name, "arm": arm, "tokens": 256, "samples": steps if misa else 1}
@@ -143,8 +143,7 @@ def memory(steps: int) -> None:
                 row["max_memory_allocated_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 2)
             rows.append(row)
             CONSOLE.print(row)
-    show("Memory of a step", rows)
-    CONSOLE.print(write_rows("misa_memory", rows))
+    publish("Memory of a step", "misa_memory", rows)
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -179,20 +178,17 @@ def speed(steps: int, rounds: int) -> None:
     """Median step time of every arm, in turn (twice as many steps of the 1 M GPT), and the end of an interval."""
     rows, seeds = [], Seeds()
     for name, config, batch, length, arms in (
-        ("1M", CONFIG, 16, 2 * steps, ("full AdamW", "LoRA", "LISA", "BAdam", "MISA, 25 %")),
-        ("10M", SIZES["10M"], 4, steps, ("full AdamW", "LoRA", "LISA", "MISA, 25 %", "MISA, 3 %")),
+        ("1M", GPT_1M, 16, 2 * steps, ("full AdamW", "LoRA", "LISA", "BAdam", "MISA, 25 %")),
+        ("10M", GPT_10M, 4, steps, ("full AdamW", "LoRA", "LISA", "MISA, 25 %", "MISA, 3 %")),
     ):
-        data = TextDataModule(block_size=config.block_size, batch_size=batch)
+        data = text(config, batch)
 
         def run(arm: str, config: GPTConfig = config, data: Any = data, length: int = length) -> float:
-            module = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
+            module = constant(config)
             if arm == "LoRA":
                 add_lora(module.model)
-            times, misa = StepTimes(warmup=1), seeds(SPEED[arm]())
-            callbacks = [times, *([misa] if misa else [])]
-            trainer = L.Trainer(devices=1, max_steps=length + 1, limit_val_batches=0, callbacks=callbacks, **QUIET)
-            trainer.fit(module, data)
-            return times.median
+            misa = seeds(SPEED[arm]())
+            return step_times(module, data, length, *([misa] if misa else [])).median
 
         figures = in_turn({arm: lambda arm=arm, run=run: run(arm) for arm in arms}, rounds)
         for arm in arms:
@@ -213,8 +209,7 @@ def speed(steps: int, rounds: int) -> None:
     rows += [{"model": "10M", "what": "end of an interval", "ranks": 2, "ms": round(_changes_under_ddp() * 1e3, 2)}]
     columns = ("model", "what", "ranks", "ms", "over_full", "q1", "q3")
     rows = [{column: row.get(column, "") for column in columns} for row in rows]
-    show("Step time, and the end of an interval", rows)
-    CONSOLE.print(write_rows("misa_speed", rows))
+    publish("Step time, and the end of an interval", "misa_speed", rows)
 
 
 class Ends(L.Callback):
@@ -238,26 +233,16 @@ class Ends(L.Callback):
 
 
 def _change(ranks: int) -> float:
-    config = SIZES["10M"]
     misa = MISA(budget=0.25, every_n_steps=1, eta=0.0)
     ends = Ends(misa)
-    module = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=10, limit_val_batches=0,
-        callbacks=[misa, ends], use_distributed_sampler=False, **QUIET,
-    )  # fmt: skip
-    trainer.fit(module, TextDataModule(block_size=32, batch_size=1))
+    ddp = dict(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", use_distributed_sampler=False)
+    train(constant(GPT_10M), TextDataModule(block_size=32, batch_size=1), misa, ends, max_steps=10, **ddp)
     return statistics.median(ends.times[1:])
 
 
 def _changes_under_ddp() -> float:
-    from tests.distributed.pool import Pool
-
-    pool = Pool()
-    try:
+    with Pool() as pool:
         return max(pool.run(_change, 2))
-    finally:
-        pool.close()
 
 
 # --- worth -----------------------------------------------------------------------------------------------------------
@@ -285,18 +270,12 @@ RUNS = Path("logs") / "benchmarks" / "misa"
 class Validates(L.Callback):
     """The validation loss every `EVERY` steps."""
 
-    def __init__(self, data: L.LightningDataModule) -> None:
+    def __init__(self, data: TextDataModule) -> None:
         self.data, self.losses = data, []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: GPTModule, outputs: Any, batch: Any, index: int) -> None:
         if trainer.global_step % EVERY == 0:
-            self.losses.append(round(_loss(module, self.data), 4))
-
-
-@torch.no_grad()
-def _loss(module: GPTModule, data: L.LightningDataModule) -> float:
-    losses = [module.model.loss(batch) * len(batch) for batch in data.val_dataloader()]
-    return (sum(losses) / sum(len(batch) for batch in data.val_dataloader())).item()
+            self.losses.append(round(mean_loss(module.model, self.data), 4))
 
 
 def _path(arm: str, lr: float, seed: int, steps: int) -> Path:
@@ -310,14 +289,12 @@ def tune(arm: str, lr: float, seed: int, steps: int) -> None:
         path.with_suffix(".begun").touch(exist_ok=False)
     except FileExistsError:
         return
-    L.seed_everything(seed, verbose=False)
+    begin(seed, *UNSAID)
     data = PartOfLibrary(graphical=True, seed=seed)
     data.setup("fit")
     module = tuned_module(arm == "LoRA", lr, seed, schedule="constant")
     misa, validates = WORTH[arm][0](seed), Validates(data)
-    callbacks = [*([misa] if misa else []), validates]
-    options = dict(gradient_clip_val=1.0, limit_val_batches=0, callbacks=callbacks, **QUIET)
-    L.Trainer(devices=1, max_steps=steps, **options).fit(module, data)
+    train(module, data, *([misa] if misa else []), validates, max_steps=steps, gradient_clip_val=1.0)
     row = {"arm": arm, "lr": lr, "seed": seed, "steps": steps, "val_loss": validates.losses[-1]}
     CONSOLE.print(row)
     if misa is not None:
@@ -327,7 +304,6 @@ def tune(arm: str, lr: float, seed: int, steps: int) -> None:
 
 def worth(steps: int, seeds: int) -> None:
     """Each arm at its rates with the first seed, then at the better one with the others."""
-    torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     for arm, (_, rates) in WORTH.items():
         for lr in rates:
@@ -344,10 +320,8 @@ def worth(steps: int, seeds: int) -> None:
 
 def report(steps: int) -> None:
     """Rows of all runs there are; the loss at the time of 3/4 of full AdamW's steps, by the step times of `speed`."""
-    with (RESULTS / "misa_speed.csv").open() as file:
-        times = {
-            r["what"].removeprefix("step, "): float(r["over_full"]) for r in csv.DictReader(file) if r["model"] == "1M"
-        }
+    speeds = [row for row in read_rows("misa_speed") if row["model"] == "1M"]
+    times = {row["what"].removeprefix("step, "): float(row["over_full"]) for row in speeds}
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob(f"*-{steps}.json"))]
     rows, curves = [], []
     for run in runs:
@@ -357,8 +331,7 @@ def report(steps: int) -> None:
         rows.append(row | {"steps_at_equal_time": at, "val_loss_at_equal_time": run["curve"][at // EVERY - 1]})
         about = {key: run[key] for key in ("arm", "lr", "seed")}
         curves += [{**about, "step": EVERY * (i + 1), "val_loss": loss} for i, loss in enumerate(run["curve"])]
-    show("Fine-tuning", rows)
-    CONSOLE.print(write_rows("misa_worth", rows))
+    publish("Fine-tuning", "misa_worth", rows)
     CONSOLE.print(write_rows("misa_worth_curves", curves))
 
 
@@ -397,19 +370,16 @@ def variance(steps: int) -> None:
     all matrices; `variance_over_uniform`, the variance of the unbiased estimate g_b / p_b from one matrix b ~ p, over
     that of a uniform p.
     """
-    torch.set_num_threads(1)
-    L.seed_everything(0, verbose=False)
+    begin(0, *UNSAID)
     data = PartOfLibrary(graphical=True)
     module = tuned_module(False, 1e-3, schedule="constant")
     names = [matrix.name for matrix in select_matrices(module)]
     misa = MISA(budget=0.25, every_n_steps=INTERVAL, eta=ETA)
     watch = FullGradients(misa, names, PartOfLibrary(graphical=True, seed=99))
     watch.data.setup("fit")
-    L.Trainer(
-        devices=1, max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=[misa, watch], **QUIET
-    ).fit(module, data)
+    train(module, data, misa, watch, max_steps=steps, gradient_clip_val=1.0)
     sizes = [module.get_parameter(name).numel() for name in names]
-    total = sum(parameter.numel() for parameter in module.parameters())
+    total = parameters(module)
     rows = []
     for eta in (0.0, 1.0, ETA / 10, ETA, 3 * ETA, 10 * ETA):
         captured, variances, effective = [], [], []
@@ -435,8 +405,7 @@ def variance(steps: int) -> None:
         )
     largest = [round(importance.max().item(), 9) for importance, _ in watch.seen]
     CONSOLE.print(f"largest importance at each interval: {largest}")
-    show("Samples by importance against uniform ones", rows)
-    CONSOLE.print(write_rows("misa_variance", rows))
+    publish("Samples by importance against uniform ones", "misa_variance", rows)
 
 
 def main() -> None:
@@ -446,7 +415,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="speed: how often each arm is measured")
     parser.add_argument("--seeds", type=int, default=3, help="worth: number of seeds")
     arguments = parser.parse_args()
-    quiet_lightning("MISA", ".*You have overridden")
+    quiet_lightning(*UNSAID)
     if arguments.part == "memory":
         memory(arguments.steps or 3)
     elif arguments.part == "speed":

@@ -1,4 +1,4 @@
-"""Result rows with their provenance, and side-by-side timing, shared by the benchmarks."""
+"""Result rows with their provenance, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import csv
 import datetime
 import os
 import platform
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,21 +49,27 @@ def _cpu_name() -> str:
 def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] = ()) -> Path:
     """Write ``benchmarks/results/<name>.csv``, with the provenance in every row.
 
-    An older file is replaced; with a ``key``, only its rows that agree with a new one in these columns are.
+    An older file is replaced; with a ``key``, only its rows that agree with new ones in these columns are.
     """
     stamped: list[Mapping[str, Any]] = [{**row, **provenance()} for row in rows]
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with _alone(path):
         if key:
-            kept = {tuple(row[column] for column in key): row for row in read_rows(name)}
-            kept |= {tuple(str(row[column]) for column in key): row for row in stamped}
-            stamped = list(kept.values())
+            groups = _grouped(read_rows(name), key) | _grouped(stamped, key)
+            stamped = [row for group in groups.values() for row in group]
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(stamped[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(stamped)
     return path
+
+
+def _grouped(rows: Iterable[Mapping[str, Any]], key: Sequence[str]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row[column]) for column in key), []).append(row)
+    return groups
 
 
 @contextmanager
@@ -89,26 +94,16 @@ def read_rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a table, the provenance below."""
-    table = Table(*rows[0], title=title, caption=", ".join(provenance().values()))
+def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Print rows, or some of their columns, as a table, the provenance below."""
+    columns = columns or list(rows[0])
+    table = Table(*columns, title=title, caption=", ".join(provenance().values()))
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(str(row[column]) for column in columns))
     CONSOLE.print(table)
 
 
-def in_turn(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure every variant once a round, in an order that rotates, so that a slow moment hits them all alike."""
-    names = list(variants)
-    figures: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            figures[name].append(variants[name]())
-    return figures
-
-
-def ratio(figures: Mapping[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
-    """Median and quartiles of the ratios round by round."""
-    ratios = [a / b for a, b in zip(figures[of], figures[to], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, low, high
+def publish(title: str, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Show rows and write all of them to ``benchmarks/results/<name>.csv``."""
+    show(title, rows, columns)
+    CONSOLE.print(write_rows(name, rows))

@@ -3,7 +3,7 @@
     with Ranks(2) as ranks:
         for report in ranks.fit(Fit("arc_topk 0.2"), mbit=50): ...
 
-Every rank is a process in a network namespace of its own (tests/distributed/network.py), on one core. A fit is set up
+Every rank is a process in a network namespace of its own (harness/network.py), on one core. A fit is set up
 and warmed up over the free link, which is shaped when every rank stands before the first batch that counts: DDP's
 broadcast of the weights costs no time. Seconds are taken from batch to batch, bytes from the counters of the interface.
 """
@@ -25,12 +25,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import Self
 
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks import gpt
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.network import DEVICE, Network
+from harness.runs import quiet_lightning
 from lightning_eff.strategies import BF16, FP16, ArcTopK, CompressedDDPStrategy, Int8, PowerSGD, RandK, TopK
-from tests.distributed.network import DEVICE, Network
 
 SIZES = {
     "5m": GPTConfig(block_size=256, n_layer=6, n_head=4, n_embd=256),
@@ -265,20 +266,19 @@ def train(fit: Fit, data: TextDataModule, device: str) -> dict[str, Any]:
     L.seed_everything(fit.seed, verbose=False)
     model = GPTModule(SIZES[fit.size], lr=fit.lr, schedule="constant", warmup_steps=20, fused=True)
     clock = _Clock(fit, device, local)
-    trainer = L.Trainer(
+    gpt.train(
+        model,
+        data,
+        clock,
         accelerator="cpu",
         devices=local,
         num_nodes=world // local,
         strategy=ARMS[fit.arm](),
         max_steps=fit.warmup + fit.steps,
-        num_sanity_val_steps=0,
         val_check_interval=fit.val_every or None,
         limit_val_batches=1.0 if fit.val_every else 0,
-        callbacks=[clock],
-        **QUIET,
     )
-    trainer.fit(model, data)
-    return {**clock.report(), "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return {**clock.report(), "parameters": gpt.parameters(model)}
 
 
 def main() -> None:

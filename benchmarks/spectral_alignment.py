@@ -16,17 +16,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import lightning as L
-import torch
-
-from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.gpt import GPT_10M, constant, parameters, step_times, text, train
+from benchmarks.rows import CONSOLE, publish, show, write_rows
 from benchmarks.spectral_detectors import (
     BURN_IN,
     Rule,
@@ -39,10 +34,11 @@ from benchmarks.spectral_detectors import (
     score,
 )
 from benchmarks.spectral_runs import EVERY, RECORDS, WORKLOADS, exploded, record
-from benchmarks.zclip import StepTimes
-from examples.gpt.data import TextDataModule
-from examples.gpt.model import GPTConfig
-from examples.gpt.module import GPTModule
+from harness.plots import IMAGES, panels, save
+from harness.processes import spawned
+from harness.recorders import Alarms
+from harness.runs import begin, quiet_lightning
+from harness.timing import in_turn, over
 from lightning_eff.callbacks import SpectralAlignmentMonitor
 from lightning_eff.functional.spectral_alignment import CollapseConfig
 
@@ -166,11 +162,9 @@ def leading_layers(runs: Sequence[dict[str, Any]], rule: Rule) -> list[dict[str,
 
 def plot(seed: int = HELD_OUT[0]) -> None:
     """Loss, share of collapsed layers and first alarms of one held-out seed, a panel for each mechanism."""
-    import matplotlib.pyplot as plt
-
     rule, detectors = Rule.default(), tuned_detectors()
     runs = [run for run in records([seed]) if run["workload"] in (*MECHANISMS, "healthy: GPT, rate 3e-3")]
-    figure, axes = plt.subplots(1, len(runs), figsize=(3.4 * len(runs), 3.6), layout="constrained", sharey=True)
+    figure, axes = panels(len(runs), 3.4, 3.6, sharey=True)
     for axis, run in zip(axes, runs, strict=True):
         losses = run["scalars"]["loss"]
         smooth = losses.unfold(0, 10, 1).mean(-1)
@@ -192,51 +186,27 @@ def plot(seed: int = HELD_OUT[0]) -> None:
         axis.set_xlabel("step")
     axes[0].set_ylabel("training loss, nats a byte")
     axes[0].legend(fontsize=7, loc="upper center")
-    path = RESULTS.parent.parent / "docs" / "images" / "spectral_alignment.png"
-    figure.savefig(path, dpi=110)
-    CONSOLE.print(path)
+    CONSOLE.print(save(figure, IMAGES / "spectral_alignment.png"))
 
 
 # --- the callback itself ---------------------------------------------------------------------------------------------
 
 
-class Alarms(L.Callback):
-    """The steps at which alarms sound, counted as the records are: from 0."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def on_alarm(self, trainer: L.Trainer, pl_module: L.LightningModule, alarm: Any) -> None:
-        self.steps.append(alarm.step - 1)
-
-
 def live(name: str = "rate ramp") -> None:
     """Train with the callback at its defaults: it must sound where the records say."""
-    torch.set_num_threads(1)
     rule, workload, rows = Rule.default(), WORKLOADS[name], []
     for run in (run for run in records(HELD_OUT) if run["workload"] == name):
         recorded = onsets(collapses(run, rule)[0], rule.severity, rule.every_n_steps)
-        L.seed_everything(run["seed"], verbose=False)
+        begin(run["seed"])
         alarms, (module, data) = Alarms(), workload.build(run["seed"])
         callbacks = [*workload.faults(), SpectralAlignmentMonitor(action="warn"), alarms]
-        steps = len(run["scalars"]["loss"])
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_steps=steps, limit_val_batches=0, callbacks=callbacks, **QUIET
-        )
-        trainer.fit(module, data)
-        rows.append(dict(run=name, seed=run["seed"], callback=alarms.steps, record=recorded))
+        train(module, data, *callbacks, accelerator="cpu", max_steps=len(run["scalars"]["loss"]))
+        sounded = [step - 1 for step in alarms.steps]  # the records count from 0
+        rows.append(dict(run=name, seed=run["seed"], callback=sounded, record=recorded))
     show("Alarms of the callback, and on the records", rows)
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
-
-
-class EveryStep(StepTimes):
-    """Seconds of each step but the first ones."""
-
-    @property
-    def seconds(self) -> list[float]:
-        return [b - a for a, b in itertools.pairwise(self.marks)][self.warmup :]
 
 
 def cost(rounds: int, batch_size: int) -> None:
@@ -244,50 +214,36 @@ def cost(rounds: int, batch_size: int) -> None:
     step that observes over the one after it, in a run where every other step does.
     """
     every = SpectralAlignmentMonitor().every_n_steps
-    config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
-    data = TextDataModule(block_size=config.block_size, batch_size=batch_size)
-    model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
-
-    def run(steps: int, *callbacks: L.Callback) -> list[float]:
-        times = EveryStep(warmup=2)
-        L.Trainer(devices=1, max_steps=steps + 2, limit_val_batches=0, callbacks=[times, *callbacks], **QUIET).fit(
-            model, data
-        )
-        return times.seconds
-
+    data, model = text(GPT_10M, batch_size), constant(GPT_10M)
     variants = {
-        "without": lambda: statistics.fmean(run(every)),
-        "with": lambda: statistics.fmean(run(every, SpectralAlignmentMonitor())),
+        "without": lambda: step_times(model, data, every, warmup=2).mean,
+        "with": lambda: step_times(model, data, every, SpectralAlignmentMonitor(), warmup=2).mean,
     }
     figures = in_turn(variants, rounds)
-    middle, low, high = ratio(figures, "with", "without")
-    alternating = run(2 * every, SpectralAlignmentMonitor(every_n_steps=2))
+    alternating = step_times(model, data, 2 * every, SpectralAlignmentMonitor(every_n_steps=2), warmup=2).seconds
     ratios = [a / b for a, b in zip(alternating[::2], alternating[1::2], strict=True)]
     observing = statistics.median(ratios)
     rows = [
         {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "tokens_per_step": batch_size * config.block_size,
+            "parameters": parameters(model),
+            "tokens_per_step": batch_size * GPT_10M.block_size,
             "layers": 36,
             "every_n_steps": every,
             "rounds": rounds,
             "steps_per_round": every,
             "step_ms": round(statistics.median(figures["with"]) * 1e3, 2),
-            "over_without": round(middle, 4),
-            "over_without_q1": round(low, 4),
-            "over_without_q3": round(high, 4),
+            **over(figures, "with", "without", "over_without"),
             "observing_step_over_next": round(observing, 4),
             "over_without_from_that": round(1 + (observing - 1) / every, 4),
         }
     ]
-    show("Cost of the monitor: step time, side by side", rows)
-    CONSOLE.print(write_rows("spectral_alignment_cost", rows))
+    publish("Cost of the monitor: step time, side by side", "spectral_alignment_cost", rows)
 
 
 def record_all(workers: int, seeds: Sequence[int]) -> None:
     """Train what is not recorded yet."""
     todo = [(n, s) for s in seeds for n in WORKLOADS if not (RECORDS / f"{n}-{s}.pt").exists()]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with spawned(workers) as pool:
         for path in pool.map(_record, todo):
             CONSOLE.print(path)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import sysconfig
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.gpt import GPT_1M, text, train
 from examples.digits.data import DigitsDataModule
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import Attention, GPTConfig, rotate
 from examples.gpt.module import GPTModule
+from harness.runs import begin
+from harness.timing import now
 from lightning_eff.callbacks.spectral_alignment.probe import AlignmentProbe, watched_layers
 from lightning_eff.functional.spectral_alignment import majority_fraction
 
@@ -119,10 +120,10 @@ def gpt(seed: int, lr: float = 1e-3, bits: int | None = None, norm: bool = True)
 
 def varied(seed: int) -> tuple[L.LightningModule, Any]:
     """The demo's training: five blocks on 8 x 128 bytes a step of all of the library's sources, a cosine schedule."""
-    module = GPTModule(GPTConfig(128, 5, 4, 128), lr=3e-3, warmup_steps=50, fused=True)
+    module = GPTModule(GPT_1M, lr=3e-3, warmup_steps=50, fused=True)
     for block in module.model.blocks:
         block.attn.forward = MethodType(attend, block.attn)
-    return module, TextDataModule(block_size=128, batch_size=8, val_windows=8, seed=seed)
+    return module, text(GPT_1M, 8, val_windows=8, seed=seed)
 
 
 class DigitsMLP(L.LightningModule):
@@ -234,17 +235,11 @@ class Workload:
 
 def record(workload: Workload, seed: int, folder: Path = RECORDS) -> Path:
     """Train once on one thread; the signals go to ``folder``."""
-    torch.set_num_threads(1)
-    quiet_lightning()
-    L.seed_everything(seed, verbose=False)
+    begin(seed)
     module, data = workload.build(seed)
     signals = Signals(workload.diverges)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=workload.steps, limit_val_batches=0, num_sanity_val_steps=0,
-        callbacks=[*workload.faults(), signals], **QUIET,
-    )  # fmt: skip
-    started = time.perf_counter()
-    trainer.fit(module, data)
+    started = now()
+    train(module, data, *workload.faults(), signals, accelerator="cpu", max_steps=workload.steps)
     saved = {
         "workload": workload.name,
         "seed": seed,
@@ -252,7 +247,7 @@ def record(workload: Workload, seed: int, folder: Path = RECORDS) -> Path:
         "scalars": {name: torch.tensor(values) for name, values in signals.scalars.items()},
         "majority": {name: torch.tensor(values) for name, values in signals.majority.items()},
         "residual": {name: torch.tensor(values) for name, values in signals.residual.items()},
-        "seconds": time.perf_counter() - started,
+        "seconds": now() - started,
     }
     path = folder / f"{workload.name}-{seed}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)

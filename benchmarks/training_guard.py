@@ -11,11 +11,8 @@ Rows go to benchmarks/results/training_guard_<part>.csv, those of `rescue` after
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import logging
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -24,13 +21,16 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, step_times, text, train, validation_loss
+from benchmarks.rows import CONSOLE, publish, read_rows, show, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.plots import IMAGES, panels, save
+from harness.recorders import Alarms, Losses
+from harness.runs import QUIET, begin, quiet_lightning
+from harness.timing import in_turn, over, seconds_of
 from lightning_eff.callbacks import (
-    Alarm,
     NonFiniteLoss,
     SpectralAlignmentMonitor,
     TrainingDivergedError,
@@ -42,7 +42,6 @@ from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, t
 # --- rescue ----------------------------------------------------------------------------------------------------------
 
 FAULT = 150  # the batch at which a run begins to fail
-CONFIG = GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128)
 
 
 class FlipBit(L.Callback):
@@ -70,16 +69,6 @@ class Ramp(GPTModule):
         super().lr_scheduler_step(scheduler, metric)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] *= 1.05 ** max(0, scheduler.last_epoch - FAULT)
-
-
-class Losses(L.Callback):
-    """The training loss of every batch."""
-
-    def __init__(self) -> None:
-        self.losses: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].detach())
 
 
 FAILURES: dict[str, tuple[type[GPTModule], float, list[type[L.Callback]]]] = {
@@ -115,44 +104,29 @@ RUNS = [
 ]
 
 
-class Heard(L.Callback):
-    """Counts the alarms that the spectral monitor sounds, and keeps the step of the first."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def on_alarm(self, trainer: L.Trainer, pl_module: L.LightningModule, alarm: Alarm) -> None:
-        self.steps.append(alarm.step)
-
-
-def train(failure: str, guard: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
+def run(failure: str, guard: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
     """One run of the 1 M GPT on one thread: its row and the loss of every batch."""
-    torch.set_num_threads(1)
-    quiet_lightning()
+    begin(seed)
     logging.getLogger("lightning_eff").setLevel(logging.ERROR)
-    L.seed_everything(seed, verbose=False)
     kind, lr, faults = FAILURES[failure]
-    model = kind(CONFIG, lr=lr, warmup_steps=50, fused=True)
-    data = TextDataModule(block_size=128, batch_size=4, val_windows=256, seed=seed)
-    record, heard, guards = Losses(), Heard(), GUARDS[guard]()
-    callbacks = [record, heard, *(fault() for fault in faults), *guards]
-    trainer = L.Trainer(devices=1, max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET)
+    model = kind(GPT_1M, lr=lr, warmup_steps=50, fused=True)
+    data = text(GPT_1M, 4, val_windows=256, seed=seed)
+    record, heard, guards = Losses(), Alarms(), GUARDS[guard]()
     end = "finished"
     try:
-        trainer.fit(model, data)
+        train(model, data, record, heard, *(fault() for fault in faults), *guards, max_steps=steps)
     except TrainingDivergedError:
         end = "given up"
-    val_loss = L.Trainer(devices=1, **QUIET).validate(model, data, verbose=False)[0]["val_loss"]
-    losses = [loss.item() for loss in record.losses]
+    losses = record.values
     last = [c for c in guards if isinstance(c, TrainingGuard)]
     row = {
         "failure": failure,
         "guard": guard,
         "seed": seed,
         "steps": steps,
-        "tokens_per_step": 4 * CONFIG.block_size,
+        "tokens_per_step": 4 * GPT_1M.block_size,
         "end": end,
-        "val_loss": round(val_loss, 4),
+        "val_loss": round(validation_loss(model, data), 4),
         "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
         "train_loss_highest_after_fault": round(max(losses[FAULT:]), 4),
         "batches": len(losses),
@@ -169,33 +143,22 @@ def rescue(steps: int, seeds: list[int], failures: list[str]) -> None:
     """Train every pair of a failure and a guard. Rows are written after each run, and those of other runs stay."""
     for seed in seeds:
         for failure, guard in (run for run in RUNS if run[0] in failures):
-            row, losses = train(failure, guard, seed, steps)
-            about = {name: row[name] for name in ("failure", "guard", "seed")}
+            row, losses = run(failure, guard, seed, steps)
+            key = ("failure", "guard", "seed")
+            about = {name: row[name] for name in key}
             points = [{**about, "batch": i, "train_loss": round(losses[i], 4)} for i in range(0, len(losses), 3)]
             for name, new in (("training_guard_rescue", [row]), ("training_guard_rescue_curves", points)):
-                write_rows(name, [*_others(name, about), *new])
+                write_rows(name, new, key)
             CONSOLE.print(row)
-
-
-def _others(name: str, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that are of other runs."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [row for row in csv.DictReader(file) if any(row[key] != str(value) for key, value in about.items())]
 
 
 def plot() -> None:
     """The training loss of the first seed over the batches, a panel for each failure."""
-    import matplotlib.pyplot as plt
-
-    with (RESULTS / "training_guard_rescue_curves.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]
+    rows = [row for row in read_rows("training_guard_rescue_curves") if row["seed"] == "0"]
     measured = {(row["failure"], row["guard"]) for row in rows}
     failures = [failure for failure, guard in RUNS if guard == "watched only" and failure != "none"]
     failures = [failure for failure in failures if (failure, "watched only") in measured]
-    figure, axes = plt.subplots(1, len(failures), figsize=(4.5 * len(failures), 4), layout="constrained", sharey=True)
+    figure, axes = panels(len(failures), 4.5, sharey=True)
     for axis, failure in zip(axes, failures, strict=True):
         for wanted, guard in [RUNS[0], *(run for run in RUNS if run[0] == failure and run in measured)]:
             points = [
@@ -209,9 +172,7 @@ def plot() -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("training loss, nats a byte")
-    path = RESULTS.parent.parent / "docs" / "images" / "training_guard.png"
-    figure.savefig(path, dpi=110)
-    CONSOLE.print(path)
+    CONSOLE.print(save(figure, IMAGES / "training_guard.png"))
 
 
 # --- draws -----------------------------------------------------------------------------------------------------------
@@ -283,42 +244,20 @@ def draws(steps: int, runs: int) -> None:
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-class StepTimes(L.Callback):
-    """Seconds of every step, from one batch's start to the next one's."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.marks.append(time.perf_counter())
-
-    on_train_end = on_train_batch_start
-
-    def seconds(self) -> list[float]:
-        return [b - a for a, b in itertools.pairwise(self.marks)]
-
-
 class TimesATake(L.Callback):
     """Takes snapshots at the end of a run: how long one takes, and how large it is."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         snapshots, self.seconds = RunSnapshots(2), []
         for step in range(7):
-            start = time.perf_counter()
-            state = capture(trainer)
-            snapshots.take(step, state)
-            self.seconds.append(time.perf_counter() - start)
-        self.bytes = tensor_bytes(state)
-        start = time.perf_counter()
-        restore(trainer, snapshots.read(6), number=1)
-        self.restore_seconds = time.perf_counter() - start
+            self.seconds.append(seconds_of(lambda step=step: snapshots.take(step, capture(trainer))))
+        self.bytes = tensor_bytes(capture(trainer))
+        self.restore_seconds = seconds_of(lambda: restore(trainer, snapshots.read(6), number=1))
 
 
 def cost(rounds: int, steps: int) -> None:
     """Mean step time of the 10.8 M GPT without the guard, with the guard between snapshots, and with snapshots."""
-    config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
-    data = TextDataModule(block_size=256, batch_size=4)
-    model = GPTModule(config, schedule="constant", warmup_steps=0, fused=True)
+    data, model = text(GPT_10M, 4), constant(GPT_10M)
     variants = {
         "none": lambda: [],
         "guard, no snapshot": lambda: [TrainingGuard("stop", read_every_n_steps=5)],
@@ -326,39 +265,27 @@ def cost(rounds: int, steps: int) -> None:
             TrainingGuard(every_n_steps=10, margin=1, read_every_n_steps=5, keep=2)
         ],
     }
-
-    def run(name: str) -> float:
-        times = StepTimes()
-        callbacks = [times, *variants[name]()]
-        trainer = L.Trainer(devices=1, max_steps=steps + 1, callbacks=callbacks, limit_val_batches=0, **QUIET)
-        trainer.fit(model, data)
-        return statistics.fmean(times.seconds()[1:])
-
-    figures = in_turn({name: lambda name=name: run(name) for name in variants}, rounds)
+    timed = {name: lambda some=some: step_times(model, data, steps, *some()).mean for name, some in variants.items()}
+    figures = in_turn(timed, rounds)
     take = TimesATake()
-    L.Trainer(devices=1, max_steps=1, callbacks=[take], limit_val_batches=0, **QUIET).fit(model, data)
-    rows = []
-    for name in variants:
-        middle, low, high = ratio(figures, name, "none")
-        rows.append(
-            {
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "tokens_per_step": 4 * 256,
-                "guard": name,
-                "rounds": rounds,
-                "steps_per_round": steps,
-                "step_ms": round(statistics.median(figures[name]) * 1e3, 2),
-                "over_none": round(middle, 4),
-                "over_none_q1": round(low, 4),
-                "over_none_q3": round(high, 4),
-                "snapshot_MB": round(take.bytes / 1e6, 2),
-                "first_snapshot_ms": round(take.seconds[0] * 1e3, 2),
-                "snapshot_ms": round(statistics.median(take.seconds[2:]) * 1e3, 2),
-                "restore_ms": round(take.restore_seconds * 1e3, 2),
-            }
-        )
-    show("Cost of the guard", rows)
-    CONSOLE.print(write_rows("training_guard_cost", rows))
+    train(model, data, take, max_steps=1)
+    rows = [
+        {
+            "parameters": parameters(model),
+            "tokens_per_step": 4 * 256,
+            "guard": name,
+            "rounds": rounds,
+            "steps_per_round": steps,
+            "step_ms": round(statistics.median(figures[name]) * 1e3, 2),
+            **over(figures, name, "none", "over_none"),
+            "snapshot_MB": round(take.bytes / 1e6, 2),
+            "first_snapshot_ms": round(take.seconds[0] * 1e3, 2),
+            "snapshot_ms": round(statistics.median(take.seconds[2:]) * 1e3, 2),
+            "restore_ms": round(take.restore_seconds * 1e3, 2),
+        }
+        for name in variants
+    ]
+    publish("Cost of the guard", "training_guard_cost", rows)
 
 
 def main() -> None:

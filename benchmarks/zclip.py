@@ -12,87 +12,63 @@ Rows go to benchmarks/results/zclip_<part>.csv.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import multiprocessing
 import random
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import lightning as L
 import torch
 
-from benchmarks.rows import CONSOLE, RESULTS, in_turn, ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
-from examples.gpt.data import TextDataModule
+from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, text, train, validation_loss
+from benchmarks.rows import CONSOLE, publish, read_rows, show, write_rows
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.operators import OperatorCounter
+from harness.plots import IMAGES, by_step, mean_and_range, panels, save
+from harness.processes import spawned
+from harness.recorders import Losses
+from harness.runs import QUIET, begin, quiet_lightning
+from harness.timing import StepTimes, in_turn, over, ratio
 from lightning_eff.callbacks import MISA, GradES, ZClip
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
-from tests.operators import OperatorCounter
 
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-class StepTimes(L.Callback):
-    """Seconds of every step, from one batch's start to the next one's."""
-
-    def __init__(self, warmup: int) -> None:
-        self.warmup, self.marks = warmup, []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.marks.append(time.perf_counter())
-
-    on_train_end = on_train_batch_start
-
-    @property
-    def median(self) -> float:
-        marks = self.marks[self.warmup :]
-        return statistics.median(b - a for a, b in itertools.pairwise(marks))
-
-
-def trainer_for(clip: str, fused: bool, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:
-    """A Trainer with one way to clip."""
+def train_with(clip: str, model: GPTModule, data: Any, *callbacks: L.Callback, **arguments: Any) -> None:
+    """Train with one way to clip."""
     if clip.startswith("zclip"):
         # With the cap at 1.0 as Lightning's clip; "skip" folds the clip into a fused optimizer's step.
         callbacks = (*callbacks, ZClip(max_grad_norm=1.0, nonfinite="skip" if clip == "zclip, folded" else "zero"))
     if clip.startswith("lightning"):
         arguments |= dict(gradient_clip_val=1.0, gradient_clip_algorithm=clip.split()[1])
-    return L.Trainer(
-        devices=1, num_sanity_val_steps=0, limit_val_batches=0, callbacks=list(callbacks), **QUIET, **arguments
-    )
+    train(model, data, *callbacks, **arguments)
 
 
 def cost(steps: int, rounds: int, batch_size: int) -> None:
     """Median step time of the 10 M GPT under each way to clip, in turn; operator calls and host syncs of a step."""
-    config = GPTConfig(block_size=256, n_layer=6, n_head=6, n_embd=384)
-    data = TextDataModule(block_size=config.block_size, batch_size=batch_size)
+    data = text(GPT_10M, batch_size)
     rows = []
     for fused, clips in {
         False: ("none", "lightning norm", "zclip"),
         True: ("none", "lightning norm", "zclip", "zclip, folded"),
     }.items():
-        model = GPTModule(config, schedule="constant", warmup_steps=0, fused=fused)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = constant(GPT_10M, fused)
 
-        def run(clip: str, model: GPTModule = model, fused: bool = fused) -> float:
-            times = StepTimes(warmup=1)
-            trainer = trainer_for(clip, fused, times, max_steps=steps + 1)
-            trainer.fit(model, data)
+        def run(clip: str, model: GPTModule = model) -> float:
+            times = StepTimes()
+            train_with(clip, model, data, times, max_steps=steps + 1)
             return times.median
 
         figures = in_turn({clip: lambda clip=clip: run(clip) for clip in clips}, rounds)
-        calls = {clip: operators(clip, fused, config, batch_size) for clip in clips}
+        calls = {clip: operators(clip, fused) for clip in clips}
         for clip in clips:
             row = {
-                "parameters": parameters,
-                "tokens_per_step": batch_size * config.block_size,
+                "parameters": parameters(model),
+                "tokens_per_step": batch_size * GPT_10M.block_size,
                 "optimizer": "AdamW fused" if fused else "AdamW foreach",
                 "clip": clip,
                 "rounds": rounds,
@@ -100,31 +76,23 @@ def cost(steps: int, rounds: int, batch_size: int) -> None:
                 "step_ms": round(statistics.median(figures[clip]) * 1e3, 2),
             }
             for other in ("lightning norm", "none"):
-                middle, low, high = ratio(figures, clip, other)
-                key = other.split()[0]
-                row |= {
-                    f"over_{key}": round(middle, 4),
-                    f"over_{key}_q1": round(low, 4),
-                    f"over_{key}_q3": round(high, 4),
-                }
+                row |= over(figures, clip, other, f"over_{other.split()[0]}")
             syncs, operator_calls = calls[clip]
             row |= {
                 "host_syncs_per_step": syncs - calls["none"][0],
                 "operator_calls_per_step": operator_calls - calls["none"][1],
             }
             rows.append(row)
-    show("Cost of clipping: step time, side by side", rows)
-    CONSOLE.print(write_rows("zclip_cost", rows))
+    publish("Cost of clipping: step time, side by side", "zclip_cost", rows)
 
 
-def operators(clip: str, fused: bool, config: GPTConfig, batch_size: int) -> tuple[float, float]:
+def operators(clip: str, fused: bool) -> tuple[float, float]:
     """Host syncs and operator calls of one step, as the difference of two runs that differ in their length only."""
     counts = []
     for steps in (4, 8):
-        model = GPTModule(GPTConfig(config.block_size, config.n_layer, 2, 8), schedule="constant", fused=fused)
-        data = TextDataModule(block_size=config.block_size, batch_size=1)
+        config = GPTConfig(GPT_10M.block_size, GPT_10M.n_layer, 2, 8)
         with OperatorCounter() as counter:
-            trainer_for(clip, fused, max_steps=steps, log_every_n_steps=50).fit(model, data)
+            train_with(clip, GPTModule(config, schedule="constant", fused=fused), text(config, 1), max_steps=steps)
         counts.append((counter.host_syncs, counter.calls))
     (syncs, calls), (more_syncs, more_calls) = counts
     return (more_syncs - syncs) / 4, (more_calls - calls) / 4
@@ -222,16 +190,6 @@ def small(steps: int, rounds: int, tensors: int) -> None:
 # --- worth -----------------------------------------------------------------------------------------------------------
 
 
-class Losses(L.Callback):
-    """The training loss of every step."""
-
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        self.losses.append(outputs["loss"].detach())
-
-
 WORTH: dict[str, Callable[[], dict[str, Any]]] = {
     "none": dict,
     "norm 1.0": lambda: dict(gradient_clip_val=1.0),
@@ -251,26 +209,22 @@ def loss_spikes(losses: list[float], window: int = 30, height: float = 0.3) -> i
     return spikes
 
 
-def train(lr: float, clip: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
+def run(lr: float, clip: str, seed: int, steps: int) -> tuple[dict[str, Any], list[float]]:
     """One run of the 1 M GPT on one thread: its row and the loss of every step."""
-    torch.set_num_threads(1)
-    quiet_lightning("the mean gradient norm")
-    L.seed_everything(seed, verbose=False)
-    model = GPTModule(GPTConfig(block_size=128), lr=lr, schedule="constant", warmup_steps=0, fused=True)
-    data = TextDataModule(block_size=128, batch_size=16, val_windows=256, seed=seed)
+    begin(seed, "the mean gradient norm")
+    model = constant(GPT_1M, lr=lr)
+    data = text(GPT_1M, 16, val_windows=256, seed=seed)
     arguments = WORTH[clip]()
     record = Losses()
-    callbacks = [record, *arguments.pop("callbacks", [])]
-    trainer = L.Trainer(devices=1, max_steps=steps, callbacks=callbacks, limit_val_batches=0, **QUIET, **arguments)
-    trainer.fit(model, data)
-    val_loss = L.Trainer(devices=1, **QUIET).validate(model, data, verbose=False)[0]["val_loss"]
-    losses = [loss.item() for loss in record.losses]
+    callbacks = arguments.pop("callbacks", [])
+    train(model, data, record, *callbacks, max_steps=steps, **arguments)
+    losses = record.values
     row = {
         "lr": lr,
         "clip": clip,
         "seed": seed,
         "steps": steps,
-        "val_loss": round(val_loss, 4),
+        "val_loss": round(validation_loss(model, data), 4),
         "train_loss_last_50": round(statistics.fmean(losses[-50:]), 4),
         "loss_spikes": loss_spikes(losses),
         "steps_clipped_as_spikes": sum(sum(c.spikes) for c in callbacks if isinstance(c, ZClip)),
@@ -283,42 +237,30 @@ def worth(steps: int, rates: list[float], seeds: int, workers: int) -> None:
     runs = [(lr, clip, seed, steps) for lr in rates for clip in WORTH for seed in range(seeds)]
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for row, losses in pool.map(train, *zip(*runs, strict=True)):
+    with spawned(workers) as pool:
+        for row, losses in pool.map(run, *zip(*runs, strict=True)):
             rows.append(row)
             about = {name: row[name] for name in ("lr", "clip", "seed")}
             curves += [{**about, "step": s, "train_loss": round(losses[s], 4)} for s in range(0, steps, 5)]
             CONSOLE.print(row)
-    show("Worth of clipping", rows)
-    CONSOLE.print(write_rows("zclip_worth", rows))
+    publish("Worth of clipping", "zclip_worth", rows)
     CONSOLE.print(write_rows("zclip_worth_curves", curves))
 
 
 def plot() -> None:
     """Mean over the seeds of the training loss, a panel for each rate, with the range over the seeds."""
-    import matplotlib.pyplot as plt
-
-    with (RESULTS / "zclip_worth_curves.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows("zclip_worth_curves")
     rates = sorted({float(row["lr"]) for row in rows})
-    figure, axes = plt.subplots(1, len(rates), figsize=(4.5 * len(rates), 4), layout="constrained")
+    figure, axes = panels(len(rates), 4.5)
     for axis, lr in zip(axes, rates, strict=True):
         for clip in WORTH:
-            losses: dict[int, list[float]] = {}
-            for row in rows:
-                if float(row["lr"]) == lr and row["clip"] == clip:
-                    losses.setdefault(int(row["step"]), []).append(float(row["train_loss"]))
-            steps = sorted(losses)[1:]
-            (line,) = axis.plot(steps, [statistics.fmean(losses[s]) for s in steps], label=clip, linewidth=1.2)
-            low, high = [min(losses[s]) for s in steps], [max(losses[s]) for s in steps]
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+            mine = [row for row in rows if float(row["lr"]) == lr and row["clip"] == clip and row["step"] != "0"]
+            mean_and_range(axis, by_step((row["step"], row["train_loss"]) for row in mine), label=clip, linewidth=1.2)
         axis.set(title=f"learning rate {lr:g}", xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("training loss, nats a byte")
     axes[-1].legend()
-    path = RESULTS.parent.parent / "docs" / "images" / "zclip_worth.png"
-    figure.savefig(path, dpi=110)
-    CONSOLE.print(path)
+    CONSOLE.print(save(figure, IMAGES / "zclip_worth.png"))
 
 
 # --- lock-in ---------------------------------------------------------------------------------------------------------
@@ -352,8 +294,7 @@ def lock_in() -> None:
                         "mean_after": round(state["mean"].item(), 4),
                     }
                 )
-    show("A lasting shift of the norms", rows)
-    CONSOLE.print(write_rows("zclip_lock_in", rows))
+    publish("A lasting shift of the norms", "zclip_lock_in", rows)
 
 
 def main() -> None:

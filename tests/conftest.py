@@ -10,14 +10,18 @@ import pytest
 import torch
 
 import lightning_eff  # noqa: F401  (registers its strategies now, so that no test is blamed for it)
-from tests.distributed.network import Network, why_not
-from tests.distributed.pool import Pool
-from tests.leaks import Photograph, WrittenFiles, leaks_since, seed_everything
-from tests.memory import PoisonedEmpty
-from tests.operators import OperatorCounter
+from harness.leaks import Photograph, WrittenFiles, leaks_since
+from harness.network import Network, why_not
+from harness.operators import OperatorCounter
+from harness.poison import PoisonedEmpty
+from harness.pool import Pool
+from harness.runs import seed_everything
 
 # The models of the tests are so small that a second thread only waits, most of all on a busy machine.
 torch.set_num_threads(1)
+
+# Helpers that assert: their messages show the values, as those of tests do.
+pytest.register_assert_rewrite("tests.suite.runs", "tests.strategies.fault_tolerant.replica_checks")
 
 # Dynamo's trace for its own tools: tens of thousands of records in the report of a failed test.
 logging.getLogger("torch.__trace").propagate = False
@@ -26,9 +30,8 @@ logging.getLogger("torch.__trace").propagate = False
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """Two gloo workers, shared by all tests: `pool.run(fn, *args) -> [result of rank 0, result of rank 1]`."""
-    pool = Pool(2)
-    yield pool
-    pool.close()
+    with Pool(2) as pool:
+        yield pool
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def written_files() -> WrittenFiles:
 
 @pytest.fixture(autouse=True)
 def leak_police(written_files: WrittenFiles) -> Iterator[None]:
-    """Every test starts from the same seeds and leaves nothing behind: see tests/leaks.py."""
+    """Every test starts from the same seeds and leaves nothing behind: see harness/leaks.py."""
     seed_everything(0)
     before = Photograph.take()
     written_files.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,20 +11,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_eff.callbacks import CompressionMonitor, TensorBoardLayout
 from lightning_eff.compression import predict
 from lightning_eff.strategies import BF16, ArcTopK, CompressedDDPStrategy, Compressor
+from tests.strategies.compressed_runs import ARC, train
 from tests.suite.models import Net
-from tests.suite.runs import build_trainer
-from tests.suite.table import Strategy
-
-ARC: dict[str, Any] = {"ratio": 0.5, "rank": 1, "min_numel": 64}
 
 
 def _logged(folder: Path, compressor: Compressor, relative_error: bool) -> dict[str, list[tuple[int, float]]]:
-    module = Net(optimizer="sgd")
-    strategy = Strategy("", 2, lambda _: CompressedDDPStrategy(compressor=compressor))
     callbacks = [CompressionMonitor(relative_error=relative_error), TensorBoardLayout()]
     logger = TensorBoardLogger(folder, name="run", version="0")
-    trainer = build_trainer(folder, strategy, callbacks, [], module, 6, {"logger": logger, "limit_val_batches": 0})
-    trainer.fit(module)
+    strategy = CompressedDDPStrategy(compressor=compressor)
+    trainer, _ = train(folder, strategy, *callbacks, steps=6, logger=logger, limit_val_batches=0)
     if trainer.global_rank:
         return {}
     events = EventAccumulator(logger.log_dir).Reload()

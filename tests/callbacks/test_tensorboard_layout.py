@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
+from harness.runs import quiet_trainer
 from lightning_eff.callbacks import TensorBoardLayout
 
 TAG = "custom_scalars__config__"
@@ -31,17 +32,15 @@ class ChartPerOptimizer(Callback):
 
 
 def fit(tmp_path, *callbacks, logger=None, ckpt_path=None, max_steps=2, **kwargs):
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
+        *callbacks,
         accelerator="cpu",
-        callbacks=list(callbacks),
         logger=TensorBoardLogger(tmp_path, name="", version="run") if logger is None else logger,
         default_root_dir=tmp_path,
         max_steps=max_steps,
         limit_train_batches=2,  # whole epochs: Lightning warns when a run resumes within one
         limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"enable_checkpointing": False, **kwargs},
+        **kwargs,
     )
     trainer.fit(BoringModel(), ckpt_path=ckpt_path, weights_only=True)
     return trainer

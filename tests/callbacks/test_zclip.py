@@ -2,7 +2,6 @@
 
 import atexit
 import math
-import socket
 from types import SimpleNamespace
 
 import lightning as L
@@ -14,6 +13,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
+from harness.processes import free_port
+from harness.runs import fit
 from lightning_eff.callbacks import ZClip
 from lightning_eff.training.trainable import set_trainable
 
@@ -57,14 +58,6 @@ class Model(L.LightningModule):
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(0)
         return DataLoader(torch.randn(64, 4, generator=generator), batch_size=2)
-
-
-def fit(model, *callbacks, max_steps=8, **arguments):
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    arguments = quiet | {"log_every_n_steps": 1} | arguments
-    trainer = L.Trainer(accelerator="cpu", max_steps=max_steps, callbacks=list(callbacks), **arguments)
-    trainer.fit(model)
-    return trainer
 
 
 def test_an_outlier_is_clipped_and_the_rest_is_left_alone():
@@ -383,9 +376,7 @@ class AgreeOnSpikes(L.Callback):
 
 
 def test_spawned_ranks(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))  # Lightning would choose one and leave it set
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))  # Lightning would choose one and leave it set
     model = Model(factors=[1.0] * 6 + [1000.0])
     zclip = ZClip(warmup_steps=4, max_grad_norm=None, z_thresh=10.0)
     fit(model, zclip, AgreeOnSpikes(zclip), strategy="ddp_spawn", devices=2)

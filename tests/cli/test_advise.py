@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.gpt.model import GPT, GPTConfig
+from harness import REPOSITORY
 from lightning_eff.cli import main
 from lightning_eff.compression import all_compressors
 from tests.cli import run_without
-from tests.leaks import REPOSITORY
 
 GPT_CLASS = "examples.gpt.module.GPTModule"
 SMALL = ["--model.config.n_embd=64", "--model.config.n_layer=2"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from harness import REPOSITORY
+from harness.processes import eventually, listeners
 from lightning_eff.arguments import check_address
 from lightning_eff.cli import main
 from lightning_eff.cli.launch.agent import Budget
@@ -23,8 +24,6 @@ from lightning_eff.cli.launch.run import _threads, _visible_devices
 from lightning_eff.cli.lighthouse import is_loopback
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchft has wheels for Linux only")
-
-ROOT = Path(__file__).parents[2]
 
 ACTOR = """
 import json, os, signal, subprocess, sys, time
@@ -56,14 +55,6 @@ sys.exit(int(open(folder + "/" + me + ".exit").read() or 0))
 """
 
 
-def eventually(condition: Callable[[], object], seconds: float = 40.0, what: str = "") -> object:
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, what or "it did not come"
-        time.sleep(0.05)
-    return result
-
-
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -89,7 +80,7 @@ class Launch:
         self.began = time.time()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lightning_eff", "launch", *options, str(folder / "actor.py"), str(folder), *script],
-            cwd=ROOT,
+            cwd=REPOSITORY,
             stdout=self.log,
             stderr=subprocess.STDOUT,
             env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
@@ -142,23 +133,6 @@ def launch(tmp_path) -> Iterator[Callable[..., Launch]]:
     yield start
     for one in started:
         one.end()
-
-
-def listeners(pids: list[int]) -> set[str]:
-    """Local addresses, in hexadecimal, on which processes listen."""
-    sockets = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it has ended
-            for link in list(Path(f"/proc/{pid}/fd").iterdir()):
-                with contextlib.suppress(OSError):  # it has closed this one, such as a connection that was just tried
-                    sockets.add(os.readlink(link))
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                found.add(fields[1].split(":")[0])
-    return found
 
 
 def connects(address: str) -> bool:
@@ -380,14 +354,14 @@ def test_a_lighthouse_that_cannot_be_reached(monkeypatch, capsys):
 
 def test_a_lighthouse_by_itself():
     command = [sys.executable, "-m", "lightning_eff", "lighthouse", "--bind"]
-    with subprocess.Popen([*command, "127.0.0.1:0"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, "127.0.0.1:0"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             address = re.search(r"127\.0\.0\.1:\d+", process.stdout.readline()).group()
             assert not address.endswith(":0")
             assert connects(address)
             assert listeners([process.pid]) == {"0100007F"}
-            second = subprocess.run([*command, address], cwd=ROOT, capture_output=True, text=True, timeout=30)
+            second = subprocess.run([*command, address], cwd=REPOSITORY, capture_output=True, text=True, timeout=30)
             assert second.returncode == 1
             assert f"cannot listen on {address}" in second.stderr
             process.send_signal(signal.SIGTERM)

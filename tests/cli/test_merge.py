@@ -7,12 +7,15 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule
 from safetensors.torch import load_file
 
+from harness.runs import fit, quiet_trainer
 from lightning_eff.callbacks import EMA
 from lightning_eff.cli import main
 from lightning_eff.merging.safe_files import save_safetensors
+from tests.merging.plain import save_plain
 
 
 class Net(L.LightningModule):
@@ -54,21 +57,19 @@ def merge(monkeypatch, tmp_path, capsys):
     return merge
 
 
+def train(steps, folder, every, *callbacks):
+    """Keep a checkpoint in `folder` after every so many steps."""
+    checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1)
+    data = torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4)
+    fit(Net(), *callbacks, checkpoint, data=data, max_steps=steps, limit_val_batches=0)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Checkpoints of a real run after steps 2, 4, 6, 8 and 10; a shell lists step 10 first."""
     folder = tmp_path_factory.mktemp("run")
     L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        max_steps=10,
-        limit_val_batches=0,
-        logger=False,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[L.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)],
-    )
-    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4))
+    train(10, folder, 2)
     paths = sorted(folder.glob("*.ckpt"))
     assert paths[0].name == "step=10.ckpt"
     return paths
@@ -78,15 +79,6 @@ def states(paths):
     """State dicts by step."""
     loaded = [torch.load(path, weights_only=True) for path in paths]
     return [one["state_dict"] for one in sorted(loaded, key=lambda one: one["global_step"])]
-
-
-def save_plain(folder, count=3, **more):
-    """Small state dicts whose weights are 0, 1, 2, ..."""
-    paths = []
-    for i in range(count):
-        paths.append(folder / f"{i}.pt")
-        torch.save({"w": torch.full((4,), float(i)), "n": torch.tensor(i), **more}, paths[-1])
-    return paths
 
 
 # --- what is merged -------------------------------------------------------------------------------------------------
@@ -129,8 +121,7 @@ def test_the_merged_checkpoint_has_weights_and_hyperparameters_and_no_training_s
     }
     state = checkpoint["state_dict"]
     assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr()  # one tensor, once in the file
-    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    trainer.validate(Net(), Data(), ckpt_path="merged.ckpt", verbose=False)
+    quiet_trainer(accelerator="cpu").validate(Net(), Data(), ckpt_path="merged.ckpt", verbose=False)
 
 
 def test_every_scheme(merge, run):
@@ -206,16 +197,7 @@ def test_shards_of_two_ranks_are_put_together(merge, pool, tmp_path):
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_averages_of_the_ema_callback_give_another_width(merge, tmp_path, suffix):
     ema = EMA(widths=[0.05, 0.10, 0.07], validate_with="current")
-    trainer = L.Trainer(
-        max_steps=60,
-        limit_val_batches=0,
-        logger=False,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ema, L.pytorch.callbacks.ModelCheckpoint("run", "{step}", every_n_train_steps=10, save_top_k=-1)],
-    )
-    trainer.fit(Net(), torch.utils.data.DataLoader(torch.randn(64, 32), batch_size=4))
+    train(60, "run", 10, ema)
     # The first width has the plain name.
     stored = [f"run/{name}-step={step}.{suffix}" for name in ("ema", "ema-0.1") for step in range(10, 61, 10)]
     status, out, err = merge(*stored, "-o", "merged.ckpt", "--scheme", "posthoc", "--sigma-rel", "0.07")

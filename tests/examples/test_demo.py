@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 from examples.gpt.demo import tensorboard_command
-
-ROOT = Path(__file__).parents[2]
+from harness import REPOSITORY
 
 
 def test_demo_prints_its_table(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "examples.gpt.demo", "--steps", "4", "--val-windows", "8", "--logdir", str(tmp_path)],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=150,

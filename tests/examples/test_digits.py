@@ -1,34 +1,25 @@
 """The digits example: its accuracy, and its command line."""
 
 import sys
-from pathlib import Path
 
 import lightning as L
 import torch
 
 from examples.digits import DigitsDataModule, DigitsModule
 from examples.digits.train import main as train
+from harness import REPOSITORY
+from harness.runs import fit
 
-CONFIG = Path(__file__).parents[2] / "examples" / "digits" / "config.yaml"
+CONFIG = REPOSITORY / "examples" / "digits" / "config.yaml"
 
 
-def fit(epochs: int) -> L.Trainer:
+def trained() -> L.Trainer:
     L.seed_everything(0, verbose=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(DigitsModule(), datamodule=DigitsDataModule())
-    return trainer
+    return fit(DigitsModule(), data=DigitsDataModule(), max_epochs=3, num_sanity_val_steps=0)
 
 
 def test_accuracy_and_repeatability():
-    first, second = fit(3), fit(3)
+    first, second = trained(), trained()
     assert first.callback_metrics["val_acc"] > 0.95
     assert torch.equal(first.callback_metrics["train_loss"], second.callback_metrics["train_loss"])
 

@@ -13,8 +13,11 @@ from examples.gpt import GPT, GPTConfig, GPTModule, TextDataModule
 from examples.gpt.data import is_validation
 from examples.gpt.train import GPTCLI
 from examples.gpt.train import main as train
+from harness import REPOSITORY
+from harness.recorders import Losses
+from harness.runs import fit, quiet_trainer
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "gpt" / "configs"
+CONFIGS = REPOSITORY / "examples" / "gpt" / "configs"
 TINY = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
 
 
@@ -39,31 +42,16 @@ def data(root: Path, **kwargs) -> TextDataModule:
     return TextDataModule(root, **(arguments | kwargs))
 
 
-def fit(
-    root: Path, steps: int, ckpt_path: Path | None = None, seed: int = 0, **kwargs
+def trained(
+    root: Path, steps: int, *callbacks: L.Callback, ckpt_path: Path | None = None, seed: int = 0, **kwargs
 ) -> tuple[GPTModule, list[float]]:
     """Train the tiny model; returns the module and the loss of each step."""
-    losses = []
-
-    class Losses(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            losses.append(outputs["loss"].item())
-
     L.seed_everything(seed, verbose=False)
     module = GPTModule(TINY, lr=1e-2, warmup_steps=2, schedule="constant", fused=True)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=1,
-        callbacks=[Losses(), *kwargs.pop("callbacks", [])],
-        **{"enable_checkpointing": False} | kwargs,
-    )
-    trainer.fit(module, datamodule=data(root, crops_per_epoch=40), ckpt_path=ckpt_path)
-    return module, losses
+    losses = Losses()
+    options = {"max_steps": steps, "num_sanity_val_steps": 0, "limit_val_batches": 1, **kwargs}
+    fit(module, losses, *callbacks, data=data(root, crops_per_epoch=40), ckpt_path=ckpt_path, **options)
+    return module, losses.values
 
 
 @pytest.mark.usefixtures("command_line")
@@ -146,7 +134,7 @@ def test_decay_is_on_matrices_only():
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_schedule(schedule):
     module = GPTModule(TINY, lr=1.0, schedule=schedule, warmup_steps=4, min_lr_ratio=0.1)
-    module.trainer = L.Trainer(accelerator="cpu", max_steps=12, logger=False, enable_checkpointing=False)
+    module.trainer = quiet_trainer(accelerator="cpu", max_steps=12)
     optimized = module.configure_optimizers()
     factor = optimized["lr_scheduler"]["scheduler"].lr_lambdas[0]
     assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -201,29 +189,29 @@ def test_a_folder_without_text_is_refused(tmp_path):
 
 
 def test_loss_falls_and_the_seed_decides_it(text):
-    _, losses = fit(text, 40)
+    _, losses = trained(text, 40)
     assert sum(losses[-5:]) / 5 < 0.6 * losses[0]
-    assert fit(text, 5)[1] == losses[:5]
-    assert fit(text, 5, seed=1)[1] != losses[:5]
+    assert trained(text, 5)[1] == losses[:5]
+    assert trained(text, 5, seed=1)[1] != losses[:5]
 
 
 @pytest.mark.parametrize("step", [6, 10, 13])  # in the middle of an epoch of 10 steps, at its end, in the second
 def test_resume_sees_the_same_text(text, tmp_path, step):
-    unbroken, losses = fit(text, 16)
+    unbroken, losses = trained(text, 16)
 
-    def saving(**kwargs):
+    def saving(steps, ckpt_path=None):
         checkpoints = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step, save_top_k=-1)
-        return fit(text, callbacks=[checkpoints], enable_checkpointing=True, **kwargs)
+        return trained(text, steps, checkpoints, ckpt_path=ckpt_path)
 
-    saving(steps=step)
-    resumed, losses_after = saving(steps=16, ckpt_path=tmp_path / f"step={step}.ckpt")
+    saving(step)
+    resumed, losses_after = saving(16, tmp_path / f"step={step}.ckpt")
     assert losses_after == losses[step:]
     for name, parameter in unbroken.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name)), name
 
 
 def test_checkpoint_is_plain_data_and_makes_the_module_again(text, tmp_path):
-    module, _ = fit(text, 2, callbacks=[ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True)
+    module, _ = trained(text, 2, ModelCheckpoint(tmp_path, save_last=True))
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["hyper_parameters"]["config"]["n_embd"] == 32
     again = GPTModule.load_from_checkpoint(tmp_path / "last.ckpt")
@@ -231,16 +219,21 @@ def test_checkpoint_is_plain_data_and_makes_the_module_again(text, tmp_path):
     assert torch.equal(again.model.head.weight, module.model.head.weight)
 
 
-@pytest.mark.usefixtures("command_line")
-def test_command_line(text, tmp_path):
-    overrides = f"""
-        --trainer.accelerator cpu --trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1
-        --trainer.enable_progress_bar false --trainer.enable_model_summary false
-        --trainer.logger.save_dir {tmp_path}
+def command(config: Path, text: Path, folder: Path, overrides: str) -> GPTCLI:
+    """`fit` of a configuration with a tiny model, and with these arguments."""
+    tiny = f"""
+        --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false
+        --trainer.logger.save_dir {folder}
         --model.config.block_size 32 --model.config.n_layer 1 --model.config.n_head 2 --model.config.n_embd 16
         --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
     """
-    cli = train(["fit", "--config", str(CONFIGS / "1m.yaml"), *overrides.split()])
+    return train(["fit", "--config", str(config), *tiny.split(), *overrides.split()])
+
+
+@pytest.mark.usefixtures("command_line")
+def test_command_line(text, tmp_path):
+    overrides = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1"
+    cli = command(CONFIGS / "1m.yaml", text, tmp_path, overrides)
     metrics = cli.trainer.callback_metrics
     assert cli.trainer.global_step == 4
     assert {"train_loss", "val_loss", "val_bpb", "zclip/grad_norm"} <= set(metrics)
@@ -249,31 +242,16 @@ def test_command_line(text, tmp_path):
 
 @pytest.mark.usefixtures("command_line")
 def test_a_sample_of_matrices_at_a_time(text, tmp_path):
-    overrides = f"""
-        --trainer.accelerator cpu --trainer.max_steps 5 --trainer.val_check_interval 5 --trainer.log_every_n_steps 1
-        --trainer.enable_progress_bar false --trainer.enable_model_summary false
-        --trainer.logger.save_dir {tmp_path}
-        --model.config.block_size 32 --model.config.n_layer 2 --model.config.n_head 2 --model.config.n_embd 16
-        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
-    """
     config = tmp_path / "misa.yaml"
     config.write_text((CONFIGS / "misa.yaml").read_text().replace("every_n_steps: 50\n", "every_n_steps: 2\n"))
-    cli = train(["fit", "--config", str(config), *overrides.split()])
-    metrics = cli.trainer.callback_metrics
+    overrides = "--trainer.max_steps 5 --trainer.val_check_interval 5 --trainer.log_every_n_steps 1"
+    metrics = command(config, text, tmp_path, f"{overrides} --model.config.n_layer 2").trainer.callback_metrics
     assert 0 < metrics["misa/used"] <= 1
     assert metrics["misa/trainable"] < 0.95  # the ends of so small a model are most of it
 
 
 @pytest.mark.usefixtures("command_line")
 def test_warm_up_stable_merge(text, tmp_path):
-    overrides = f"""
-        --trainer.accelerator cpu --trainer.max_steps 24 --trainer.val_check_interval 6
-        --trainer.enable_progress_bar false --trainer.enable_model_summary false
-        --trainer.logger.save_dir {tmp_path} --trainer.default_root_dir {tmp_path}
-        --model.config.block_size 32 --model.config.n_layer 1 --model.config.n_head 2 --model.config.n_embd 16
-        --model.warmup_steps 2
-        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
-    """
     config = tmp_path / "wsm.yaml"
     schedule = {"every_n_steps: 125": "every_n_steps: 2", "start_step: 250": "start_step: 4"}
     written = (CONFIGS / "wsm.yaml").read_text()
@@ -281,7 +259,8 @@ def test_warm_up_stable_merge(text, tmp_path):
         assert old in written
         written = written.replace(old, new)
     config.write_text(written)
-    cli = train(["fit", "--config", str(config), *overrides.split()])
+    overrides = f"--trainer.max_steps 24 --trainer.val_check_interval 6 --trainer.default_root_dir {tmp_path}"
+    cli = command(config, text, tmp_path, f"{overrides} --model.warmup_steps 2")
     metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     losses = [metrics[f"{prefix}val_loss"] for prefix in ("", "average/2/", "average/4/", "average/")]
     assert len(set(losses)) == 4

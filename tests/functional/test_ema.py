@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from harness.operators import OperatorCounter
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.functional.ema import (
     Shadows,
@@ -16,7 +17,6 @@ from lightning_eff.functional.ema import (
     warmup_decay,
     width_from_power,
 )
-from tests.operators import OperatorCounter
 
 WIDTHS = {0.05: 16.972199, 0.10: 6.937204, 0.15: 3.557869, 0.20: 1.826214, 0.25: 0.719824, 0.28: 0.169344}
 

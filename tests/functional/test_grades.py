@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from harness.operators import OperatorCounter
 from lightning_eff.functional.grades import (
     MEMORY,
     GradESConfig,
@@ -19,7 +20,6 @@ from lightning_eff.functional.grades import (
     units_to_unfreeze,
 )
 from lightning_eff.structure.flops import backward_flops
-from tests.operators import OperatorCounter
 
 
 def _parameters(dtype=torch.float32):

@@ -127,6 +127,8 @@ def _fsdp2_norms(dtype_name):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    from harness.operators import OperatorCounter
+
     results = {}
     for kind in ("fsdp", "hsdp"):
         mesh = (

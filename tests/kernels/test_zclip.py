@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.runs import fit
 from lightning_eff.callbacks import ZClip
 from lightning_eff.functional.zclip import FIELDS, ZClipConfig, ZClipState, zclip_grad_norm_, zclip_update
 from lightning_eff.kernels import zclip
-from tests.functional.test_zclip import GOLDEN
+from tests.functional.zclip_golden import GOLDEN
 
 NORMS = (1.0, 1.2, 0.8, 1.0, 1.1, 5.0)
 
@@ -83,18 +84,9 @@ def test_golden_values_through_the_callback(name: str, launches: dict[str, int])
     arguments, clipped, mean, var = GOLDEN[name]
     gradients = torch.tensor([[0.0, norm, 0.0] for norm in NORMS])
     callback = ZClip(warmup_steps=4, **arguments)
-    trainer = L.Trainer(
-        max_epochs=1,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="auto" if torch.cuda.is_available() else "cpu",
-        devices=1,
-    )
-    model = Prescribed()
-    trainer.fit(model, torch.utils.data.DataLoader(gradients, batch_size=1))
+    model, data = Prescribed(), torch.utils.data.DataLoader(gradients, batch_size=1)
+    accelerator = "auto" if torch.cuda.is_available() else "cpu"
+    fit(model, callback, data=data, max_epochs=1, accelerator=accelerator, devices=1)
     state = callback._states[0]
     assert model.norms[-1] == pytest.approx(clipped, rel=1e-6)
     assert state["mean"].item() == pytest.approx(mean, rel=1e-7)

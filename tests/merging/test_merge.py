@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,8 +9,10 @@ import torch
 from packaging.version import Version
 from safetensors.torch import save_file
 
+from harness.memory import GIVES_BACK
+from harness.processes import environment
 from lightning_eff.merging import Merger, open_source, write_merged
-from tests.cli.test_merge import save_plain
+from tests.merging.plain import save_plain
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path):
@@ -59,15 +60,14 @@ def test_a_kill_in_the_middle_leaves_no_output(tmp_path, number):
 _MEASURED = """
 import json, sys
 from pathlib import Path
+from harness.memory import peak_resident
 from lightning_eff.functional.averaging import uniform_weights
 from lightning_eff.merging import Merger, open_source, write_merged
 folder = Path(sys.argv[1])
 def peak(paths, name):
     merger = Merger([open_source(path) for path in paths])
     write_merged(merger, uniform_weights(range(len(paths))), folder / name, overwrite=True)
-    # Not `ru_maxrss`: a child begins with that of its parent.
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    return peak_resident() / 2**20
 big = sorted(folder.glob("big*"))
 before = max(peak(list(folder.glob("small*")), "out" + suffix) for suffix in (".ckpt", ".safetensors"))
 merges = [(".ckpt", 2), (".ckpt", 6), (".safetensors", 2), (".safetensors", 6)]
@@ -89,8 +89,7 @@ def test_memory_is_about_one_model_whatever_the_number_of_files(tmp_path, kind):
         text=True,
         timeout=100,
         check=True,
-        # Freed memory goes back at once, so that what is measured is what is held.
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        env=environment(**GIVES_BACK),
     )
     ckpt_2, ckpt_6, safetensors_2, safetensors_6 = json.loads(done.stdout)
     # Beside the result: the float64 sum of one tensor (twice its size), its rounded value, what is read of the file.

@@ -18,6 +18,8 @@ from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.faults import InjectedError, fail_at
+from harness.pool import Pool
 from lightning_eff.callbacks import ZClip
 from lightning_eff.compression import all_compressors, predict
 from lightning_eff.compression.comm_hook import CompressedReduction, hook
@@ -25,15 +27,10 @@ from lightning_eff.compression.in_process import InProcessRanks
 from lightning_eff.strategies import BF16, FP16, ArcTopK, CompressedDDPStrategy, Compressor, Int8, PowerSGD, RandK, TopK
 from lightning_eff.training.rank_state import KEY
 from lightning_eff.training.trainable import set_trainable
-from tests.distributed.faults import InjectedError, fail_at
-from tests.distributed.pool import Pool
+from tests.strategies.compressed_runs import ARC, SMALL, train
 from tests.suite.models import MODELS, Net
-from tests.suite.runs import SaveAt, build_trainer, differences, expect
-from tests.suite.table import Strategy
+from tests.suite.runs import SaveAt, differences, expect, weights
 
-# The models of the contract suite are so small that with the defaults everything would go dense.
-SMALL: dict[str, Any] = {"min_numel": 64}
-ARC: dict[str, Any] = {"ratio": 0.5, "rank": 1, **SMALL}
 COMPRESSORS: list[Compressor] = [
     FP16(),
     BF16(),
@@ -49,26 +46,6 @@ COMPRESSORS: list[Compressor] = [
 
 def name_of(compressor: Compressor) -> str:
     return f"{type(compressor).__name__}-{compressor.error_feedback}"
-
-
-def train(
-    folder: Path,
-    strategy: Any,
-    *callbacks: L.Callback,
-    steps: int = 4,
-    resume: Path | None = None,
-    module: Any = None,
-    **arguments: Any,
-) -> tuple[L.Trainer, Any]:
-    module = module or Net(optimizer="sgd")
-    ranks = dist.get_world_size() if dist.is_initialized() else 2
-    trainer = build_trainer(folder, Strategy("", ranks, lambda _: strategy), [], callbacks, module, steps, arguments)
-    trainer.fit(module, ckpt_path=resume)
-    return trainer, module
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def copied(memory: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -138,9 +115,8 @@ def test_ddp_averages_as_one_process_does(pool, compressor):
 @pytest.fixture(scope="module")
 def three() -> Iterator[Pool]:
     """Three workers: sums in another order, shares that do not divide evenly, all-gathers of more than one other."""
-    pool = Pool(3)
-    yield pool
-    pool.close()
+    with Pool(3) as pool:
+        yield pool
 
 
 def _on_three_ranks(compressors: list[Compressor], folder: Path) -> tuple[list[str], list[Any]]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import lightning as L
 import pytest
 
+from harness.pool import WorkerError
+from harness.processes import environment
 from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
-from tests.distributed.pool import WorkerError
-from tests.strategies.test_compressed_ddp import ARC, train
+from tests.strategies.compressed_runs import ARC, train
 
 
 class _Dies(L.Callback):
@@ -59,9 +60,8 @@ def test_a_string_is_all_that_a_user_writes(tmp_path, strategy):
     """Lightning starts the other process itself."""
     script = tmp_path / "train.py"
     script.write_text(_SCRIPT.format(strategy=strategy))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150
+        [sys.executable, str(script)], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr
     # The processes of `ddp_spawn` keep the strategy's counters to themselves.

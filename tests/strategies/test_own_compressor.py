@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import torch
 
+from harness import REPOSITORY
 from lightning_eff.compression.in_process import InProcessRanks
 from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 
-CARD = Path(__file__).parents[2] / "docs" / "methods" / "compressed_allreduce.md"
+CARD = REPOSITORY / "docs" / "methods" / "compressed_allreduce.md"
 
 
 def test_the_card_s_compressor():

@@ -13,9 +13,11 @@ import lightning as L
 import numpy
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
-from tests.distributed.pool import Pool
+from harness.pool import Pool
+from harness.runs import quiet_trainer
+from lightning_eff.structure import clean_named_parameters
 from tests.suite.models import MODELS, STEPS, Gan, Net
 from tests.suite.table import SINGLE, Row, Strategy
 
@@ -44,14 +46,14 @@ class Run:
     callback: L.Callback | None
 
     def parameters(self) -> dict[str, Tensor]:
-        return {name: _full(parameter) for name, parameter in self.model.named_parameters()}
+        return full(dict(self.model.named_parameters()))
 
     def outcome(self) -> dict[str, Any]:
         """What must be equal between two trainings that should be the same; a collective under FSDP2."""
         return {
             "parameters": self.parameters(),
-            "optimizers": [_full(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
-            "callback": None if self.callback is None else _full(self.callback.state_dict()),
+            "optimizers": [full(optimizer.state_dict()) for optimizer in self.trainer.optimizers],
+            "callback": None if self.callback is None else full(self.callback.state_dict()),
         }
 
 
@@ -108,12 +110,14 @@ def build_trainer(
         "val_check_interval": 3,
         "log_every_n_steps": 2,
         "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in around),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
     }
-    return L.Trainer(**(defaults | arguments), callbacks=[*callbacks, *around])
+    return quiet_trainer(*callbacks, *around, **(defaults | arguments))
+
+
+def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """Bit for bit; what is not a number is equal to nothing."""
+    assert weights.keys() == others.keys()
+    assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
 
 
 def differences(one: Any, other: Any, where: str = "", rtol: float = 0.0, atol: float = 0.0) -> list[str]:
@@ -166,12 +170,17 @@ def expect(kind: type[BaseException], reason: str) -> Iterator[Caught]:
     raise AssertionError(reason)
 
 
-def _full(value: Any) -> Any:
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters, under names without wrappers, with sharded ones put together."""
+    return full(clean_named_parameters(module))
+
+
+def full(value: Any) -> Any:
     """Detached copies, with sharded tensors put together."""
     if isinstance(value, dict):
-        return {key: _full(entry) for key, entry in value.items()}
+        return {key: full(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_full(entry) for entry in value)
+        return type(value)(full(entry) for entry in value)
     if isinstance(value, Tensor):
         value = value.detach()
         return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()

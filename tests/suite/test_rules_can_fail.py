@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.pool import WorkerError
+from harness.pool import WorkerError
 from tests.suite import broken
 from tests.suite.probe import Probe
 from tests.suite.rules import RULES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 
+from harness.runs import quiet_trainer
 from lightning_eff.training.alarms import Alarm, sound
 
 
@@ -16,26 +17,15 @@ class Listener(L.Callback):
         self.heard.append((trainer, pl_module, alarm))
 
 
-def _trainer(*callbacks):
-    return L.Trainer(
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
 def test_every_listener_hears_the_alarm():
     one, deaf, other = Listener(), L.Callback(), Listener()
-    trainer, alarm = _trainer(one, deaf, other), Alarm("loss", 7, "too high", 0.5)
+    trainer, alarm = quiet_trainer(one, deaf, other, accelerator="cpu"), Alarm("loss", 7, "too high", 0.5)
     assert sound(trainer, alarm) is True
     assert one.heard == other.heard == [(trainer, trainer.lightning_module, alarm)]
 
 
 def test_an_alarm_that_nobody_hears_says_so():
-    assert sound(_trainer(L.Callback()), Alarm("loss", 7, "too high")) is False
+    assert sound(quiet_trainer(L.Callback(), accelerator="cpu"), Alarm("loss", 7, "too high")) is False
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from harness.operators import OperatorCounter
+from harness.runs import fit
 from lightning_eff.training.heat_map import HeatMap
-from tests.operators import OperatorCounter
 
 
 def _filled(count, columns=8, rows=3):
@@ -126,10 +127,7 @@ class _Owner(L.Callback):
 
 
 def _fit(owner, tmp_path, **arguments):
-    L.Trainer(
-        max_steps=4, limit_val_batches=0, callbacks=[owner], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, accelerator="cpu", log_every_n_steps=1, **arguments,
-    ).fit(BoringModel())  # fmt: skip
+    fit(BoringModel(), owner, max_steps=4, limit_val_batches=0, default_root_dir=tmp_path, **arguments)
     return owner
 
 

@@ -2,9 +2,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from harness.runs import ddp, fit, fsdp2
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.optimizer_state import (
     allow_absent_states,
@@ -14,7 +14,7 @@ from lightning_eff.training.optimizer_state import (
 )
 from lightning_eff.training.trainable import set_trainable
 from tests.suite.models import Indices
-from tests.suite.runs import SaveAt, _full, differences
+from tests.suite.runs import SaveAt, differences, full
 
 STEPS = 6
 OPTIMIZERS = {
@@ -178,26 +178,16 @@ def _strategy(name):
     if name == "single":
         return "auto", 1
     if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo", find_unused_parameters=True), 2
-    sharded = name == "fsdp2-sharded"
-    return ModelParallelStrategy(2, 1, process_group_backend="gloo", save_distributed_checkpoint=sharded), 2
+        return ddp(find_unused_parameters=True), 2
+    return fsdp2(save_distributed_checkpoint=name == "fsdp2-sharded"), 2
 
 
 def _fit(kind, strategy, plan, steps, around=(), resume=None):
     built, devices = _strategy(strategy)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        strategy=built,
-        devices=devices,
-        max_steps=steps * (2 if kind == "two" else 1),
-        logger=False,
-        enable_checkpointing=bool(around),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[_Releases(plan), *around],
-    )
     module = _Model(kind, strategy.startswith("fsdp2"))
-    trainer.fit(module, ckpt_path=resume)
+    steps *= 2 if kind == "two" else 1
+    options = {"strategy": built, "devices": devices, "max_steps": steps}
+    trainer = fit(module, _Releases(plan), *around, ckpt_path=resume, **options)
     optimizers = [
         {
             # PyTorch gives a pair of betas back as a list.
@@ -206,14 +196,14 @@ def _fit(kind, strategy, plan, steps, around=(), resume=None):
                 for group in optimizer.state_dict()["param_groups"]
             ],
             "state": {
-                name: _full(dict(optimizer.state[parameter]))
+                name: full(dict(optimizer.state[parameter]))
                 for name, parameter in clean_named_parameters(module).items()
                 if parameter in optimizer.state
             },
         }
         for optimizer in trainer.optimizers
     ]
-    return {"parameters": _full(dict(module.named_parameters())), "optimizers": optimizers}
+    return {"parameters": full(dict(module.named_parameters())), "optimizers": optimizers}
 
 
 def _resume(kind, strategy, plan, saved, folder):

@@ -5,11 +5,13 @@ import lightning as L
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
+from harness.faults import InjectedError, fail_at
+from harness.runs import ddp, fit, fsdp2
 from lightning_eff.training.rank_state import KEY, RankState
 
 pytestmark = [
@@ -62,28 +64,12 @@ class _Memory(L.Callback):
         return [state and state["tensor"].tolist() for state in self.loaded]
 
 
-def _trainer(*callbacks, **options):
-    options = {"max_steps": 3, "strategy": "auto", **options}
-    return L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-        log_every_n_steps=1,
-        callbacks=list(callbacks),
-        **options,
-    )
-
-
 def _data():
     return DataLoader(torch.randn(40, 4), batch_size=2)
 
 
-def _fit(*callbacks, ckpt_path=None, model=_Model, **options):
-    trainer = _trainer(*callbacks, **options)
-    trainer.fit(model(), _data(), ckpt_path=ckpt_path)
-    return trainer
+def _fit(*callbacks, model=_Model, **options):
+    return fit(model(), *callbacks, data=_data(), **{"max_steps": 3, **options})
 
 
 def _tree(folder):
@@ -321,20 +307,13 @@ def test_what_follows_the_checkpoints_of_another_strategy(tmp_path):
     assert not memory.state.follows(SingleDeviceStrategy())
 
 
-class _Fails(L.Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 2:
-            raise RuntimeError("on purpose")
-
-
 def test_a_checkpoint_on_exception_has_it_and_its_removal_takes_it_away(tmp_path):
     memory, on_exception = _Memory(), OnExceptionCheckpoint(tmp_path)
-    trainer = _trainer(memory, _Fails(), on_exception)
     with (
-        pytest.raises(RuntimeError, match="on purpose"),
+        pytest.raises(InjectedError),
         pytest.warns(UserWarning, match="was called without a model|there is no last checkpoint"),
     ):
-        trainer.fit(_Model(), _data())
+        _fit(memory, fail_at(step=2).in_hook("on_train_batch_end"), on_exception)
     assert _tree(tmp_path) == {"on_exception.ckpt": 1}
 
     memory = _Memory()
@@ -347,10 +326,10 @@ def test_a_checkpoint_on_exception_has_it_and_its_removal_takes_it_away(tmp_path
 def test_it_survives_a_search_for_the_learning_rate(tmp_path):
     """Which saves a checkpoint, loads it again and removes it."""
     memory = _Memory()
-    trainer = _trainer(memory, LearningRateFinder(num_training_steps=4), default_root_dir=tmp_path)
     model = _Model()
     model.lr = 0.1
-    trainer.fit(model, _data())
+    finder = LearningRateFinder(num_training_steps=4)
+    fit(model, memory, finder, data=_data(), max_steps=3, default_root_dir=tmp_path)
 
     assert memory.values == [[0.0, 0.0]]
     assert memory.tensor.tolist() == [3.0, 0.0]
@@ -421,22 +400,12 @@ def _resume_on_two_ranks(path, strategy, model):
     return memory.values
 
 
-def _ddp():
-    return DDPStrategy(process_group_backend="gloo")
-
-
-def _sharded():
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-
-
 def _sharded_into_one_file():
-    return ModelParallelStrategy(
-        data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo", save_distributed_checkpoint=False
-    )
+    return fsdp2(save_distributed_checkpoint=False)
 
 
 @pytest.mark.parametrize(
-    ("strategy", "model"), [(_ddp, _Model), (_sharded, _ShardedModel), (_sharded_into_one_file, _ShardedModel)]
+    ("strategy", "model"), [(ddp, _Model), (fsdp2, _ShardedModel), (_sharded_into_one_file, _ShardedModel)]
 )
 def test_each_of_two_ranks_has_its_own(pool, tmp_path, strategy, model):
     pool.run(_save_on_two_ranks, tmp_path, strategy, model)
@@ -446,13 +415,13 @@ def test_each_of_two_ranks_has_its_own(pool, tmp_path, strategy, model):
 
 
 def _save_what_is_equal(folder):
-    trainer = _fit(_Memory(replicated=True), strategy=_ddp(), devices=2)
+    trainer = _fit(_Memory(replicated=True), strategy=ddp(), devices=2)
     trainer.save_checkpoint(folder / "a.ckpt")
 
 
 def _resume_what_is_equal(path, ranks):
     memory = _Memory(replicated=True)
-    _fit(memory, strategy=_ddp() if ranks > 1 else "auto", devices=ranks, max_steps=4, ckpt_path=path)
+    _fit(memory, strategy=ddp() if ranks > 1 else "auto", devices=ranks, max_steps=4, ckpt_path=path)
     return memory.values
 
 
@@ -469,7 +438,7 @@ def _fail_on_one_rank(folder):
 
     import lightning_eff.training.rank_state as module
 
-    trainer = _fit(_Memory(), strategy=_ddp(), devices=2)
+    trainer = _fit(_Memory(), strategy=ddp(), devices=2)
     write = module._write
 
     def full(content, path):
@@ -513,7 +482,7 @@ def test_another_rank_may_remove_the_folder_first(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:the state .* is not restored")
 def test_all_ranks_start_anew_together(pool, tmp_path):
-    pool.run(_save_on_two_ranks, tmp_path, _ddp, _Model)
+    pool.run(_save_on_two_ranks, tmp_path, ddp, _Model)
     path = tmp_path / "epoch=0-step=3.ckpt"
     memory = _Memory()
     with pytest.warns(UserWarning, match="was saved by 2 ranks, and there are 1 now"):
@@ -521,7 +490,7 @@ def test_all_ranks_start_anew_together(pool, tmp_path):
     assert memory.loaded == [None]
 
     next((tmp_path / f"{path.name}.ranks").glob("*.rank1.pt")).unlink()
-    assert pool.run(_resume_on_two_ranks, path, _ddp, _Model) == [[None], [None]]
+    assert pool.run(_resume_on_two_ranks, path, ddp, _Model) == [[None], [None]]
 
     trainer.save_checkpoint(path)  # over that of more ranks
     assert _tree(tmp_path)[path.name] == 1

@@ -4,15 +4,19 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader
 
+from harness.operators import OperatorCounter
+from harness.recorders import Reduced
+from harness.runs import ddp, fit, fsdp2
 from lightning_eff.strategies.fault_tolerant.strategy import FaultTolerantDDPStrategy
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.trainable import check_trainable_support, set_trainable
-from tests.operators import OperatorCounter
+from tests.suite.runs import assert_equal, weights
 
 STEPS = 6
 FROZEN = ("layers.0.weight", "layers.0.bias")
@@ -97,34 +101,28 @@ class _DropsGradients(_Toggles):
                 parameters[name].grad = None
 
 
-def _fit(*callbacks, model=_Model, strategy="auto", **options):
-    trainer = L.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=list(callbacks),
-        **{"max_epochs": 1, "limit_train_batches": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0, **options},
-    )
+def _fit(*callbacks, model=_Model, **options):
     module = model()
-    generator = torch.Generator().manual_seed(trainer.global_rank)
+    generator = torch.Generator().manual_seed(dist.get_rank() if dist.is_initialized() else 0)
     data = DataLoader(torch.randn(60, 32, generator=generator), batch_size=2)
-    trainer.fit(module, data, data)
-    return {name: _full(parameter) for name, parameter in module.named_parameters()}
+    defaults = {"max_epochs": 1, "limit_train_batches": STEPS, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    options = {**defaults, "use_distributed_sampler": False, **options}
+    fit(module, *callbacks, data=(data, data), **options)
+    return weights(module)
 
 
-def _full(parameter):
-    parameter = parameter.detach()
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.clone()
+class _Wrapped(Reduced):
+    """Looks at the wrapper too, whose hook the user has registered."""
 
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.wrapper = weakref.ref(trainer.model)
 
-def _assert_equal(weights, others):
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
+    def on_train_end(self, trainer, pl_module):
+        self.old_is_gone = self.wrapper() is None
+        self.kwargs = (trainer.model.find_unused_parameters, trainer.model.gradient_as_bucket_view)
+        assert trainer.model.training
+        assert "init_sync" not in trainer.strategy._ddp_kwargs
 
 
 # --- one device ----------------------------------------------------------------------------------------------------
@@ -134,14 +132,14 @@ def _assert_equal(weights, others):
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"model": _ManualModel}])
 def test_training_goes_on_with_what_is_open(schedule, options):
     toggles = _Toggles(schedule)
-    _assert_equal(_fit(toggles, **options), _fit(_DropsGradients(schedule), **options))
+    assert_equal(_fit(toggles, **options), _fit(_DropsGradients(schedule), **options))
 
     assert toggles.heard == [(list(FROZEN), []) if open_ else ([], list(FROZEN)) for open_ in schedule.values()]
 
 
 def test_an_event_that_changes_nothing_is_none():
     toggles = _Toggles({0: True, 2: True})
-    _assert_equal(_fit(toggles), _fit())
+    assert_equal(_fit(toggles), _fit())
 
     assert toggles.heard == []
 
@@ -225,41 +223,12 @@ def test_replicas_agree_between_two_steps_and_not_within_one():
 # --- two ranks -----------------------------------------------------------------------------------------------------
 
 
-class _CountsElements(L.Callback):
-    """The elements that DDP reduces in each step, through a hook that the user has registered."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_train_start(self, trainer, pl_module):
-        trainer.model.register_comm_hook(self, _count_and_reduce)
-        self.wrapper = weakref.ref(trainer.model)
-
-    def on_train_batch_start(self, *_):
-        self.steps.append(0)
-
-    def on_train_end(self, trainer, pl_module):
-        self.old_is_gone = self.wrapper() is None
-        self.kwargs = (trainer.model.find_unused_parameters, trainer.model.gradient_as_bucket_view)
-        assert trainer.model.training
-        assert "init_sync" not in trainer.strategy._ddp_kwargs
-
-
-def _count_and_reduce(counter, bucket):
-    counter.steps[-1] += bucket.buffer().numel()
-    return allreduce_hook(None, bucket)
-
-
-def _ddp(**kwargs):
-    return DDPStrategy(process_group_backend="gloo", **kwargs)
-
-
 def _close_under_ddp(schedule, kwargs, options):
-    counter, toggles = _CountsElements(), _Toggles(schedule)
-    weights = _fit(counter, toggles, strategy=_ddp(**kwargs), devices=2, **options)
-    other = _fit(_DropsGradients(schedule), strategy=_ddp(**kwargs), devices=2, **options)
-    _assert_equal(weights, other)
-    return weights, counter.steps, counter.old_is_gone, counter.kwargs, len(toggles.heard)
+    counter, toggles = _Wrapped(), _Toggles(schedule)
+    weights = _fit(counter, toggles, strategy=ddp(**kwargs), devices=2, **options)
+    other = _fit(_DropsGradients(schedule), strategy=ddp(**kwargs), devices=2, **options)
+    assert_equal(weights, other)
+    return weights, counter.elements, counter.old_is_gone, counter.kwargs, len(toggles.heard)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +239,7 @@ def _close_under_ddp(schedule, kwargs, options):
 def test_closed_parameters_are_no_longer_reduced(pool, kwargs):
     one, two = pool.run(_close_under_ddp, {1: False, 3: True, 4: True}, kwargs, {})
 
-    _assert_equal(one[0], two[0])
+    assert_equal(one[0], two[0])
     expected = (kwargs.get("find_unused_parameters", False), kwargs.get("gradient_as_bucket_view", False))
     for _, steps, old_is_gone, flags, events in (one, two):
         assert steps == [ALL, ALL, LEFT, LEFT, ALL, ALL]
@@ -288,7 +257,7 @@ def test_other_ways_to_train_under_ddp(pool, options):
     # With accumulation the event falls into the middle of a window.
     one, two = pool.run(_close_under_ddp, {2: False}, {}, options)
 
-    _assert_equal(one[0], two[0])
+    assert_equal(one[0], two[0])
     assert one[1][-1] == two[1][-1] == LEFT
 
 
@@ -311,7 +280,7 @@ def _with_a_strategy_of_its_own_hook():
 def test_a_strategy_registers_its_hook_again_and_hears_of_the_event(pool):
     one, two = pool.run(_with_a_strategy_of_its_own_hook)
 
-    _assert_equal(one[0], two[0])
+    assert_equal(one[0], two[0])
     assert one[1:] == two[1:] == (2, [2])
 
 
@@ -320,7 +289,7 @@ def _disagree():
         with pytest.raises(RuntimeError, match="the ranks do not agree"):
             set_trainable(trainer, {FROZEN[trainer.global_rank]: False})
 
-    _fit(_Calls(call), strategy=_ddp(), devices=2, max_steps=2)
+    _fit(_Calls(call), strategy=ddp(), devices=2, max_steps=2)
 
 
 def test_ranks_that_do_not_agree_are_told_so(pool):
@@ -338,7 +307,7 @@ def _what_an_event_costs():
         set_trainable(trainer, dict.fromkeys(FROZEN, True))
 
     counts = []
-    _fit(_Calls(call), strategy=_ddp(), devices=2, max_steps=1)
+    _fit(_Calls(call), strategy=ddp(), devices=2, max_steps=1)
     return counts
 
 
@@ -347,13 +316,10 @@ def test_an_event_is_one_small_reduction(pool):
 
 
 def _close_under_fsdp(schedule, during, options):
-    def strategy():
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-
-    options = {"strategy": strategy(), "devices": 2, "model": _ShardedModel, **options}
+    options = {"strategy": fsdp2(), "devices": 2, "model": _ShardedModel, **options}
     weights = _fit(_Toggles(schedule, during), **options)
-    other = _fit(_DropsGradients(schedule, during), **{**options, "strategy": strategy()})
-    _assert_equal(weights, other)
+    other = _fit(_DropsGradients(schedule, during), **{**options, "strategy": fsdp2()})
+    assert_equal(weights, other)
     return weights
 
 
@@ -364,4 +330,4 @@ def _close_under_fsdp(schedule, during, options):
 def test_fsdp2_follows(pool, during, options):
     one, two = pool.run(_close_under_fsdp, {1: False, 3: True}, during, options)
 
-    _assert_equal(one, two)
+    assert_equal(one, two)

@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
+from harness.operators import OperatorCounter
+from harness.runs import fit
 from lightning_eff.callbacks import ZClip
 from lightning_eff.training.update_count import UpdateCount
-from tests.operators import OperatorCounter
 
 STEPS = 6
 
@@ -90,19 +91,12 @@ class _Watched(L.Callback):
         self.moves += any(not torch.equal(a, b) for a, b in zip(self.before, pl_module.parameters(), strict=True))
 
 
-def _fit(model, *callbacks, ckpt_path=None, **options):
-    options = {"max_steps": STEPS, "log_every_n_steps": 1, **options}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **options,
-    )
-    trainer.fit(model, DataLoader(torch.randn(60, 4), batch_size=2), ckpt_path=ckpt_path)
-    return trainer
+def _data():
+    return DataLoader(torch.randn(60, 4), batch_size=2)
+
+
+def _fit(model, *callbacks, **options):
+    return fit(model, *callbacks, data=_data(), **{"max_steps": STEPS, **options})
 
 
 def _scaler():
@@ -169,7 +163,7 @@ def test_a_second_fit_goes_on_and_detaching_leaves_nothing():
     trainer.fit_loop.max_epochs = None
     optimizer = trainer.optimizers[0]
     assert not optimizer._optimizer_step_post_hooks
-    trainer.fit(model, DataLoader(torch.randn(60, 4), batch_size=2))
+    trainer.fit(model, _data())
 
     assert counting.updates.exact() == 2 * STEPS
     counting.updates.attach(trainer.optimizers)

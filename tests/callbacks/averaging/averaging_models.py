@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from harness.runs import quiet_trainer
 from tests.suite.models import Net
 from tests.suite.runs import build_trainer
 from tests.suite.table import SINGLE, Strategy
@@ -104,9 +105,7 @@ def fit(
 
 def loss_of(module: L.LightningModule, folder: Path) -> float:
     """Validate without any callback."""
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder
-    )
+    trainer = quiet_trainer(accelerator="cpu", default_root_dir=folder)
     return trainer.validate(module, verbose=False)[0]["val_loss"]
 
 

@@ -20,12 +20,12 @@ from lightning.pytorch.strategies import FSDPStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from harness.faults import InjectedError, fail_at
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 from lightning_eff.functional.averaging import scheme_weights, weighted_average
 from lightning_eff.training import snapshots
 from lightning_eff.training.trainable import set_trainable
 from tests.callbacks.averaging.averaging_models import Odd, Weights, averaged, fit, loss_of
-from tests.distributed.faults import InjectedError, fail_at
 from tests.suite.models import Gan, Net
 from tests.suite.runs import SaveAt, differences
 from tests.suite.table import DDP, FSDP2, SINGLE, Strategy

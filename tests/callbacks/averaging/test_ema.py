@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from harness.operators import OperatorCounter
 from lightning_eff.callbacks import EMA
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.functional.ema import posthoc_weights, power_decay, power_from_width, warmup_decay
 from tests.callbacks.averaging.averaging_models import Odd, Weights, averaged, fit, loss_of
-from tests.operators import OperatorCounter
 from tests.suite.models import Net
 from tests.suite.runs import SaveAt, differences
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness import runs
 from lightning_eff.callbacks import GradES
 from tests.suite.models import Indices
 
@@ -157,22 +158,8 @@ class Told(GradES):
             self._fit.watch._metric.measure = measure
 
 
-def fit(*callbacks, model=None, strategy="auto", data=None, resume=None, **options):
-    options = {"max_steps": STEPS, "logger": False, "enable_checkpointing": False, **options}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        limit_val_batches=0,
-        callbacks=list(callbacks),
-        **options,
-    )
+def fit(*callbacks, model=None, data=None, resume=None, **options):
     module = Model() if model is None else model
-    trainer.fit(module, data or Indices(200), ckpt_path=resume)
-    return trainer, module
-
-
-def weights(module):
-    return {name.replace("_orig_mod.", ""): p.detach().clone() for name, p in module.named_parameters()}
+    defaults = {"max_steps": STEPS, "log_every_n_steps": 50, "use_distributed_sampler": False, "limit_val_batches": 0}
+    data = data or Indices(200)
+    return runs.fit(module, *callbacks, data=data, ckpt_path=resume, **{**defaults, **options}), module

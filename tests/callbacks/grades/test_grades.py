@@ -16,14 +16,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from harness.operators import OperatorCounter
+from harness.recorders import Reduced
+from harness.runs import ddp
 from lightning_eff.callbacks import GradES
 from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 from lightning_eff.training.optimizer_state import state_bytes
-from tests.callbacks.grades.grades_models import NAMINGS, STEPS, TOKENS, WIDTH, Model, Told, fit, weights
-from tests.operators import OperatorCounter
-from tests.suite.runs import SaveAt
+from tests.callbacks.grades.grades_models import NAMINGS, STEPS, TOKENS, WIDTH, Model, Told, fit
+from tests.suite.runs import SaveAt, assert_equal, weights
 
 Q = ("attn.q.weight",)  # in both blocks
 
@@ -36,12 +37,6 @@ class Each(L.Callback):
 
     def on_train_batch_end(self, trainer, module, *_):
         self.call(trainer, module)
-
-
-def _assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
 
 
 # --- what is watched -----------------------------------------------------------------------------------------------
@@ -130,7 +125,7 @@ def test_everything_else_trains_on_as_if_only_the_updates_were_missing(options, 
     # Decided by the gradient of step 4, read and done when step 5 has been made.
     assert told.frozen == {f"transformer.h.{block}.{Q[0]}": 5 for block in range(2)}
     _, other = fit(DropsGradients(5, Q[0]), model=Model(optimizer=optimizer), **options)
-    _assert_equal(weights(module), weights(other))
+    assert_equal(weights(module), weights(other))
     assert all(parameter.requires_grad for parameter in module.parameters())  # unfrozen after the fit
 
 
@@ -433,7 +428,7 @@ def test_a_run_resumes_exactly_before_between_and_after_events(at, release, tmp_
     fit(arguments(), SaveAt(at, path), model=Model(optimizer="adamw"), enable_checkpointing=True)
     resumed, module = arguments(), Model(optimizer="adamw")
     again, _ = fit(resumed, model=module, resume=path)
-    _assert_equal(weights(straight), weights(module))
+    assert_equal(weights(straight), weights(module))
     assert resumed.frozen == whole.frozen
     assert {5, 8} == set(whole.frozen.values())
     for one, other in zip(trainer.optimizers, again.optimizers, strict=True):
@@ -494,35 +489,16 @@ def test_a_rollback_unfreezes_what_was_frozen_later(save, closed):
 # --- two ranks -----------------------------------------------------------------------------------------------------
 
 
-class CountsBytes(L.Callback):
-    """What DDP reduces in each step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_train_start(self, trainer, module):
-        trainer.model.register_comm_hook(self, _count_and_reduce)
-
-    def on_train_batch_start(self, *_):
-        self.steps.append(0)
-
-
-def _count_and_reduce(counter, bucket):
-    counter.steps[-1] += bucket.buffer().nbytes
-    return allreduce_hook(None, bucket)
-
-
 def _under_ddp(find_unused):
-    counter, told = CountsBytes(), Told([(4, Q[0]), (7, "mlp")])
-    strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=find_unused)
-    _, module = fit(counter, told, strategy=strategy, devices=2)
-    return weights(module), counter.steps, told.frozen
+    counter, told = Reduced(), Told([(4, Q[0]), (7, "mlp")])
+    _, module = fit(counter, told, strategy=ddp(find_unused_parameters=find_unused), devices=2)
+    return weights(module), counter.bytes, told.frozen
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_frozen_matrices_are_no_longer_reduced(pool, find_unused):
     one, two = pool.run(_under_ddp, find_unused)
-    _assert_equal(one[0], two[0])
+    assert_equal(one[0], two[0])
     assert one[1:] == two[1:]
     every = 4 * sum(p.numel() for p in Model().parameters())
     attention, mlp = 4 * 2 * WIDTH * WIDTH, 4 * 2 * 2 * 2 * WIDTH * WIDTH
@@ -544,7 +520,7 @@ def _compressed():
 
 def test_the_suites_compression_forgets_what_is_frozen_and_sends_less(pool):
     one, two = pool.run(_compressed)
-    _assert_equal(one[0], two[0])
+    assert_equal(one[0], two[0])
     memories = [memory for _, memory, _ in one[1]]
     frozen = {f"transformer.h.{block}.mlp.c_fc.weight" for block in range(2)}
     assert frozen <= memories[3]

@@ -13,13 +13,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from harness import runs
+from harness.faults import InjectedError, fail_at
+from harness.operators import OperatorCounter
+from harness.recorders import Reduced
 from lightning_eff.callbacks import MISA, CheckpointAveraging, ZClip
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.optimizer_state import state_bytes
-from tests.distributed.faults import InjectedError, fail_at
-from tests.operators import OperatorCounter
 from tests.suite.models import Gan, Net
 from tests.suite.runs import SaveAt, differences, fit
 from tests.suite.table import DDP, FSDP2, SINGLE
@@ -135,11 +136,7 @@ def test_lora_pairs_are_sampled_as_one(tmp_path):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
     misa, watch, model = MISA(units=1, every_n_steps=2, eta=SHARP), Watch(), Adapted()
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=8, callbacks=[misa, watch], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
-    trainer.fit(model)
+    runs.fit(model, misa, watch, limit_val_batches=0)
     assert set(misa.importance) == {f"blocks.{b}.{name}.base.weight" for b in (0, 2) for name in ("qkv", "proj")}
     for active, trained in zip(watch.active, watch.trained, strict=True):
         stem = active[0].removesuffix("base.weight")
@@ -250,12 +247,8 @@ def test_gradients_under_a_scaler_are_measured_unscaled(tmp_path, fused):
     for scale in (1.0, 1024.0):
         misa, model = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Fused()
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=4, callbacks=[misa], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-            plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
-        )  # fmt: skip
-        trainer.fit(model)
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+        runs.fit(model, misa, max_steps=4, limit_val_batches=0, plugins=plugins)
         assert scaler.get_scale() == scale
         found.append(misa.importance)
     assert found[0] == pytest.approx(found[1], rel=0.05)
@@ -352,11 +345,7 @@ def test_an_intervals_change_is_no_spike_to_zclip(tmp_path):
         )
         if not reacts:
             zclip.on_trainable_change = lambda *_: None
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=16, callbacks=[zclip, misa], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-        )  # fmt: skip
-        trainer.fit(Loud(optimizer="sgd"))
+        runs.fit(Loud(optimizer="sgd"), zclip, misa, max_steps=16, limit_val_batches=0)
         spikes[reacts] = zclip.spikes[0]
     assert spikes[True] == 0 < spikes[False]
 
@@ -371,11 +360,7 @@ def test_lightnings_clip_sees_what_is_trained(tmp_path):
             norms.append((len(grads), torch.nn.utils.get_total_norm(grads).item()))
 
     misa = MISA(units=2, every_n_steps=3, eta=SHARP)
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=8, callbacks=[misa], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, gradient_clip_val=1e-3,
-    )  # fmt: skip
-    trainer.fit(Norms())
+    runs.fit(Norms(), misa, limit_val_batches=0, gradient_clip_val=1e-3)
     assert all(count == 2 and norm <= 1.001e-3 for count, norm in norms)
 
 
@@ -431,41 +416,19 @@ def test_added_to_a_run_that_trained_everything(tmp_path):
 
 def test_an_exception_opens_everything_again(tmp_path):
     model = Net()
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=8, callbacks=[MISA(units=1), fail_at(step=2)], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
     with pytest.raises(InjectedError):
-        trainer.fit(model)
+        runs.fit(model, MISA(units=1), fail_at(step=2), limit_val_batches=0)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # --- two ranks ------------------------------------------------------------------------------------------------------
 
 
-class CountsElements(L.Callback):
-    """The elements that DDP reduces in each step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_train_start(self, trainer, pl_module):
-        trainer.model.register_comm_hook(self, _count_and_reduce)
-
-    def on_train_batch_start(self, *_):
-        self.steps.append(0)
-
-
-def _count_and_reduce(counter, bucket):
-    counter.steps[-1] += bucket.buffer().numel()
-    return allreduce_hook(None, bucket)
-
-
 def _under_ddp(folder):
     # MISA comes first, so that the counter registers its hook at the wrapper that MISA has made.
-    misa, watch, counter = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Watch(), CountsElements()
+    misa, watch, counter = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Watch(), Reduced()
     fit(None, folder, callback=misa, around=[watch, counter], strategy=DDP)
-    return watch.active, counter.steps, misa.importance
+    return watch.active, counter.elements, misa.importance
 
 
 def test_only_what_is_trained_is_reduced(pool, tmp_path):
@@ -510,11 +473,8 @@ def test_charts_are_of_tags_that_are_logged():
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
-def _start(misa, model=None, **arguments):
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    callbacks = [misa, *arguments.pop("callbacks", [])]
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, callbacks=callbacks, limit_val_batches=0, **quiet, **arguments)
-    trainer.fit(model or Net())
+def _start(misa, model=None):
+    runs.fit(model or Net(), misa, max_steps=1, limit_val_batches=0)
 
 
 class With(Net):
@@ -570,9 +530,7 @@ def test_one_optimizer_of_several_can_be_chosen():
     model = Gan()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     misa = MISA(units=1, include=["generator.0.weight"])
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = L.Trainer(accelerator="cpu", max_steps=8, callbacks=[misa], limit_val_batches=0, **quiet)
-    trainer.fit(model)
+    runs.fit(model, misa, limit_val_batches=0)
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     discriminator = {name for name in before if name.startswith("discriminator")}
     assert moved == {"generator.0.weight"} | discriminator  # the other optimizer is left as it is

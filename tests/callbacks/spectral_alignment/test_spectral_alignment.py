@@ -16,8 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+from harness.operators import OperatorCounter
+from harness.recorders import Alarms
+from harness.runs import fit
 from lightning_eff.callbacks import SpectralAlignmentMonitor, TrainingGuard
-from tests.operators import OperatorCounter
 
 TOKENS = 51  # odd, so that no majority is exactly a half
 
@@ -65,14 +67,6 @@ class Model(L.LightningModule):
         return DataLoader(torch.randn(64, TOKENS, 8, generator=generator), batch_size=1)
 
 
-def fit(model, *callbacks, max_steps=8, **arguments):
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
-    arguments = quiet | {"log_every_n_steps": 1} | arguments
-    trainer = L.Trainer(accelerator="cpu", max_steps=max_steps, callbacks=list(callbacks), **arguments)
-    trainer.fit(model)
-    return trainer
-
-
 ONE = ["blocks.0.up"]
 
 
@@ -95,16 +89,8 @@ def test_majority_is_that_of_the_svd():
     assert monitor.majority["blocks.0.up"] == pytest.approx(exact.majority)
 
 
-class Listener(L.Callback):
-    def __init__(self):
-        self.alarms = []
-
-    def on_alarm(self, trainer, pl_module, alarm):
-        self.alarms.append(alarm)
-
-
 def test_an_alarm_is_heard_once_when_a_layer_has_collapsed():
-    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, action="warn", **FAST), Listener()
+    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, action="warn", **FAST), Alarms()
     fit(Model(shift_at=4), monitor, listener, max_steps=10)
     (alarm,) = listener.alarms
     assert (alarm.source, alarm.step, alarm.severity) == ("spectral_alignment", 6, 1.0)  # the second in a row
@@ -114,8 +100,8 @@ def test_an_alarm_is_heard_once_when_a_layer_has_collapsed():
 
 
 def test_a_monitor_that_only_logs_does_not_end_runs():
-    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, **FAST), Listener()
-    guard = TrainingGuard(every_n_steps=2, keep=5, margin=3, check_every_n_steps=1, rules=[])
+    monitor, listener = SpectralAlignmentMonitor(include=ONE, severity=1.0, **FAST), Alarms()
+    guard = TrainingGuard(every_n_steps=2, keep=5, margin=3, read_every_n_steps=1, rules=[])
     trainer = fit(Model(shift_at=4), monitor, listener, guard, max_steps=10)
     assert monitor.collapsed == ONE
     assert listener.alarms == []
@@ -123,7 +109,7 @@ def test_a_monitor_that_only_logs_does_not_end_runs():
 
 
 def test_severity_is_the_share_of_watched_layers():
-    quiet, loud = (Listener() for _ in range(2))
+    quiet, loud = (Alarms() for _ in range(2))
     two = dict(include=["blocks.0.*"], action="warn")  # only one collapses: the other one gets products of the shift
     monitor = SpectralAlignmentMonitor(severity=1.0, **two, **FAST)
     fit(Model(shift_at=4), monitor, quiet, max_steps=10)
@@ -136,7 +122,7 @@ def test_severity_is_the_share_of_watched_layers():
 
 
 def test_a_healthy_run_is_silent():
-    listener = Listener()
+    listener = Alarms()
     fit(Model(), SpectralAlignmentMonitor(**FAST), listener, max_steps=10)
     assert listener.alarms == []
 
@@ -149,7 +135,7 @@ def test_action_warn():
 
 
 def test_action_warn_leaves_it_to_a_listener():
-    listener = Listener()  # warnings are errors in tests
+    listener = Alarms()  # warnings are errors in tests
     fit(Model(shift_at=4), SpectralAlignmentMonitor(include=ONE, action="warn", **FAST), listener, max_steps=10)
     assert len(listener.alarms) == 1
 
@@ -288,7 +274,7 @@ def test_an_observation_that_is_only_logged_waits_for_nothing():
     plain = syncs()
     # One read, at the end, for the words on layers that were never armed.
     assert syncs(SpectralAlignmentMonitor(**FAST)) - plain == 1
-    assert syncs(SpectralAlignmentMonitor(**FAST), Listener()) - plain == 1
+    assert syncs(SpectralAlignmentMonitor(**FAST), Alarms()) - plain == 1
     assert syncs(SpectralAlignmentMonitor(action="warn", **FAST)) - plain == 1 + 10
 
 

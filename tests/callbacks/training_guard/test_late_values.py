@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from harness.operators import OperatorCounter
 from lightning_eff.callbacks.training_guard.late_values import LateValues
-from tests.operators import OperatorCounter
 
 CPU = torch.device("cpu")
 

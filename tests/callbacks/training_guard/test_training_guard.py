@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from harness.faults import InjectedError
 from lightning_eff.callbacks import (
     EMA,
     Alarm,
@@ -29,9 +30,8 @@ from lightning_eff.callbacks import (
     sound,
 )
 from lightning_eff.training.trainable import set_trainable
-from tests.distributed.faults import InjectedError
 from tests.suite.models import MODELS, Net
-from tests.suite.runs import SaveAt, _full, differences, fit
+from tests.suite.runs import SaveAt, differences, fit, full
 from tests.suite.table import ARC_TOPK, DDP, FSDP2, ROWS, SINGLE, Strategy
 
 GUARD: dict[str, Any] = {
@@ -128,11 +128,11 @@ def _state(run: Any, callbacks: list[L.Callback]) -> dict[str, Any]:
     trainer = run.trainer
     return {
         "parameters": run.parameters(),
-        "optimizers": [_full(optimizer.state_dict()) for optimizer in trainer.optimizers],
+        "optimizers": [full(optimizer.state_dict()) for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "callbacks": [_full(callback.state_dict()) for callback in callbacks],
-        "window": _full(callbacks[1].window.state_dict()),
-        "ema": _full(callbacks[2]._state()),
+        "callbacks": [full(callback.state_dict()) for callback in callbacks],
+        "window": full(callbacks[1].window.state_dict()),
+        "ema": full(callbacks[2]._state()),
         "global_step": trainer.global_step,
         "random": torch.get_rng_state(),
     }
@@ -247,7 +247,7 @@ def _method_rolled_back(strategy: Strategy, folder: Path, name: str) -> tuple[An
         method, guard = row.build(), TrainingGuard(**GUARD)
         run = fit(None, folder, strategy=strategy, callback=guard, around=[method, *around], steps=11, **more)
         trainable = [parameter.requires_grad for parameter in run.model.parameters()]
-        return {**run.outcome(), "callback": _full(method.state_dict()), "trainable": trainable}
+        return {**run.outcome(), "callback": full(method.state_dict()), "trainable": trainable}
 
     rolled_back = run(Watch(), Sounder(9), SaveOnce(8, path))  # the set changes in step 9 or 10, which are undone
     return rolled_back, run(resume=path, model_arguments={"skip_steps": 2}), trained

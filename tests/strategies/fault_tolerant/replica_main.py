@@ -26,6 +26,8 @@ import lightning_eff.callbacks.averaging.beside_checkpoints
 import lightning_eff.strategies.fault_tolerant.manager
 import lightning_eff.strategies.fault_tolerant.replicas
 from examples.gpt.model import GPT, GPTConfig
+from harness import json_lines
+from harness.runs import quiet_trainer
 from lightning_eff.strategies import FaultTolerantDDPStrategy
 
 
@@ -283,8 +285,7 @@ class Faults:
 
     def note(self, samples: list[int]) -> None:
         """What goes into the step to come; at once, since this replica may not see its end."""
-        with self.file.open("a") as file:
-            file.write(json.dumps([made(self.trainer) + 1, samples]) + "\n")
+        json_lines.append(self.file, [made(self.trainer) + 1, samples])
 
     def at(self, phase: str, step: int | None = None) -> None:
         if self.trainer is None:
@@ -420,8 +421,7 @@ class Diary(L.Callback):
             "members": strategy.replicas.members,
             "writer": trainer.is_global_zero,
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        json_lines.append(self.path, line)
         self.faults.at("end")
         if self.leaves and line["step"] == self.leaves:
             strategy.replicas.leave()
@@ -485,7 +485,8 @@ def main(settings: dict[str, Any]) -> None:
         )
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
     logger = [loggers[name](folder / name) for name in settings.get("loggers", [])]
-    trainer = L.Trainer(
+    trainer = quiet_trainer(
+        *callbacks,
         accelerator="cpu",
         devices=settings["processes"],
         strategy=FaultTolerantDDPStrategy(**settings.get("strategy", {})),
@@ -494,10 +495,6 @@ def main(settings: dict[str, Any]) -> None:
         accumulate_grad_batches=settings.get("accumulate", 1),
         precision=settings.get("precision", "32-true"),
         logger=logger or False,
-        callbacks=callbacks,
-        enable_checkpointing="checkpoint_every" in settings,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         log_every_n_steps=1,
         check_val_every_n_epoch=settings.get("validate_every", 1),
         num_sanity_val_steps=settings.get("sanity", 0),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,30 +15,22 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from harness import REPOSITORY, json_lines
+from harness.processes import environment, free_port
+
 MOST_LIVES = 4  # restarts of one replica; more is an error in the test or in what is tested
-
-ROOT = Path(__file__).resolve().parents[3]
-
-
-def free_port() -> int:
-    """On loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
 
 
 class Server:
     """The process that forks replicas; one for a session."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUST_LOG": "error"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.strategies.fault_tolerant.replica_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
-            cwd=ROOT,
+            env=environment(RUST_LOG="error"),
+            cwd=REPOSITORY,
             start_new_session=True,
         )
         self.events: Queue[dict[str, Any]] = Queue()
@@ -89,8 +79,7 @@ class Lighthouse:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, env=environment)
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, env=environment())
         assert self.process.stdout is not None
         self.process.stdout.readline()
 
@@ -153,7 +142,7 @@ def run(
     heartbeat_timeout: float = 3.0,
     min_replicas: int = 1,
     during: Any = None,
-    environment: dict[str, str] | None = None,
+    variables: dict[str, str] | None = None,
     **settings: Any,
 ) -> Outcome:
     """Train, restarting what dies until one has finished, as the launcher does.
@@ -161,7 +150,7 @@ def run(
     Args:
         processes: of each replica; when one of them is lost, all are ended and begin anew, as the elastic agent does.
         during: called about every 50 ms with the `Lighthouse`, the pids by replica and the folder.
-        environment: of the replicas, besides what the launcher gives them.
+        variables: of the replicas' environment, besides what the launcher gives them.
     """
     began = time.monotonic()
     lighthouse = Lighthouse(min_replicas, heartbeat_timeout)
@@ -211,7 +200,7 @@ def run(
                         "log": str(folder / f"replica-{name}-{lives[replica]}.log"),
                         "faults": [fault.row() for fault in faults],
                         "environment": {
-                            **(environment or {}),
+                            **(variables or {}),
                             "TORCHFT_LIGHTHOUSE": lighthouse.address,
                             "REPLICA_GROUP_ID": str(replica),
                             "NUM_REPLICA_GROUPS": str(replicas),
@@ -268,20 +257,13 @@ def run(
             if "exit" in event:
                 running.pop(event["pid"], None)
         lighthouse.kill()
-    lines = {
-        replica: [
-            json.loads(line)
-            for path in sorted(folder.glob(f"steps-{replica}-*.jsonl"))
-            for line in path.read_text().splitlines()
-        ]
-        for replica in range(replicas)
-    }
+    lines = {replica: json_lines.read(*sorted(folder.glob(f"steps-{replica}-*.jsonl"))) for replica in range(replicas)}
     finals = {
         replica: json.loads((folder / f"final-{replica}.json").read_text())
         for replica in range(replicas)
         if (folder / f"final-{replica}.json").exists()
     }
-    others = [json.loads(line) for path in folder.glob("steps-*.*-*.jsonl") for line in path.read_text().splitlines()]
+    others = json_lines.read(*folder.glob("steps-*.*-*.jsonl"))
     return Outcome(folder, lines, finals, exits, sessions, time.monotonic() - began, lives, others)
 
 

@@ -16,74 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.test_launch import listeners
-from tests.strategies.fault_tolerant.replica_runs import ROOT, Fault, Lighthouse, Outcome, Server, orphans, run
+from harness import REPOSITORY
+from tests.strategies.fault_tolerant.replica_checks import REAL, STEPS, assert_same_run, check, killed, run_on_loopback
+from tests.strategies.fault_tolerant.replica_runs import Fault, Lighthouse, Outcome, Server, run
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
-
-STEPS = 40
-# AdamW, dropout, two micro-batches a step, a data worker with prefetch. An epoch has 10 steps: kills are in mid-epoch.
-REAL = {"accumulate": 2, "workers": 1, "sleep": 0.01}
 
 
 @pytest.fixture(scope="session")
 def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """The same run without a fault."""
-    found: set[str] = set()
-
-    def look(lighthouse: Lighthouse, pids: dict[int, int], folder: Path) -> None:
-        found.update(listeners([*pids.values(), lighthouse.process.pid]))
-
-    outcome = check(run(server, tmp_path_factory.mktemp("undisturbed"), steps=STEPS, during=look, **REAL))
-    assert found == {"0100007F"}, "something listens elsewhere than on 127.0.0.1"
-    return outcome
-
-
-def check(outcome: Outcome, steps: int = STEPS, all_end: bool = True, manual: bool = False) -> Outcome:
-    """What holds after whatever has happened."""
-    replicas = len(outcome.steps)
-    finished = {replica for replica, _, status in outcome.exits if status == 0}
-    assert finished, outcome.logs()
-    if all_end:
-        assert finished == set(range(replicas)), outcome.logs()
-    weights: dict[int, tuple[str, list[str]]] = {}
-    for replica, lines in outcome.steps.items():
-        numbers = [line["step"] for line in lines]
-        assert numbers == sorted(set(numbers)), f"replica {replica} made a step twice: {numbers}"
-        for line in lines:
-            assert line["ft_step"] == line["step"] or manual
-            same = weights.setdefault(line["step"], (line["weights"], line["open"]))
-            assert line["weights"] == same[0], f"weights differ after step {line['step']} of replica {replica}"
-            assert line["open"] == same[1], f"other parameters are trained in step {line['step']} of replica {replica}"
-    assert sorted(weights) == list(range(1, steps + 1)), "a step is missing"
-    for final in outcome.finals.values():
-        assert final["step"] == steps
-    assert len({(f["weights"], f["optimizer"]) for f in outcome.finals.values()}) == 1
-    assert orphans(outcome.sessions) == []
-    return outcome
-
-
-def assert_same_run(outcome: Outcome, undisturbed: Outcome, tolerance: float = 1e-5, of_epoch: int = 10) -> None:
-    """The loss curve and the samples are those of a run without the failure."""
-    losses, expected = outcome.losses(), undisturbed.losses()
-    assert losses.keys() == expected.keys()
-    for step, loss in expected.items():
-        assert losses[step] == pytest.approx(loss, rel=tolerance, abs=tolerance), f"step {step}"
-
-    seen: dict[int, set[int]] = {}
-    for file in outcome.folder.glob("samples-*.jsonl"):
-        for line in file.read_text().splitlines():
-            step, samples = json.loads(line)
-            seen.setdefault(step, set()).update(samples)
-    for epoch in range(max(expected) // of_epoch):
-        steps = range(of_epoch * epoch + 1, of_epoch * (epoch + 1) + 1)
-        samples = [sample for step in steps for sample in seen[step]]
-        assert sorted(samples) == list(range(240)), f"samples lost or seen twice in epoch {epoch}"
-
-
-def killed(outcome: Outcome) -> list[int]:
-    """Replicas that were killed, in order."""
-    return [replica for replica, _, status in outcome.exits if status == -signal.SIGKILL]
+    return check(run_on_loopback(server, tmp_path_factory.mktemp("undisturbed"), steps=STEPS, **REAL))
 
 
 _PHASES = ["backward", "settle", "forward", "allreduce", "commit", "update", "end", "quorum"]
@@ -272,7 +215,7 @@ def test_one_that_comes_when_the_run_is_over_ends(server: Server, tmp_path: Path
         tmp_path,
         replicas=1,
         strategy={"max_replicas": 3},
-        environment={"LIGHTNING_EFF_FINISHED": str(finished)},
+        variables={"LIGHTNING_EFF_FINISHED": str(finished)},
         limit=30.0,
     )
     assert outcome.exits == [(0, 0, 0)]
@@ -310,7 +253,7 @@ def test_a_link_that_is_cut_and_mended(network: Any, tmp_path: Path) -> None:
     """Three machines, each with an address of its own. The one behind the cut is left behind, starts anew and heals."""
     net = network(3)
     lighthouse = Lighthouse.command_for(net.address(0), 29510, min_replicas=1, heartbeat_timeout=3.0)
-    net.popen(0, lighthouse, {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    net.popen(0, lighthouse, {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.DEVNULL)
     lives = [0, 0, 0]
 
     def start(replica: int) -> subprocess.Popen[bytes]:
@@ -340,12 +283,12 @@ def test_a_link_that_is_cut_and_mended(network: Any, tmp_path: Path) -> None:
             "REPLICA_GROUP_ID": str(replica),
             "NUM_REPLICA_GROUPS": "3",
             "TORCHELASTIC_RESTART_COUNT": str(lives[replica]),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(REPOSITORY),
             "RUST_LOG": "error",
         }
         with (tmp_path / f"replica-{replica}-{lives[replica]}.log").open("wb") as log:
             command = [sys.executable, "-m", "tests.strategies.fault_tolerant.replica_main", file]
-            return net.popen(replica, command, environment, stdout=log, stderr=log, cwd=ROOT)
+            return net.popen(replica, command, environment, stdout=log, stderr=log, cwd=REPOSITORY)
 
     def made(replica: int) -> int:
         return sum(len(path.read_text().splitlines()) for path in tmp_path.glob(f"steps-{replica}-*.jsonl"))

@@ -10,27 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.strategies.fault_tolerant.replica_checks import GRADES, REAL, WEIGHTS, assert_same_run, check, killed
 from tests.strategies.fault_tolerant.replica_runs import Fault, Outcome, Server, run
-from tests.strategies.fault_tolerant.test_fault_tolerance import REAL, assert_same_run, check, killed
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
 STEPS = 30
-WEIGHTS = ["net.0.weight", "net.3.weight", "head.weight"]
-
-# At the end of step 9 those two of the three matrices are frozen that were the most settled ones after step 8.
-GRADES = {
-    "tau": 1e9,
-    "tau_mode": "absolute",
-    "alpha": 0.0,
-    "every_n_steps": 1,
-    "patience": 6,
-    "include": WEIGHTS,
-    "max_frozen_ratio": 0.67,
-    "max_events": None,
-    "stop_when_frozen": False,
-    "release_state": True,
-}
 # One of three at a time, another after every third step.
 MISA = {"units": 1, "every_n_steps": 3, "include": WEIGHTS, "always": ["*bias"], "heat_map": True}
 # Clips often, and collects after every second step.

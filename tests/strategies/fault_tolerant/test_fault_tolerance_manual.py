@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
+from tests.strategies.fault_tolerant.replica_checks import GRADES, assert_same_run, check, killed
 from tests.strategies.fault_tolerant.replica_main import Adversaries, Noisy
 from tests.strategies.fault_tolerant.replica_runs import Fault, Outcome, Server, run
-from tests.strategies.fault_tolerant.test_fault_tolerance import assert_same_run, check, killed
-from tests.strategies.fault_tolerant.test_fault_tolerance_callbacks import GRADES
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_launch import listeners
-from tests.strategies.fault_tolerant.replica_runs import Fault, Lighthouse, Outcome, Server, run
-from tests.strategies.fault_tolerant.test_fault_tolerance import assert_same_run, check
+from tests.strategies.fault_tolerant.replica_checks import assert_same_run, check, run_on_loopback
+from tests.strategies.fault_tolerant.replica_runs import Fault, Outcome, Server, run
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
@@ -29,14 +28,7 @@ def check_all(outcome: Outcome) -> Outcome:
 
 @pytest.fixture(scope="module")
 def undisturbed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    found: set[str] = set()
-
-    def look(lighthouse: Lighthouse, pids: dict[int, int], folder: Path) -> None:
-        found.update(listeners([*pids.values(), lighthouse.process.pid]))
-
-    outcome = check_all(run(server, tmp_path_factory.mktemp("processes"), during=look, **REAL))
-    assert found == {"0100007F"}, "something listens elsewhere than on 127.0.0.1"
-    return outcome
+    return check_all(run_on_loopback(server, tmp_path_factory.mktemp("processes"), **REAL))
 
 
 _CASES = {

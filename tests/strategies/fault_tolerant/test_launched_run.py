@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from harness import REPOSITORY
+from harness.processes import environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -79,8 +79,8 @@ def launch(folder: Path, victim: str, replicas: int, processes: int) -> dict[str
     command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas), "--grace", "60"]
     done = subprocess.run(
         [*command, "--nproc-per-node", str(processes), str(folder / "train.py"), str(folder), victim],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

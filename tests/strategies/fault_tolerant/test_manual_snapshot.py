@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric
 
+from harness.runs import fit
 from lightning_eff.strategies.fault_tolerant.manual.snapshot import StepSnapshot, with_buffers_of_its_own
 
 
@@ -103,7 +104,6 @@ def test_all_is_set_back(schedule: str) -> None:
     torch.manual_seed(0)
     module = Pair(schedule)
     data = torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=4)  # type: ignore[arg-type, var-annotated]
-    quiet: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet).fit(module, data)
+    fit(module, data=data, max_epochs=1)
     assert module.seen
     assert module.count == 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import threading
 from collections import Counter
 from datetime import timedelta
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
+from harness.processes import free_port
 from lightning_eff.strategies.fault_tolerant.process_group import Gloo, Nobody, _sockets, store_on
 
 
@@ -72,9 +72,7 @@ def test_a_forked_child_holds_no_connection_of_any_group() -> None:
 @pytest.mark.parametrize("port", [0, None])
 def test_the_store_listens_on_one_address(port: int | None) -> None:
     if port is None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
     store = store_on("127.0.0.1", port)
     assert port in (0, store.port)
     rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]

@@ -25,6 +25,7 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from harness.runs import fit
 from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan, seed_of, seeded
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader, combined_batch
 
@@ -482,30 +483,22 @@ class Recorder(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def fit(module: Recorder, folder, **arguments) -> L.Trainer:
+def train(module: Recorder, folder, **arguments) -> None:
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last")
-    trainer = L.Trainer(
-        strategy=Sharded(1),
-        max_epochs=3,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[checkpoint],
-    )
+    data = DataLoader(range(36), 3, shuffle=True)
     with pytest.raises((SystemExit, KeyboardInterrupt)) if module.stop_at else torch.enable_grad():
-        trainer.fit(module, DataLoader(range(36), 3, shuffle=True), **arguments)
-    return trainer
+        fit(module, checkpoint, data=data, strategy=Sharded(1), max_epochs=3, **arguments)
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 7, 8])
 def test_a_run_in_a_trainer_resumes_in_mid_epoch(tmp_path, stop_at):
     whole = Recorder()
-    fit(whole, tmp_path / "whole")
+    train(whole, tmp_path / "whole")
     assert [(epoch, index) for epoch, index, _ in whole.batches] == [(e, i) for e in range(3) for i in range(4)]
     plan = ShardPlan(DataLoader(range(36), 3, shuffle=True), 3, seed=4)
     assert [samples for *_, samples in whole.batches] == [plan.batch(e, 1, i) for e in range(3) for i in range(4)]
 
     first, second = Recorder(stop_at), Recorder()
-    fit(first, tmp_path / "cut")
-    fit(second, tmp_path / "cut", ckpt_path=str(tmp_path / "cut" / "last.ckpt"))
+    train(first, tmp_path / "cut")
+    train(second, tmp_path / "cut", ckpt_path=str(tmp_path / "cut" / "last.ckpt"))
     assert first.batches + second.batches == whole.batches

@@ -20,6 +20,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
 
+from harness.runs import fit
 from lightning_eff.strategies import FaultTolerantDDPStrategy
 from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.strategies.fault_tolerant.step_in_hand import shares
@@ -88,18 +89,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fit(module: L.LightningModule, strategy: Any = None, **trainer: Any) -> None:
-    strategy = strategy or FaultTolerantDDPStrategy(**ARGUMENTS)
-    L.Trainer(
-        accelerator="cpu",
-        devices=trainer.pop("devices", 1),
-        strategy=strategy,
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **trainer,
-    ).fit(module)
+    fit(module, strategy=strategy or FaultTolerantDDPStrategy(**ARGUMENTS), max_steps=2, **{"devices": 1, **trainer})
 
 
 class Manual(BoringModel):

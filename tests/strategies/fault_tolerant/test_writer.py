@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
+from harness.runs import quiet_trainer
 from lightning_eff.strategies import FaultTolerantDDPStrategy
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError
 from lightning_eff.strategies.fault_tolerant.writer import NewerCheckpoints, adopt_places, begin_to_write, places
@@ -25,7 +25,7 @@ def test_another_writer_carries_a_csv_file_on(tmp_path: Path) -> None:
     file = Path(first.log_dir) / "metrics.csv"
     file.write_text(file.read_text() + "0.5")  # killed in the midst of a line
     second = CSVLogger(tmp_path, name="run")
-    trainer = L.Trainer(accelerator="cpu", logger=second, enable_checkpointing=False, enable_progress_bar=False)
+    trainer = quiet_trainer(accelerator="cpu", logger=second)
     trainer.strategy.connect(BoringModel())
     adopt_places(trainer, {"versions": [first.version], "folders": [], "saved": []})
     begin_to_write(trainer)

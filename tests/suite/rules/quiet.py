@@ -9,8 +9,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from tests.distributed.faults import InjectedError, fail_at
-from tests.operators import OperatorCounter
+from harness.faults import InjectedError, fail_at
+from harness.operators import OperatorCounter
 from tests.suite.models import STEPS, Net
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, build_trainer, differences, expect, fit, random_states

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.faults import InjectedError, fail_at
+from harness.faults import InjectedError, fail_at
 from tests.suite.models import MODELS, STEPS
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, SaveAt, differences, expect, fit

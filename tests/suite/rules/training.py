@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 
-from tests.memory import PoisonedEmpty
+from harness.poison import PoisonedEmpty
 from tests.suite.models import STEPS, EndlessIndices, Indices, Net
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, build_trainer, differences, fit

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from tests.leaks import REPOSITORY, Photograph, leaks_since
+from harness import REPOSITORY
+from harness.leaks import Photograph, leaks_since
 
 
 def test_a_clean_test_is_not_blamed():

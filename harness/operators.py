@@ -47,14 +47,17 @@ class OperatorCounter:
 
     @property
     def host_syncs(self) -> int:
+        """How often the host would have waited."""
         return self.waits.total()
 
     @property
     def calls(self) -> int:
+        """Of all operators."""
         return self.operators.total()
 
     @property
     def collectives(self) -> int:
+        """Calls that speak to other ranks."""
         return sum(n for name, n in self.operators.items() if name.startswith(("c10d::", "_c10d_functional::")))
 
     def __enter__(self) -> Self:

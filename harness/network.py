@@ -39,13 +39,13 @@ from typing import IO, Any, NamedTuple
 
 from typing_extensions import Self
 
-from tests.distributed.pool import GRACE, WorkerError, _failure, _list
+from harness import REPOSITORY
+from harness.pool import GRACE, WorkerError, check_sendable, failure, listed
 
 DEVICE = "eth0"
 PORT = 29400  # of rank 0's store: every network has all ports to itself
 TIME_LIMIT = 150.0  # of one task, with the start of its processes
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
 _NAME = "leff{process}x{number}-"
 _OURS = re.compile(r"leff(\d+)x\d+-")
 _numbers = itertools.count(1)
@@ -140,7 +140,7 @@ class Network:
             _quiet_up(hub, _port(rank))
 
     def _remove(self) -> None:
-        names = [name for name in _namespaces() if name.startswith(self._prefix)]
+        names = [name for name in namespaces() if name.startswith(self._prefix)]
         for name in names:
             _kill_inside(name)
         for process in self._processes:
@@ -226,15 +226,14 @@ class Network:
 
     def start(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Task:
         """Call a module's function on every rank, each in a process of its own, and go on: see `Task`."""
-        if "<" in getattr(fn, "__qualname__", ""):
-            raise TypeError(f"{fn.__qualname__} cannot be sent to a worker: it must be defined at the top of a module")
+        check_sendable(fn)
         return Task(self, fn, args, kwargs)
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """Call a module's function on every rank and return the results in the order of the ranks.
 
         The default process group (gloo, over the cables) exists; a Lightning `Trainer(num_nodes=ranks, devices=1)`
-        uses it. Raises `tests.distributed.pool.WorkerError` if a rank fails, dies or hangs.
+        uses it. Raises `harness.pool.WorkerError` if a rank fails, dies or hangs.
         """
         return self.start(fn, *args, **kwargs).results()
 
@@ -256,9 +255,9 @@ class Task:
         self._outputs = [folder / f"{rank}.output" for rank in range(network.ranks)]
         self.processes: list[subprocess.Popen[bytes]] = []
         for rank, (reply, output) in enumerate(zip(self._replies, self._outputs, strict=True)):
-            command = [sys.executable, "-m", "tests.distributed.network", reply]
+            command = [sys.executable, "-m", "harness.network", reply]
             # The interpreter of the worker finds the modules that this one finds, in the same order.
-            paths = os.pathsep.join([str(_REPOSITORY), *filter(None, sys.path)])
+            paths = os.pathsep.join([str(REPOSITORY), *filter(None, sys.path)])
             with output.open("wb") as stream:
                 process = network.popen(
                     rank, command, {"PYTHONPATH": paths}, stdin=subprocess.PIPE, stdout=stream, stderr=stream
@@ -296,7 +295,7 @@ class Task:
             return [results[rank] for rank in range(len(replies))]
         tracebacks = {rank: reply["traceback"] for rank, reply in replies.items() if "traceback" in reply}
         failed = sorted(set(tracebacks) - set(expired))
-        what = f"failed on rank {_list(failed)}" if failed else f"was still running on rank {_list(expired)}"
+        what = f"failed on rank {listed(failed)}" if failed else f"was still running on rank {listed(expired)}"
         cause = next((replies[rank].get("exception") for rank in failed if replies[rank].get("exception")), None)
         raise WorkerError(f"{self._name} {what}", tracebacks, results) from cause
 
@@ -322,7 +321,7 @@ def _work(reply: Path) -> None:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
         _write(reply, pickle.dumps({"result": fn(*args, **kwargs)}))
     except BaseException as error:
-        _write(reply, _failure(error))
+        _write(reply, failure(error))
         return
     with contextlib.suppress(RuntimeError):  # another rank has failed, and says so itself
         # A rank that closes its connections while another still reads from them is an error there.
@@ -365,7 +364,8 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _namespaces() -> list[str]:
+def namespaces() -> list[str]:
+    """Names of all that there are on this machine."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
     return [line.split()[0] for line in listed.splitlines() if line]
 
@@ -384,7 +384,7 @@ def _delete(namespace: str) -> None:
 
 def _remove_stale() -> None:
     """Remove the networks of processes that are no more: a test run that was killed had no chance to."""
-    for name in _namespaces():
+    for name in namespaces():
         owner = _OURS.match(name)
         if owner and not Path(f"/proc/{owner[1]}").exists():
             _kill_inside(name)

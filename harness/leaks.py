@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import StrategyRegistry
 
-from tests.distributed.pool import live_pids
+from harness import REPOSITORY
+from harness.pool import live_pids
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 _CACHES = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 
 # pytest's own, and what `L.seed_everything` leaves for its workers on purpose.
@@ -54,6 +53,7 @@ class Photograph:
 
     @classmethod
     def take(cls) -> Photograph:
+        """Now."""
         return cls(
             _children(),
             {thread for thread in threading.enumerate() if not thread.daemon},
@@ -118,10 +118,12 @@ class WrittenFiles:
         sys.addaudithook(self._hear)  # cannot be removed again: one for the session
 
     def start(self) -> None:
+        """Listen from now on."""
         self._made.clear()
         self._listening = True
 
     def stop(self) -> list[str]:
+        """Listen no longer; what was made since `start` and is still there."""
         self._listening = False
         left = [path for path in self._made if path.exists()]
         return [f"{'folder' if path.is_dir() else 'file'} {path.relative_to(REPOSITORY)}" for path in left]
@@ -165,10 +167,3 @@ def _command(pid: int) -> str:
     except OSError:
         return "?"
     return b" ".join(words).decode().strip() or "ended, never waited for"
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, without the environment variables that `L.seed_everything` leaves."""
-    L.seed_everything(seed, workers=False, verbose=False)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""Worker processes for distributed tests: started once per session, cleaned between tasks, replaced after a failure.
+"""Worker processes for distributed runs: started once per session, cleaned between tasks, replaced after a failure.
 
 A test asks for the `pool` fixture and sends a module-level function to every rank:
 
@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.leaks import WrittenFiles
+    from harness.leaks import WrittenFiles
 
 START_LIMIT = 150.0  # importing torch and lightning on a loaded two-core machine
 TIME_LIMIT = 90.0  # of one task; below pytest's own limit, so that the pool can say which rank hangs where
@@ -55,6 +55,12 @@ _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 def live_pids() -> set[int]:
     """Process ids of every live pool: the leak police leaves them alone."""
     return {pid for pool in _pools for pid in pool.pids}
+
+
+def check_sendable(fn: Callable[..., Any]) -> None:
+    """Refuse a function that another process could not import."""
+    if "<" in getattr(fn, "__qualname__", ""):
+        raise TypeError(f"{fn.__qualname__} cannot be sent to a worker: it must be defined at the top of a module")
 
 
 class WorkerError(RuntimeError):
@@ -76,7 +82,10 @@ class PoolTimeoutError(WorkerError):
 
 
 class Pool:
-    """`world_size` gloo workers. They start with the first `run` and again with the first `run` after a failure."""
+    """`world_size` gloo workers. They start with the first `run` and again with the first `run` after a failure.
+
+    As a context manager it ends them on the way out.
+    """
 
     def __init__(self, world_size: int = 2) -> None:
         self.world_size = world_size
@@ -86,6 +95,7 @@ class Pool:
 
     @property
     def pids(self) -> set[int]:
+        """Process ids of the workers; none before the first `run`."""
         return {worker.process.pid for worker in self._workers if worker.process.pid is not None}
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
@@ -100,6 +110,12 @@ class Pool:
         """
         return _Options(self, time_limit, grace, process_group)
 
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the workers: between tasks they hold nothing, and an interpreter with torch takes seconds to leave."""
         self._kill()
@@ -107,8 +123,7 @@ class Pool:
     def _run(
         self, fn: Callable[..., Any], args: Any, kwargs: Any, time_limit: float, grace: float, process_group: bool
     ) -> list[Any]:
-        if "<" in getattr(fn, "__qualname__", ""):
-            raise TypeError(f"{fn.__qualname__} cannot be sent to a worker: it must be defined at the top of a module")
+        check_sendable(fn)
         if not self._workers:
             self._start()
         # The parent holds the store, as torchrun's agent does: the system chose its port and nobody can take it.
@@ -134,10 +149,10 @@ class Pool:
         self._kill()
         name = getattr(fn, "__qualname__", fn)
         if failed:
-            raise WorkerError(f"{name} failed on rank {_list(failed)}", tracebacks, results) from next(
+            raise WorkerError(f"{name} failed on rank {listed(failed)}", tracebacks, results) from next(
                 (replies[rank]["exception"] for rank in failed if replies[rank]["exception"] is not None), None
             )
-        raise PoolTimeoutError(f"{name} hung for {time_limit:g} s on rank {_list(hung)}", tracebacks, results)
+        raise PoolTimeoutError(f"{name} hung for {time_limit:g} s on rank {listed(hung)}", tracebacks, results)
 
     def _collect(self, deadline: float, grace: float) -> tuple[dict[int, dict[str, Any]], list[int]]:
         replies: dict[int, dict[str, Any]] = {}
@@ -246,7 +261,7 @@ def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> No
             import lightning  # noqa: F401  (with the rank already known)
             import torch
 
-            from tests.leaks import WrittenFiles
+            from harness.leaks import WrittenFiles
 
             torch.set_num_threads(1)
             files = WrittenFiles()
@@ -258,7 +273,7 @@ def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> No
                         # A rank that closes its connections while another still reads from them is an error there.
                         connection.recv_bytes()
         except BaseException as error:  # the parent raises it
-            connection.send_bytes(_failure(error))
+            connection.send_bytes(failure(error))
             raise
 
 
@@ -283,10 +298,11 @@ def _answer(task: bytes, files: WrittenFiles) -> bytes:
                 raise AssertionError("left behind: " + "; ".join(left))
             return pickle.dumps({"result": result})
     except BaseException as error:
-        return _failure(error)
+        return failure(error)
 
 
-def _failure(error: BaseException) -> bytes:
+def failure(error: BaseException) -> bytes:
+    """What a worker sends in place of a result: the traceback, and the exception itself where it can be sent."""
     reply = {"traceback": "".join(traceback.format_exception(error)), "exception": error}
     try:
         pickle.loads(pickle.dumps(reply))  # some exceptions can be pickled but not be built again
@@ -334,5 +350,6 @@ def _close_if_alive(reference: weakref.ref[Pool]) -> None:
         pool.close()
 
 
-def _list(ranks: list[int]) -> str:
+def listed(ranks: list[int]) -> str:
+    """Ranks in words."""
     return ", ".join(map(str, ranks))

@@ -4,16 +4,16 @@ import signal
 import time
 import warnings
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-from tests.distributed.faults import InjectedError, fail_at
-from tests.distributed.pool import Pool, PoolTimeoutError, WorkerError
-from tests.leaks import REPOSITORY
+from harness import REPOSITORY
+from harness.faults import InjectedError, fail_at
+from harness.pool import Pool, PoolTimeoutError, WorkerError
+from tests.harness.regression import trained
 
 
 def _world_sum(value, *, times=1.0):
@@ -58,8 +58,7 @@ def _fail(rank):
 
 
 def test_a_failure_names_its_rank_and_the_pool_starts_anew():
-    pool = Pool(2)
-    try:
+    with Pool(2) as pool:
         pool.run(_state)
         first = pool.pids
         with pytest.raises(WorkerError, match=r"_fail failed on rank 1(?s:.*)LookupError: a key of rank one") as caught:
@@ -74,8 +73,7 @@ def test_a_failure_names_its_rank_and_the_pool_starts_anew():
         assert not pool.pids & first
 
         _check_hang_and_death(pool)  # on the same workers: starting a pool takes seconds
-    finally:
-        pool.close()
+    assert not pool.pids
 
 
 def _hang_on_rank_one():
@@ -111,12 +109,10 @@ def _write():
 
 
 def test_a_file_left_in_the_repository_is_an_error():
-    pool = Pool(1)
     try:
-        with pytest.raises(WorkerError, match=r"left behind: file pool_test.txt"):
+        with Pool(1) as pool, pytest.raises(WorkerError, match=r"left behind: file pool_test.txt"):
             pool.run(_write)
     finally:
-        pool.close()
         (REPOSITORY / "pool_test.txt").unlink()
 
 
@@ -135,32 +131,12 @@ def test_warnings_are_errors_in_the_workers_as_in_the_test(pool):
         assert pool.run(_warn) == [None, None]
 
 
-class _Regression(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def _fit(root, fault=None):
+def _fit(root, *faults):
     torch.manual_seed(3)
-    trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_steps=3, default_root_dir=root, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[fault] if fault else [],
-    )  # fmt: skip
-    model = _Regression()
     try:
-        trainer.fit(model, torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=2))
+        return trained(*faults, devices=2, strategy="ddp", default_root_dir=root)
     except InjectedError as error:
         return str(error)
-    environment = type(trainer.strategy.cluster_environment)
-    return trainer.global_rank, trainer.world_size, trainer.global_step, environment, model.layer.weight.detach()
 
 
 def test_lightning_recognises_torchrun_and_trains_in_the_workers(pool, tmp_path):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.operators import OperatorCounter
+from harness.operators import OperatorCounter
 
 WAITING = {
     "item": lambda x: x.sum().item(),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.memory import PoisonedEmpty
+from harness.poison import PoisonedEmpty
 
 MAKERS = {
     "empty": lambda like: torch.empty(2, 3, dtype=like.dtype),

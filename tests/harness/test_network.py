@@ -4,15 +4,16 @@ import subprocess
 import sys
 import time
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-from tests.distributed import network as network_module
-from tests.distributed.network import Network, NetworkUnavailableError, _namespaces, why_not
-from tests.distributed.pool import WorkerError
+from harness import network as network_module
+from harness.network import Network, NetworkUnavailableError, namespaces, why_not
+from harness.pool import WorkerError
+from harness.processes import eventually
+from tests.harness.regression import trained
 
 
 def _all_reduce(megabytes, repeats=3):
@@ -73,12 +74,13 @@ def _sum_until(path):
 
 def _rounds(path, rank=0, above=0, patience=60):
     """Wait until a rank has done more than so many rounds."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if (file := path.with_suffix(f".{rank}")).exists() and (text := file.read_text()) and int(text) > above:
-            return int(text)
-        time.sleep(0.02)
-    raise AssertionError(f"rank {rank} has not got past round {above}")
+    file = path.with_suffix(f".{rank}")
+
+    def done():
+        return int(file.read_text() or 0) if file.exists() else 0
+
+    eventually(lambda: done() > above, patience, f"rank {rank} has not got past round {above}")
+    return done()
 
 
 @pytest.mark.slow
@@ -150,28 +152,9 @@ def test_a_hanging_task_ends_with_its_time(network):
         net.run(_sleep)
 
 
-class _Regression(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def _fit():
     torch.manual_seed(dist.get_rank())
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", max_steps=3, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    model = _Regression()
-    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(12, 2), batch_size=2))
-    environment = type(trainer.strategy.cluster_environment)
-    return trainer.global_rank, trainer.world_size, trainer.global_step, environment, model.layer.weight.detach()
+    return trained(devices=1, num_nodes=2, strategy="ddp")
 
 
 @pytest.mark.slow
@@ -185,30 +168,27 @@ def test_lightning_takes_the_ranks_for_nodes(network):
 
 @pytest.mark.slow
 def test_nothing_is_left_on_the_way_out_not_even_grandchildren(network, tmp_path):
-    before, devices = _namespaces(), os.listdir("/sys/class/net")
+    before, devices = namespaces(), os.listdir("/sys/class/net")
     with pytest.raises(KeyError), Network(2) as net:  # noqa: PT012  (the error comes from within)
         shell = net.popen(0, ["sh", "-c", f"sleep 500 & echo $! > {tmp_path / 'child'}; wait"])
         while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
             time.sleep(0.01)
-        assert len(_namespaces()) == len(before) + 3
+        assert len(namespaces()) == len(before) + 3
         assert os.listdir("/sys/class/net") == devices
         raise KeyError("in the middle")
 
-    assert _namespaces() == before
+    assert namespaces() == before
     assert os.listdir("/sys/class/net") == devices
     assert shell.returncode == -signal.SIGKILL
     child = int((tmp_path / "child").read_text())
-    deadline = time.monotonic() + 5
-    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{child}")
+    eventually(lambda: not os.path.exists(f"/proc/{child}"), 5)
 
 
 @pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_by_the_next_network(network):
     code = """
 import os, pathlib, signal
-from tests.distributed.network import Network
+from harness.network import Network
 network = Network(1).__enter__()
 process = network.popen(0, ["sleep", "500"])
 while pathlib.Path(f"/proc/{process.pid}/comm").read_text() != "sleep\\n":
@@ -218,13 +198,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     name, process = killed.stdout.split()
-    deadline = time.monotonic() + 5
-    while os.path.exists(f"/proc/{process}") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not os.path.exists(f"/proc/{process}")
+    eventually(lambda: not os.path.exists(f"/proc/{process}"), 5)
 
     network(1)
-    assert name not in _namespaces()
+    assert name not in namespaces()
 
 
 @pytest.mark.parametrize("call", ["namespace", "cut", "mend", "traffic"])

@@ -1,0 +1,79 @@
+"""Times: of a call, of every step of a run, and of variants side by side."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from typing_extensions import override
+
+
+def now() -> float:
+    """Seconds on a clock that runs on, after all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    start = now()
+    call()
+    return now() - start
+
+
+class StepTimes(L.Callback):
+    """Seconds of every step, from one batch's start to the next one's, without the first ``warmup`` steps."""
+
+    def __init__(self, warmup: int = 1) -> None:
+        self.warmup = warmup
+        self._marks: list[float] = []
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._marks.append(now())
+
+    on_train_end = on_train_batch_start
+
+    @property
+    def seconds(self) -> list[float]:
+        """One number a step."""
+        return [b - a for a, b in itertools.pairwise(self._marks[self.warmup :])]
+
+    @property
+    def median(self) -> float:
+        """What most steps take."""
+        return statistics.median(self.seconds)
+
+    @property
+    def mean(self) -> float:
+        """What a step costs where some of them do more than others."""
+        return statistics.fmean(self.seconds)
+
+
+def in_turn(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure every variant once a round, in an order that rotates, so that a slow moment hits them all alike."""
+    names = list(variants)
+    figures: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            figures[name].append(variants[name]())
+    return figures
+
+
+def ratio(figures: Mapping[str, list[float]], of: str, to: str) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios round by round."""
+    ratios = [a / b for a, b in zip(figures[of], figures[to], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
+
+
+def over(figures: Mapping[str, list[float]], of: str, to: str, column: str, digits: int = 4) -> dict[str, float]:
+    """The `ratio` as columns of a row: ``column``, and the quartiles behind it as ``column_q1`` and ``column_q3``."""
+    middle, low, high = (round(value, digits) for value in ratio(figures, of, to))
+    return {column: middle, f"{column}_q1": low, f"{column}_q3": high}
