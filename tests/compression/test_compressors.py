@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.operators import OperatorCounter
 from lightning_eff.compression import (
     BF16,
     FP16,
@@ -22,7 +23,6 @@ from lightning_eff.compression.compressors.randk import _draw
 from lightning_eff.compression.in_process import InProcessRanks
 from lightning_eff.kernels.philox import philox_words
 from tests.compression.ranks import gradients, mean
-from tests.operators import OperatorCounter
 
 SHAPES = {"w": (40, 30), "b": (40,)}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from harness.operators import OperatorCounter
 from lightning_eff.functional.gradients import Gradients, squared_grad_norms
 from tests.gpu_rounding import GpuRounding
-from tests.operators import OperatorCounter
 
 
 def global_grad_norm(parameters):

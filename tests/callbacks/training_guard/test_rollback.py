@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+from harness.faults import InjectedError
 from lightning_eff.callbacks import EMA, GradES, TrainingDivergedError, TrainingGuard, ZClip
 from lightning_eff.training.random_state import random_state, set_random_state
 from tests.callbacks.training_guard.test_training_guard import GUARD, AtBatch, Poison, Sounder, _kill
-from tests.distributed.faults import InjectedError
 from tests.suite.models import MODELS, Net
 from tests.suite.runs import SaveAt, differences, fit
 from tests.suite.table import DDP, SINGLE, Strategy

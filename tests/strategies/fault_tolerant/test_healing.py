@@ -13,7 +13,7 @@ from lightning_eff.callbacks import EMA, MISA, CheckpointAveraging, GradES, Trai
 from lightning_eff.strategies.fault_tolerant.healing import live_state, load_live_state
 from lightning_eff.training.hooks import Order
 from tests.suite.models import MODELS, Net
-from tests.suite.runs import _full, differences, fit
+from tests.suite.runs import differences, fit, full
 
 
 class Remembers(Net):
@@ -104,9 +104,9 @@ def _others() -> list[L.Callback]:
 def _states(run: Any, callbacks: list[L.Callback]) -> dict[str, Any]:
     return {
         "run": run.outcome(),
-        "callbacks": [_full(callback.state_dict()) for callback in callbacks],
-        "window": _full(callbacks[1].window.state_dict()),
-        "ema": _full(callbacks[2]._state()),
+        "callbacks": [full(callback.state_dict()) for callback in callbacks],
+        "window": full(callbacks[1].window.state_dict()),
+        "ema": full(callbacks[2]._state()),
         "step": run.trainer.global_step,
         "epoch": run.trainer.current_epoch,
     }

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.strategies.fault_tolerant.replica_runs import ROOT, Fault, Lighthouse, Outcome, Server, run
-from tests.strategies.fault_tolerant.test_fault_tolerance import REAL, check
+from harness import REPOSITORY
+from tests.strategies.fault_tolerant.replica_checks import REAL, check
+from tests.strategies.fault_tolerant.replica_runs import Fault, Lighthouse, Outcome, Server, run
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
@@ -103,7 +104,7 @@ def test_a_stranger_ends_alone(stranger: dict[str, Any], words: str, server: Ser
         file.write_text(json.dumps(settings))
         environment = {
             **os.environ,
-            **{"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RUST_LOG": "error"},
+            **{"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "RUST_LOG": "error"},
             "TORCHFT_LIGHTHOUSE": lighthouse.address,
             "REPLICA_GROUP_ID": str(stranger["replica"]),
             "NUM_REPLICA_GROUPS": "3",
@@ -112,7 +113,10 @@ def test_a_stranger_ends_alone(stranger: dict[str, Any], words: str, server: Ser
         command = [sys.executable, "-m", "tests.strategies.fault_tolerant.replica_main", str(file)]
         with log.open("wb") as output:
             started.append(
-                (subprocess.Popen(command, env=environment, cwd=ROOT, stdout=output, stderr=output), time.monotonic())
+                (
+                    subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=output, stderr=output),
+                    time.monotonic(),
+                )
             )
 
     outcome = run(

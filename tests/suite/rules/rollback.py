@@ -8,9 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from harness.operators import OperatorCounter
 from lightning_eff.callbacks import Alarm, TrainingGuard, sound
 from lightning_eff.training.hooks import HasRunState
-from tests.operators import OperatorCounter
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, fit
 from tests.suite.table import Row
