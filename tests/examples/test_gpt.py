@@ -7,12 +7,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.gpt import GPT, GPTConfig, GPTModule, TextDataModule
 from examples.gpt.data import is_validation
-from examples.gpt.train import GPTCLI
-from examples.gpt.train import main as train
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "gpt" / "configs"
 TINY = GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32)
@@ -88,9 +87,7 @@ def test_config_instantiates_with_the_size_of_its_name(name, millions, monkeypat
     monkeypatch.setenv("NUM_REPLICA_GROUPS", "3")  # of the launcher
     monkeypatch.setenv("REPLICA_GROUP_ID", "0")
     with torch.device("meta"):  # shapes without memory
-        cli = GPTCLI(
-            GPTModule,
-            TextDataModule,
+        cli = LightningCLI(
             args=["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.accelerator", "cpu"],
             run=False,
         )
@@ -238,9 +235,10 @@ def test_command_line(text, tmp_path):
         --trainer.enable_progress_bar false --trainer.enable_model_summary false
         --trainer.logger.save_dir {tmp_path}
         --model.config.block_size 32 --model.config.n_layer 1 --model.config.n_head 2 --model.config.n_embd 16
-        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
+        --data.block_size 32 --data.root {text} --data.pattern *.txt
+        --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
     """
-    cli = train(["fit", "--config", str(CONFIGS / "1m.yaml"), *overrides.split()])
+    cli = LightningCLI(args=["fit", "--config", str(CONFIGS / "1m.yaml"), *overrides.split()])
     metrics = cli.trainer.callback_metrics
     assert cli.trainer.global_step == 4
     assert {"train_loss", "val_loss", "val_bpb", "zclip/grad_norm"} <= set(metrics)
@@ -254,11 +252,12 @@ def test_a_sample_of_matrices_at_a_time(text, tmp_path):
         --trainer.enable_progress_bar false --trainer.enable_model_summary false
         --trainer.logger.save_dir {tmp_path}
         --model.config.block_size 32 --model.config.n_layer 2 --model.config.n_head 2 --model.config.n_embd 16
-        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
+        --data.block_size 32 --data.root {text} --data.pattern *.txt
+        --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
     """
     config = tmp_path / "misa.yaml"
     config.write_text((CONFIGS / "misa.yaml").read_text().replace("interval: 50\n", "interval: 2\n"))
-    cli = train(["fit", "--config", str(config), *overrides.split()])
+    cli = LightningCLI(args=["fit", "--config", str(config), *overrides.split()])
     metrics = cli.trainer.callback_metrics
     assert 0 < metrics["misa/used"] <= 1
     assert metrics["misa/trainable"] < 0.95  # the ends of so small a model are most of it
@@ -272,7 +271,8 @@ def test_warm_up_stable_merge(text, tmp_path):
         --trainer.logger.save_dir {tmp_path} --trainer.default_root_dir {tmp_path}
         --model.config.block_size 32 --model.config.n_layer 1 --model.config.n_head 2 --model.config.n_embd 16
         --model.warmup_steps 2
-        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
+        --data.block_size 32 --data.root {text} --data.pattern *.txt
+        --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
     """
     config = tmp_path / "wsm.yaml"
     schedule = {"every_n_steps: 125": "every_n_steps: 2", "start_step: 250": "start_step: 4"}
@@ -281,7 +281,7 @@ def test_warm_up_stable_merge(text, tmp_path):
         assert old in written
         written = written.replace(old, new)
     config.write_text(written)
-    cli = train(["fit", "--config", str(config), *overrides.split()])
+    cli = LightningCLI(args=["fit", "--config", str(config), *overrides.split()])
     metrics = {name: value.item() for name, value in cli.trainer.callback_metrics.items()}
     losses = [metrics[f"{prefix}val_loss"] for prefix in ("", "average/2/", "average/4/", "average/")]
     assert len(set(losses)) == 4

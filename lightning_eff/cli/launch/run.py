@@ -23,6 +23,7 @@ from lightning_eff.cli.lighthouse import (
     split_address,
     timing_arguments,
 )
+from lightning_eff.cli.parser import Parser
 
 FINISHED = "LIGHTNING_EFF_FINISHED"
 """In the environment of every replica: a file that exists once one of them has ended with status 0."""
@@ -44,7 +45,7 @@ The exit status is 0 if a replica came to its end with 0, 1 if none did, 128 + N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the replicas to their end and return the exit status."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     _check(parser, args)
     if find_spec("torchft") is None:
@@ -54,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _Run(args, Path(folder)).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    """The arguments."""
+    parser = Parser(
         "lightning-eff launch",
         usage="lightning-eff launch --replicas N [OPTIONS] [-m] SCRIPT [ARGUMENTS ...]",
         description=_DESCRIPTION,
