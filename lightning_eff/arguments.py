@@ -8,6 +8,7 @@ A wrong type is met before a wrong range, and both are a ValueError: the argumen
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, NoReturn, get_args
@@ -158,6 +159,42 @@ def check_address(name: str, value: Any) -> tuple[str, int]:
     ok = ok and host != "" and (bracketed or ":" not in host) and "/" not in host
     check(name, value, ok, "HOST:PORT or http://HOST:PORT, such as 127.0.0.1:29510")
     return host.strip("[]"), int(port)
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """A sequence of finite numbers that is not empty.
+
+    Example:
+        >>> check_numbers("weights", [0.5, float("nan")])
+        Traceback (most recent call last):
+        ValueError: weights=[0.5, nan] is not allowed: it must be a list of finite numbers, at least one
+    """
+    ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    ok = ok and all(isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+    check(name, value, ok, "a list of finite numbers, at least one")
+
+
+def check_instances(name: str, value: Any, kind: type, what: str) -> None:
+    """A sequence of instances of a class that is not empty.
+
+    Example:
+        >>> check_instances("parts", [1, "two"], int, "integers, at least one")
+        Traceback (most recent call last):
+        ValueError: parts=[1, 'two'] is not allowed: it must be a list of integers, at least one
+    """
+    ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    check(name, value, ok and all(isinstance(each, kind) for each in value), f"a list of {what}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """A path, as a string that is not empty or a path object.
+
+    Example:
+        >>> check_path("output", 5)
+        Traceback (most recent call last):
+        ValueError: output=5 is not allowed: it must be a path
+    """
+    check(name, value, isinstance(value, str | os.PathLike) and str(value) != "", "a path")
 
 
 def readable_size(size: float) -> str:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import lightning as L
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+
+try:
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    raise ImportError("scikit-learn cannot be found. It comes with: pip install 'lightning-eff[examples]'") from error
 
 
 class DigitsDataModule(L.LightningDataModule):

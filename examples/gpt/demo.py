@@ -22,10 +22,16 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
+
+try:
+    import tensorboard  # noqa: F401
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:
+    package = str(error.name).split(".")[0]
+    raise ImportError(f"{package} cannot be found. It comes with: pip install 'lightning-eff[examples]'") from error
 
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig

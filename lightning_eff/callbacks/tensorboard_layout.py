@@ -1,6 +1,7 @@
 """One TensorBoard dashboard for whatever callbacks are in the Trainer."""
 
 import re
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
@@ -91,7 +92,8 @@ class TensorBoardLayout(Callback):
             return
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not loggers:
-            rank_zero_info("TensorBoardLayout: the Trainer has no TensorBoardLogger, so there is no layout to write.")
+            found = "" if find_spec("tensorboard") else ", which needs: pip install 'lightning-eff[tensorboard]'"
+            rank_zero_info(f"TensorBoardLayout: the Trainer has no TensorBoardLogger{found}. No layout is written.")
             return
         layout = self.layout(trainer)
         for logger in loggers:

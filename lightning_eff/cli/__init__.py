@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from lightning_eff import __version__
+from lightning_eff.cli.parser import did_you_mean
 
 
 class Command(NamedTuple):
@@ -17,13 +17,15 @@ class Command(NamedTuple):
     help: str
 
 
-# A new command is a line here and a module with a `main`. Modules are imported when they are called, so that `--help`
-# is quick and one command's missing dependency is no matter to the others.
+# A new command is a line here and a module with `main` and `make_parser`. Modules are imported when they are called, so
+# that `--help` is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
     "advise": Command("lightning_eff.cli.advise", "measure the link between the ranks: does compression pay?"),
+    "completion": Command("lightning_eff.cli.completion", "print what bash or zsh needs to complete a command line"),
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
     "launch": Command("lightning_eff.cli.launch.run", "start a fault-tolerant run: replicas may die and come back"),
     "lighthouse": Command("lightning_eff.cli.lighthouse", "the rendezvous of a fault-tolerant run's replicas"),
+    "list": Command("lightning_eff.cli.listing", "name the suite's callbacks, strategies, plugins, compressors"),
     "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
 }
 
@@ -72,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(import_module(COMMANDS[first].module).main(args[1:]))
     # LightningCLI also takes options before its command: `lightning-eff --config run.yaml fit`.
     if first not in TRAINING and not first.startswith("-"):
-        close = get_close_matches(first, [*TRAINING, *COMMANDS], n=1)
-        meant = f" Did you mean `{close[0]}`?" if close else ""
+        meant = did_you_mean(first, [*TRAINING, *COMMANDS])
         print(f"lightning-eff: no command `{first}`.{meant} See `lightning-eff --help`.", file=sys.stderr)
         return 2
     need_jsonargparse(first)

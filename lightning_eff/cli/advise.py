@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from lightning_eff.arguments import readable_size
 from lightning_eff.cli import need_jsonargparse, tables
+from lightning_eff.cli.complaints import complaint
+from lightning_eff.cli.parser import Parser, UsageError
 from lightning_eff.compression import all_compressors
 from lightning_eff.compression.forecast.advice import DENSE, Forecast, advise, forecasts
 from lightning_eff.compression.forecast.link import Link, Sample, fit_link, measure_link
@@ -35,8 +37,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the advice; return 0, or 1 with the reason where the model or the link cannot be read."""
-    parser = _parser()
+    """Print the advice; return 0, or 1 with the reason where a file or the link cannot be read."""
+    parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     options = [word for word in rest if word.startswith("-")]
     if rest and (args.model is None or rest[0] not in options):
@@ -51,13 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--ranks has no effect under torchrun, which has started the ranks")
     try:
         return _run(args, rest)
+    except UsageError as error:
+        parser.error(str(error))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"lightning-eff advise: {error}", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lightning-eff advise", description=_DESCRIPTION, allow_abbrev=False)
+def make_parser() -> Parser:
+    """The arguments, but those of the model."""
+    parser = Parser("lightning-eff advise", description=_DESCRIPTION, allow_abbrev=False)
     model = parser.add_argument_group("the model (default: GPT-2 with 124 M parameters)")
     model.add_argument("--model", metavar="CLASS", help="a LightningModule; its arguments follow as --model.NAME=VALUE")
     model.add_argument("--config", type=Path, metavar="YAML", help="LightningCLI's, e.g. a run's config.yaml")
@@ -81,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
     for name in ("compute", "link", "budget"):
         if (value := getattr(args, name)) is not None and not value > 0:
-            raise ValueError(f"--{name}={value} is not allowed: it must be above 0")
+            raise UsageError(f"--{name}={value} is not allowed: it must be above 0")
     if args.ranks is not None and args.ranks < 2:
-        raise ValueError(f"--ranks={args.ranks} is not allowed: a link has at least 2 ranks")
+        raise UsageError(f"--ranks={args.ranks} is not allowed: a link has at least 2 ranks")
     # Before anything is measured: a model that cannot be read is the earlier error.
     name, shapes = model_shapes(args, model_arguments)
     measured = _measure(args)
@@ -91,7 +96,11 @@ def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
         return 0  # a rank that prints nothing
     compute = Compute() if args.compute is None else Compute.of_step(args.compute)
     device = measured.device
-    found = list(forecasts(all_compressors(), shapes, measured.link, compute, bucket_cap_mb, device))
+    _say("compressing random gradients of the model's shapes with each compressor ...")
+    found = []
+    for forecast in forecasts(all_compressors(), shapes, measured.link, compute, bucket_cap_mb, device):
+        _say(f"  {forecast.strategy}")
+        found.append(forecast)
     advised = advise(found)
     if args.json:
         report = {
@@ -105,6 +114,12 @@ def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
     else:
         _show(name, shapes, measured, args.compute, found, advised)
     return 0
+
+
+def _say(text: str) -> None:
+    """Progress, at once and beside the report, of rank zero alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 # --- the link ---------------------------------------------------------------------------------------------------------
@@ -130,6 +145,7 @@ def _measure(args: argparse.Namespace) -> Measured | None:
         if world_size < 2:
             raise ValueError("torchrun has started one rank, and a link has at least 2: --nproc-per-node or --nnodes")
         backend, device = _backend(args.backend, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local)
+        _say(f"measuring the link between torchrun's {world_size} ranks, for about {args.budget:g} s ...")
         dist.init_process_group(backend, timeout=_TIMEOUT)
         try:
             samples = measure_link(device=device, budget=args.budget)
@@ -139,6 +155,7 @@ def _measure(args: argparse.Namespace) -> Measured | None:
         how = f"measured between torchrun's ranks, {backend}"
         return Measured(fit_link(samples, world_size), samples, how, device) if rank == 0 else None
     ranks = args.ranks or 2
+    _say(f"measuring the link between {ranks} processes of this machine, for about {args.budget:g} s ...")
     backend, device = _backend(args.backend, ranks, 0)
     with tempfile.TemporaryDirectory(prefix="lightning-eff-advise-") as folder:
         torch.multiprocessing.spawn(_measure_here, (ranks, args.backend, args.budget, folder), ranks)  # type: ignore
@@ -214,12 +231,12 @@ def _instantiate(model: str | None, arguments: Sequence[str], config: Path | Non
         found = yaml.safe_load(config.read_text())
         settings = found.get("model") if isinstance(found, dict) else None
         if settings is None:
-            raise ValueError(f"{config} is no config of LightningCLI: it holds no `model:`")
+            raise UsageError(f"{config} is no config of LightningCLI: it holds no `model:`")
         if model is not None:
             given = settings if isinstance(settings, dict) else {}
             settings = {"class_path": model, "init_args": given.get("init_args", given)}
         elif isinstance(settings, dict) and "class_path" not in settings:
-            raise ValueError(f"{config} does not say the class of the model: name it with --model")
+            raise UsageError(f"{config} does not say the class of the model: name it with --model")
     try:
         chosen = model if settings is None else settings
         text = chosen if isinstance(chosen, str) else json.dumps(chosen)
@@ -233,7 +250,7 @@ def _instantiate(model: str | None, arguments: Sequence[str], config: Path | Non
             module.configure_model()
     except (argparse.ArgumentError, ValueError, TypeError) as error:
         # jsonargparse lists what it has tried, one below the other; the class's own complaint is the innermost.
-        raise ValueError(f"the model cannot be built: {_innermost(error)}") from error
+        raise UsageError(f"the model cannot be built: {complaint(_innermost(error), arguments)}") from error
     assert isinstance(module, torch.nn.Module)
     return module
 

@@ -1,6 +1,5 @@
 """`lightning-eff doctor`: what is installed, which kernels run where, what is missing and how to get it."""
 
-import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -10,21 +9,23 @@ from typing import Any
 
 from lightning_eff import __version__
 from lightning_eff.cli import environment, tables
+from lightning_eff.cli.parser import Parser, did_you_mean
 
 _EPILOG = "The exit status is 0 when everything that is required is there and in the supported range, and 1 otherwise."
+
+# GPUs for data centres and desktops that torch's wheels and Triton support.
+_TARGETS = (
+    *(f"cuda:{capability}" for capability in (75, 80, 86, 89, 90, 100, 103, 120)),
+    *(f"hip:gfx{architecture}" for architecture in ("90a", "942", "950", "1100", "1101", "1200", "1201")),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; return 0 where all that is required is fine."""
-    parser = argparse.ArgumentParser("lightning-eff doctor", description=__doc__.split(": ", 1)[1], epilog=_EPILOG)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument(
-        "--compile",
-        metavar="TARGET",
-        help="compile every kernel for a GPU that need not be here (cuda:90, hip:gfx942): registers, shared memory, "
-        "spills",
-    )
+    parser = make_parser()
     args = parser.parse_args(argv)
+    if args.compile is not None and (wrong := _no_target(args.compile)):
+        parser.error(f"argument --compile: {wrong}")
     try:
         report = collect(args.compile)
     except PackageNotFoundError:  # run from a folder of sources: what it needs is in the metadata of an installation
@@ -37,6 +38,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(report)
     return 0 if report["ok"] else 1
+
+
+def make_parser() -> Parser:
+    """The arguments."""
+    parser = Parser("lightning-eff doctor", description=__doc__.split(": ", 1)[1], epilog=_EPILOG)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--compile",
+        metavar="TARGET",
+        help="compile every kernel for a GPU that need not be here (cuda:90, hip:gfx942): registers, shared memory, "
+        "spills",
+    )
+    return parser
+
+
+def _no_target(target: str) -> str:
+    """Why there is no such GPU: a compiler answers with a page, or makes another one's code."""
+    if target in _TARGETS:
+        return ""
+    return f"{target} is no target.{did_you_mean(target, _TARGETS)} There are {', '.join(_TARGETS)}"
 
 
 def collect(compile_for: str | None = None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from importlib.util import module_from_spec
 from typing import Any
 
 from lightning_eff.arguments import check_address
+from lightning_eff.cli.parser import Parser
 
 PORT = 29510
 
@@ -76,9 +77,9 @@ def check_timing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until a signal ends it."""
-    parser = argparse.ArgumentParser("lightning-eff lighthouse", description=_DESCRIPTION, epilog=_EPILOG)
+def make_parser() -> Parser:
+    """The arguments."""
+    parser = Parser("lightning-eff lighthouse", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument(
         "--bind",
         default=f"127.0.0.1:{PORT}",
@@ -86,6 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="address to listen on; port 0 takes a free one (default %(default)s)",
     )
     add_timing_arguments(parser, heartbeat_timeout=5.0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal ends it."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     check_timing(parser, args)
     try:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 
 from lightning_eff.cli import need_jsonargparse, tables
+from lightning_eff.cli.parser import Parser
 from lightning_eff.functional.averaging import CURVES, Scheme, scheme_weights
 from lightning_eff.functional.coefficient_search import evolve, greedy_soup
 from lightning_eff.functional.ema import posthoc_error, posthoc_weights
@@ -41,7 +42,7 @@ _OF_SEARCH = ("metric", "mode", "config", "model", "data", "evaluations", "seed"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge; return 0 where the output is written, and 1, with the reason, where it is not."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     _check_combination(parser, args)
     try:
@@ -52,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lightning-eff merge", description=_DESCRIPTION)
+def make_parser() -> Parser:
+    """The arguments."""
+    parser = Parser("lightning-eff merge", description=_DESCRIPTION)
     parser.add_argument("files", nargs="+", metavar="CHECKPOINT", help="files or folders, at least one")
     parser.add_argument("-o", "--output", required=True, type=Path, help="a .ckpt or a .safetensors file")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
@@ -90,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def _check_combination(parser: Parser, args: argparse.Namespace) -> None:
     given = {name for name, value in vars(args).items() if value is not None}
     if len(given & {"scheme", "weights", "search"}) > 1:
         parser.error("--scheme, --weights and --search exclude each other")
@@ -117,7 +119,7 @@ def _run(args: argparse.Namespace) -> None:
     sources = [open_source(file) for file in args.files]
     order = _order(sources, args.order)
     sources = [sources[place] for place in order]
-    merger = Merger(sources, _DTYPES.get(args.dtype), args.copy)
+    merger = Merger(sources, _DTYPES.get(args.dtype), args.copy or None)
     weights, about = _search(merger, args) if args.search else _by_scheme(sources, order, args)
     tables.table(
         "Checkpoints",
@@ -185,7 +187,7 @@ def _posthoc(sources: Sequence[Source], widths: Sequence[float] | None, sigma_re
 
 def _search(merger: Merger, args: argparse.Namespace) -> tuple[list[float], Any]:
     need_jsonargparse("merge --search")
-    from lightning_eff.merging.validation import Validation
+    from lightning_eff.cli.validation import Validation
 
     validation = Validation(
         merger,

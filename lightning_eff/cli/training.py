@@ -2,26 +2,109 @@
 
 import os
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 
-from lightning.pytorch.cli import LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
 
 # LightningCLI knows a class by its short name once it is imported, and a strategy once it is registered.
-import lightning_eff.callbacks  # noqa: F401
+import lightning_eff.callbacks
+import lightning_eff.strategies  # noqa: F401
 from lightning_eff import __version__
+from lightning_eff.cli import TRAINING
+from lightning_eff.cli.complaints import complaint
+
+_DEBUG = "JSONARGPARSE_DEBUG"
+
+
+class _WrongArgumentError(Exception):
+    """An argument is refused: by the parser, or by the constructor that it goes to."""
+
+
+class _TrainingCLI(LightningCLI):
+    """LightningCLI, in which whatever refuses an argument ends in one message."""
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise _WrongArgumentError(str(error), self.options()) from error
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            # jsonargparse lists what it has tried; the class's own complaint is the innermost. Only what says that an
+            # argument is wrong, or a package missing, is a message: a fault of the model itself has its traceback.
+            inner: BaseException = error
+            while (deeper := inner.__cause__ or inner.__context__) is not None:
+                inner = deeper
+            if isinstance(inner, ValueError | MisconfigurationException | ImportError):
+                raise _WrongArgumentError(str(inner), []) from error
+            raise inner from None  # its traceback is its own
+
+    def options(self) -> list[str]:
+        """The options of `fit`, and with it of all commands, that do not hang on a class."""
+        actions = self._subcommand_parsers["fit"]._option_string_actions
+        return [option for option in actions if option.startswith("--")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run LightningCLI on these arguments, or on those of the process."""
-    # As with `python -m`: a model in the current directory can be named, `--model=examples.gpt.model.GPTModule`.
+    """Run LightningCLI on these arguments, or on those of the process; return 2 for arguments that are wrong."""
+    # As with `python -m`: a model in the current directory can be named, `--model=examples.gpt.GPTModule`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    LightningCLI(
+    try:
+        # None and not the list: given arguments, LightningCLI warns that those of the process are not read.
+        _build(_TrainingCLI, None if argv is None else list(argv))
+    except (_WrongArgumentError, MisconfigurationException) as error:
+        if os.environ.get(_DEBUG) == "true":
+            raise
+        args = list(sys.argv[1:] if argv is None else argv)
+        message, options = error.args if isinstance(error, _WrongArgumentError) else (str(error), [])
+        where = "" if options else f"; {_DEBUG}=true shows where it happened"
+        command = next((arg for arg in args if arg in TRAINING), "")
+        prog = f"lightning-eff {command}".strip()
+        print(f"{prog}: {complaint(message, args, options)}", file=sys.stderr)
+        print(f"See `{prog} --help`{where}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _build(cls: type[LightningCLI], args: ArgsType) -> None:
+    raising = {"exit_on_error": False}
+    cls(
         # No class is given: `--model` takes any LightningModule, and `--data`, which is optional, any DataModule.
         # A job that is started again in the same log directory (after a crash, by a scheduler) must not stop at the
         # config.yaml that it wrote itself.
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "lightning-eff", "version": f"lightning-eff {__version__}"},
-        args=None if argv is None else list(argv),
+        parser_kwargs={
+            "prog": "lightning-eff",
+            "version": f"lightning-eff {__version__}",
+            **raising,
+            **dict.fromkeys(TRAINING, raising),
+        },
+        args=args,
     )
-    return 0
+
+
+class _Parsers(_TrainingCLI):
+    """Stops where the parsers are there, and nothing is parsed or run."""
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        raise _WrongArgumentError("", self.options())
+
+
+def training_options() -> list[str]:
+    """The options of the training commands that do not hang on a class, for a shell that completes them."""
+    try:
+        _build(_Parsers, [])
+    except _WrongArgumentError as built:
+        options: list[str] = built.args[1]
+        return options
+    raise AssertionError("LightningCLI has parsed nothing")

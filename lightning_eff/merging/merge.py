@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_eff.arguments import check, check_flag, check_globs, check_instances, check_numbers, check_path
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.merging.safe_files import check_dtypes, save_safetensors
 from lightning_eff.merging.sources import Source, Spec
+from lightning_eff.structure.select import listed, select
 
 OUTPUTS = (".ckpt", ".safetensors")
 
@@ -58,15 +59,18 @@ class Merger:
         ValueError: keys, shapes or dtypes differ, or a pattern matches nothing.
     """
 
-    def __init__(self, sources: Sequence[Source], dtype: torch.dtype | None = None, copy: Sequence[str] = ()) -> None:
-        if not sources:
-            raise ValueError("there is no checkpoint to merge")
+    def __init__(
+        self, sources: Sequence[Source], dtype: torch.dtype | None = None, copy: Sequence[str] | None = None
+    ) -> None:
+        check_instances("sources", sources, Source, "open checkpoints, at least one")
+        check("dtype", dtype, dtype is None or isinstance(dtype, torch.dtype), "a torch.dtype or None")
+        check_globs("copy", copy)
         self.sources = list(sources)
         last = self.sources[-1]
         for source in self.sources[:-1]:
             _check_alike(str(source.path), source.specs, str(last.path), last.specs, any_dtype=dtype is not None)
         self.nonfinite: list[str] = []
-        self._copied = _matching(last.specs, copy)
+        self._copied = set(select(last.specs, copy or (), "copy", "tensor"))
         self._copied |= {name for name, spec in last.specs.items() if not spec.averaged}
         self.specs = {
             name: spec if dtype is None or name in self._copied else Spec(dtype, spec.shape)
@@ -76,6 +80,14 @@ class Merger:
             *({frozenset(group) for group in source.tied} for source in self.sources)
         )
         self.tied = [tuple(name for name in self.specs if name in group) for group in groups]
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        """Raise the ValueError of weights that are not one finite number for each checkpoint, with the sum 1."""
+        check_numbers("weights", weights)
+        if len(weights) != len(self.sources):
+            raise ValueError(f"weights: {len(weights)} weights for {len(self.sources)} checkpoints")
+        if not abs(math.fsum(weights) - 1) <= 1e-6:
+            raise ValueError(f"weights: they must sum to 1, and sum to {math.fsum(weights):.6g}")
 
     def tensor(self, name: str, weights: Sequence[float]) -> Tensor:
         """One merged tensor, in memory of its own."""
@@ -158,12 +170,14 @@ def write_merged(
         FileNotFoundError: its folder does not exist.
         ValueError: its suffix is neither, the weights are too few or do not sum to 1, or safetensors lacks a dtype.
     """
+    check("merger", merger, isinstance(merger, Merger), "a Merger")
+    check_path("output", output)
+    check_flag("overwrite", overwrite)
+    check("about", about, about is None or isinstance(about, Mapping), "a dict or None")
+    check("progress", progress, progress is None or callable(progress), "a function of a number of bytes, or None")
     output = Path(output)
     check_output(output, overwrite)
-    if len(weights) != len(merger.sources):
-        raise ValueError(f"weights: {len(weights)} weights for {len(merger.sources)} checkpoints")
-    if not abs(math.fsum(weights) - 1) <= 1e-6:
-        raise ValueError(f"weights: they must sum to 1, and sum to {math.fsum(weights):.6g}")
+    merger.check_weights(weights)
     about = {"files": [source.path.name for source in merger.sources], "weights": list(weights), **(about or {})}
     if output.suffix == ".safetensors":
         check_dtypes({name: spec.dtype for name, spec in merger.specs.items()})
@@ -249,8 +263,8 @@ def _check_alike(
     missing = [name for name in others if name not in specs]
     more = [name for name in specs if name not in others]
     if missing or more:
-        told = [f"only in {other}: {_some(missing)}"] if missing else []
-        told += [f"only in {one}: {_some(more)}"] if more else []
+        told = [f"only in {other}: {listed(missing)}"] if missing else []
+        told += [f"only in {one}: {listed(more)}"] if more else []
         raise ValueError(f"{one} and {other} hold different tensors; {'; '.join(told)}")
     shapes = [name for name, spec in specs.items() if spec.shape != others[name].shape]
     dtypes = [name for name, spec in specs.items() if spec.dtype != others[name].dtype]
@@ -259,20 +273,5 @@ def _check_alike(
         dtypes, mend = [name for name in dtypes if specs[name].averaged != others[name].averaged], ""
     for what, differ, advice in (("shape", shapes, ""), ("dtype", dtypes, mend)):
         if differ:
-            examples = _some([f"{name}: {specs[name]} and {others[name]}" for name in differ])
+            examples = listed([f"{name}: {specs[name]} and {others[name]}" for name in differ])
             raise ValueError(f"{one} and {other} differ in {what}: {examples}{advice}")
-
-
-def _matching(specs: Mapping[str, Spec], patterns: Sequence[str]) -> set[str]:
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in specs if fnmatchcase(name, pattern)}
-        if not hits:
-            raise ValueError(f"copy={pattern!r} matches no tensor; there are {_some(list(specs))}")
-        found |= hits
-    return found
-
-
-def _some(items: Sequence[str], limit: int = 5) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

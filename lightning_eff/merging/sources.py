@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_eff.arguments import check_path
+
 
 class Spec(NamedTuple):
     """What is known of a tensor before it is read."""
@@ -70,6 +72,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         FileNotFoundError: there is none.
         ValueError: it cannot be read: truncated, of another kind, or with Python objects inside.
     """
+    check_path("path", path)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from lightning.pytorch.strategies import Strategy
 
 import lightning_eff.callbacks
 from lightning_eff import __version__
+from lightning_eff._registration import ENTRIES
 from lightning_eff.cli import COMMANDS, TRAINING, main
+from lightning_eff.compression import Compressor
 from tests.cli import run_without
+from tests.leaks import REPOSITORY
 
 MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
 SHORT = [
@@ -45,6 +49,50 @@ def test_help_names_every_command(run, capsys, args):
     out = capsys.readouterr().out
     assert [name for name in (*TRAINING, *COMMANDS) if not re.search(rf"^  {name} +\w", out, re.MULTILINE)] == []
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_list_has_a_line_for_everything_that_is_exported(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    rooms = (lightning_eff.callbacks, lightning_eff.strategies)
+    bases = (Callback, Strategy, Compressor)
+    exported = [getattr(room, name) for room in rooms for name in room.__all__]
+    classes = [each for each in exported if isinstance(each, type) and issubclass(each, bases) and each not in bases]
+    names = [cls.__name__ for cls in classes] + [f"ddp_{entry.name}" for entry in ENTRIES]
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"^{name} +\w.{{15,}}", out, re.MULTILINE)] == []
+
+
+_COMPLETE = """
+eval "$SCRIPT"
+COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_lightning_eff
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+def test_a_shell_completes_commands_options_and_names(run, capsys, tmp_path):
+    assert run("completion", "zsh") == 0
+    assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit && bashcompinit\n_lightning_eff() {\n")
+    assert run("completion", "bash") == 0
+    script = capsys.readouterr().out
+
+    def complete(*words):
+        program = _COMPLETE.format(words=" ".join(f"'{word}'" for word in ("lightning-eff", *words)))
+        environment = {**os.environ, "SCRIPT": script}
+        done = subprocess.run(["bash", "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.stdout.split()
+
+    assert complete("do") == ["doctor"]
+    assert complete("fit", "--trainer.max_s") == ["--trainer.max_steps"]
+    assert complete("merge", "--sch") == ["--scheme"]
+    # bash cuts the line at "=", and at nothing where COMP_WORDBREAKS has none.
+    assert complete("fit", "--trainer.callbacks+", "=", "ZC") == ["ZClip"]
+    assert complete("fit", "--trainer.strategy", "=", "ddp_arc") == ["ddp_arc_topk"]
+    assert complete("fit", "--trainer.strategy", "Compr") == ["CompressedDDPStrategy"]
+    assert set(complete("fit", "--trainer.strategy.compressor", "=")) >= {"ArcTopK", "Int8", "PowerSGD"}
 
 
 def test_version(run, capsys):
@@ -157,6 +205,51 @@ def test_without_the_cli_extra_training_names_it(tmp_path, module):
     assert f"lightning-eff fit: {module} cannot be found" in err
     assert "pip install 'lightning-eff[cli]'" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("module", "code", "said"),
+    [
+        (
+            "sklearn",
+            "import examples.digits",
+            "scikit-learn cannot be found. It comes with: pip install",
+        ),
+        (
+            "rich",
+            "import examples.gpt.demo",
+            "rich cannot be found. It comes with: pip install",
+        ),
+        (
+            "tensorboard",
+            "import examples.gpt.demo",
+            "tensorboard cannot be found. It comes with: pip install 'lightning-eff[examples]'",
+        ),
+        (
+            "tensorboard",
+            """
+import lightning as L
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_eff.callbacks import TensorBoardLayout
+L.Trainer(fast_dev_run=True, accelerator="cpu", callbacks=[TensorBoardLayout()]).fit(BoringModel())
+""",
+            "no TensorBoardLogger, which needs: pip install 'lightning-eff[tensorboard]'",
+        ),
+        (
+            "tensorboard",
+            f"""
+from lightning_eff.cli import main
+sys.argv = ["lightning-eff", "fit", "{MODEL}", "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=."]
+sys.exit(main())
+""",
+            "It comes with: pip install 'lightning-eff[tensorboard]'",
+        ),
+    ],
+)
+def test_without_an_extra_what_needs_it_names_it(tmp_path, module, code, said):
+    place = f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+    _, out, err = run_without([module], place + code, tmp_path)
+    assert said in out + err
 
 
 def test_the_package_and_its_callbacks_import_without_any_extra(tmp_path):

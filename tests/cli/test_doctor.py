@@ -216,10 +216,10 @@ def test_compile_shows_what_the_kernels_take(doctor, monkeypatch):
     assert json.loads(out)["compiled"] == [row._asdict()]
 
 
-def test_a_target_that_does_not_exist_is_a_problem(doctor):
-    status, out = doctor("--compile", "abacus")
-    assert status == 1
-    assert "Problem: kernels: target='abacus' is not allowed" in out
+def test_a_target_that_does_not_exist_is_refused_with_those_that_do(doctor, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor("--compile", "cuda:99")
+    assert "cuda:99 is no target. Did you mean `cuda:90`? There are cuda:75, cuda:80" in capsys.readouterr().err
 
 
 def test_without_the_extras_it_still_reports_in_plain_text(tmp_path):

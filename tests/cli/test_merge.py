@@ -325,7 +325,7 @@ def test_a_truncated_shard(merge, tmp_path):
         (["-o", "m.ckpt", "--scheme", "exponential", "--alpha", "2"], "alpha=2.0 is not allowed"),
         (["-o", "m.ckpt", "--scheme", "step"], "--scheme step needs checkpoints of different steps"),
         (["-o", "m.ckpt", "--scheme", "posthoc", "--sigma-rel", "0.1"], "0.pt does not say its step"),
-        (["-o", "m.ckpt", "--copy", "*.bias"], "copy='*.bias' matches no tensor; there are w, n"),
+        (["-o", "m.ckpt", "--copy", "*.bias"], "copy='*.bias' matches no tensor. There are: w, n"),
         (
             ["-o", "m.ckpt", "--search", "greedy", "--metric", "val_loss", "--config", "c.yaml"],
             "c.yaml: no such config",

@@ -4,9 +4,9 @@ import sys
 
 import lightning as L
 import torch
+from lightning.pytorch.cli import LightningCLI
 
 from examples.digits import DigitsDataModule, DigitsModule
-from examples.digits.train import main as train
 from harness import REPOSITORY
 from harness.runs import fit
 
@@ -39,6 +39,6 @@ def test_command_line(tmp_path, monkeypatch):
         --trainer.log_every_n_steps 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false
         --trainer.logger.save_dir {tmp_path} --model.channels 4
     """
-    cli = train(["fit", "--config", str(CONFIG), *overrides.split()])
+    cli = LightningCLI(args=["fit", "--config", str(CONFIG), *overrides.split()])
     assert cli.trainer.global_step == 3
     assert {"train_loss", "val_loss", "val_acc", "zclip/grad_norm"} <= set(cli.trainer.callback_metrics)

@@ -7,12 +7,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.gpt import GPT, GPTConfig, GPTModule, TextDataModule
 from examples.gpt.data import is_validation
-from examples.gpt.train import GPTCLI
-from examples.gpt.train import main as train
 from harness import REPOSITORY
 from harness.recorders import Losses
 from harness.runs import fit, quiet_trainer
@@ -76,9 +75,7 @@ def test_config_instantiates_with_the_size_of_its_name(name, millions, monkeypat
     monkeypatch.setenv("NUM_REPLICA_GROUPS", "3")  # of the launcher
     monkeypatch.setenv("REPLICA_GROUP_ID", "0")
     with torch.device("meta"):  # shapes without memory
-        cli = GPTCLI(
-            GPTModule,
-            TextDataModule,
+        cli = LightningCLI(
             args=["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.accelerator", "cpu"],
             run=False,
         )
@@ -219,15 +216,16 @@ def test_checkpoint_is_plain_data_and_makes_the_module_again(text, tmp_path):
     assert torch.equal(again.model.head.weight, module.model.head.weight)
 
 
-def command(config: Path, text: Path, folder: Path, overrides: str) -> GPTCLI:
+def command(config: Path, text: Path, folder: Path, overrides: str) -> LightningCLI:
     """`fit` of a configuration with a tiny model, and with these arguments."""
     tiny = f"""
         --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false
         --trainer.logger.save_dir {folder}
         --model.config.block_size 32 --model.config.n_layer 1 --model.config.n_head 2 --model.config.n_embd 16
-        --data.root {text} --data.pattern *.txt --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
+        --data.block_size 32 --data.root {text} --data.pattern *.txt
+        --data.val_fraction 0.3 --data.val_windows 4 --data.batch_size 2
     """
-    return train(["fit", "--config", str(config), *tiny.split(), *overrides.split()])
+    return LightningCLI(args=["fit", "--config", str(config), *tiny.split(), *overrides.split()])
 
 
 @pytest.mark.usefixtures("command_line")

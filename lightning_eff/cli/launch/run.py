@@ -26,6 +26,7 @@ from lightning_eff.cli.lighthouse import (
     is_loopback,
     timing_arguments,
 )
+from lightning_eff.cli.parser import Parser
 
 _LIGHTHOUSE_WAIT = 60.0  # seconds for another machine's lighthouse to be there
 _LIGHTHOUSE_DEATHS = 5  # within _LIGHTHOUSE_WAIT: it does not die, it does not work
@@ -44,7 +45,7 @@ The exit status is 0 if a replica came to its end with 0, 1 if none did, 128 + N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the replicas to their end and return the exit status."""
-    parser = _parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     _check(parser, args)
     if find_spec("torchft") is None:
@@ -54,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _Run(args, Path(folder)).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    """The arguments."""
+    parser = Parser(
         "lightning-eff launch",
         usage="lightning-eff launch --replicas N [OPTIONS] [-m] SCRIPT [ARGUMENTS ...]",
         description=_DESCRIPTION,
