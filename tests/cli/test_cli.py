@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
 
 import lightning_eff.callbacks
+from harness.leaks import REPOSITORY
 from lightning_eff import __version__
 from lightning_eff._registration import ENTRIES
 from lightning_eff.cli import COMMANDS, TRAINING, main
 from lightning_eff.compression import Compressor
 from tests.cli import run_without
-from tests.leaks import REPOSITORY
 
 MODEL = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
 SHORT = [

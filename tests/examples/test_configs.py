@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import examples.digits  # noqa: F401  (scikit-learn sets environment variables as it is imported)
+from harness.leaks import REPOSITORY
 from lightning_eff.cli import main
-from tests.leaks import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "examples").rglob("*.yaml"))
 
