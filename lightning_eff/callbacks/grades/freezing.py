@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_eff.callbacks.grades.progress import fraction_done, may_stop, passed_slots
 from lightning_eff.callbacks.grades.units import FreezableUnits
 from lightning_eff.callbacks.grades.watch import UnitWatch, mean_loss
-from lightning_eff.structure.flops import backward_flops
+from lightning_eff.structure import backward_flops, coverage, describe_selection
+from lightning_eff.structure.matrices import LEAST_SHARE
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.optimizer_state import release_state
 from lightning_eff.training.trainable import set_trainable, trainable_by_name
@@ -53,6 +54,10 @@ class Freezing:
         )
         self.limit = max(1, int(settings.max_frozen_ratio * len(self.units.names) + 1e-9))
         """How many units may be frozen."""
+        share, _ = coverage(pl_module, self.units.matrices)
+        self.may_end = settings.stop_when_frozen and (settings.include is not None or share >= LEAST_SHARE)
+        """Whether the run ends when all that may be is frozen: not where what was found is a small part."""
+        rank_zero_info(f"GradES watches {describe_selection(pl_module, self.units.matrices)}")
         self.flops = (backward_flops(pl_module),) * 2
         """Of a backward pass, before and now."""
         self.step = self.slots = 0  # steps, and of max_events those that are behind
@@ -109,7 +114,7 @@ class Freezing:
 
     def take_up(self) -> None:
         """Freeze what a state says that was taken, and unfreeze what it does not."""
-        if self.settings.stop_when_frozen and len(self.watch.frozen) >= self.limit:
+        if self.may_end and len(self.watch.frozen) >= self.limit:
             self._stop("are frozen already")
         else:
             self.freeze()
@@ -128,7 +133,7 @@ class Freezing:
             frozen, unfrozen = watch.chosen(decision, len(watch.frozen) + len(frozen) - len(unfrozen) - 1)
         if not frozen and not unfrozen:
             return
-        ends = settings.stop_when_frozen and len(watch.frozen) + len(frozen) - len(unfrozen) >= self.limit
+        ends = self.may_end and len(watch.frozen) + len(frozen) - len(unfrozen) >= self.limit
         if not ends and settings.max_events is not None:
             done = fraction_done(self.trainer, self.trainer.global_step) or 0.0
             slots = passed_slots(done, settings.alpha, settings.max_events)

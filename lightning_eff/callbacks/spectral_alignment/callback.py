@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_globs, check_number
-from lightning_eff.callbacks.spectral_alignment.histograms import write_histograms
 from lightning_eff.callbacks.spectral_alignment.probe import AlignmentProbe, watched_layers
+from lightning_eff.callbacks.spectral_alignment.tensorboard import charts, write_histograms
 from lightning_eff.functional.spectral_alignment import (
     CollapseConfig,
     CollapseState,
@@ -55,7 +55,8 @@ class SpectralAlignmentMonitor(Callback):
     Args:
         every_n_steps: steps (of the optimizer, accumulated batches together) between two observations, >= 1.
         include: shell-style globs (``*`` also matches dots) on names of modules: which ``nn.Linear`` and convolutions
-            to watch. None: the linear layers of the repeated blocks, found by structure.
+            to watch. None: those of the model's blocks, found by structure, or of all hidden matrices: the linear
+            ones, and where there is none the convolutions.
         exclude: globs of what to leave out again.
         max_tokens: of each rank's batch, spread evenly over it; None for all.
         power_iterations: two products with the weight each, >= 1. The singular vector is kept between observations.
@@ -395,13 +396,4 @@ class SpectralAlignmentMonitor(Callback):
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
-        charts: dict[str, list[Any]] = {
-            "worst layer: share of inputs on one side": ["Multiline", ["spectral_alignment/worst_majority"]],
-            "layers: armed, collapsed": [
-                "Multiline",
-                ["spectral_alignment/armed_layers", "spectral_alignment/collapsed_layers"],
-            ],
-        }
-        if self.log_details:
-            charts["share of inputs on one side, by layer"] = ["Multiline", ["spectral_alignment/majority/.*"]]
-        return charts
+        return charts(self.log_details)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_eff.functional.gradients import is_dtensor, statistics_dtype
 from lightning_eff.functional.spectral_alignment import leading_singular_pair
 from lightning_eff.kernels.alignment import AlignmentStats, alignment_stats
-from lightning_eff.structure import clean_named_modules, find_blocks
+from lightning_eff.structure import clean_named_modules, select_matrices
 from lightning_eff.structure.select import listed, select
 
 FIRST_ITERATIONS = 16
@@ -30,7 +30,7 @@ class AlignmentProbe:
     in the backward pass is not.
 
     Args:
-        layers: by name, ``nn.Linear`` and convolutions that :func:`obstacle` has nothing against.
+        layers: by name, linear layers and convolutions that :func:`obstacle` has nothing against.
         bins: of the histogram.
         max_tokens: of each call, spread evenly over the input; None for all.
         iterations: of the power iteration, each time.
@@ -98,19 +98,19 @@ class AlignmentProbe:
                 f"the weight or the input of layer {name!r} is sharded within its forward pass (tensor parallelism), "
                 "and its alignment would need a collective there: leave such layers out with `include`"
             )
-        x, weight = x.detach(), weight.detach()
+        x, weight = x.detach(), _out_in(layer, weight.detach())
         with torch.autocast(x.device.type, enabled=False):
             if name not in self._residuals:
                 v, iterations = self._start(index, name, weight), self.iterations
                 if name not in self.vectors:
                     iterations = max(iterations, FIRST_ITERATIONS)
-                pair = leading_singular_pair(weight.flatten(1), v, iterations)
+                pair = leading_singular_pair(weight, v, iterations)
                 self.vectors[name], self._residuals[name] = pair.v, pair.residual
             counts = _flat(self._count(layer, x, self.vectors[name]))
         self._counts[name] = self._counts[name] + counts if name in self._counts else counts
 
     def _start(self, index: int, name: str, weight: Tensor) -> Tensor:
-        size = weight.shape[1:].numel()
+        size = weight.shape[1]
         v = self.vectors.get(name)
         if v is None or len(v) != size:
             # The same on every rank, which keeps the vector's sign the same, and no draw from the user's generator.
@@ -132,26 +132,26 @@ class AlignmentProbe:
 def watched_layers(
     model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
 ) -> dict[str, nn.Module]:
-    """Layers by clean name, in the order of the model: those that patterns select, or the linear ones of its blocks.
+    """Layers by clean name, in the order of the model: those that patterns select, or those of its matrices.
 
     Args:
         model: any module; wrappers are looked through.
-        include: shell-style globs on names of modules; None selects the linear layers of the repeated blocks.
+        include: shell-style globs on names of modules; None selects the layers whose weights ``select_matrices``
+            selects: the linear ones among them or, where there is none, the convolutions.
         exclude: globs of what to leave out again.
 
     Raises:
         ValueError: nothing is selected, a pattern matches nothing, or one names a layer that cannot be watched alone.
     """
-    kinds = (nn.Linear, _ConvNd)
-    layers: dict[str, nn.Module] = {n: m for n, m in clean_named_modules(model).items() if isinstance(m, kinds)}
+    layers: dict[str, nn.Module] = {n: m for n, m in clean_named_modules(model).items() if _is_layer(m)}
     if include is None:
-        blocks = tuple(f"{block.name}." for block in find_blocks(model))
-        linear = [n for n, m in layers.items() if n.startswith(blocks) and isinstance(m, nn.Linear)]
-        names = [name for name in linear if obstacle(layers[name]) is None]
+        selected = {matrix.name.rpartition(".")[0] for matrix in select_matrices(model)}
+        usable = [name for name in layers if name in selected and obstacle(layers[name]) is None]
+        names = [name for name in usable if not isinstance(layers[name], _ConvNd)] or usable
         if not names:
             raise ValueError(
-                "no linear layer in repeated blocks was found that can be watched: name layers with include. There "
-                f"are: {listed(list(layers))}"
+                "no layer was found that can be watched (bare parameters and nn.MultiheadAttention are used without a "
+                f"layer's call): name layers with include. There are: {listed(list(layers))}"
             )
     else:
         names = select(list(layers), include, "include", "linear layer or convolution")
@@ -170,7 +170,7 @@ def obstacle(layer: nn.Module) -> str | None:
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weight without calling it"
-    if isinstance(layer, _ConvTransposeNd) or not isinstance(layer, nn.Linear | _ConvNd):
+    if isinstance(layer, _ConvTransposeNd) or not _is_layer(layer):
         return f"{type(layer).__name__} is neither nn.Linear nor a convolution"
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return "its weight is not of a floating dtype (a quantised one?)"
@@ -179,6 +179,23 @@ def obstacle(layer: nn.Module) -> str | None:
     if isinstance(layer, _ConvNd) and layer.groups != 1:
         return f"it has {layer.groups} groups, each with a matrix of its own"
     return None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | _ConvNd) or _is_transposed(module)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """The ``Conv1D`` of Hugging Face's GPT-2: a linear layer whose weight is (in, out)."""
+    weight, bias, outputs = (getattr(module, name, None) for name in ("weight", "bias", "nf"))
+    if not (isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and isinstance(outputs, int)):
+        return False
+    return weight.ndim == 2 and weight.shape[1] == outputs == len(bias)
+
+
+def _out_in(layer: nn.Module, weight: Tensor) -> Tensor:
+    """The weight as (out, in)."""
+    return weight.T if _is_transposed(layer) else weight.flatten(1)
 
 
 def _flat(stats: AlignmentStats) -> Tensor:

@@ -20,6 +20,7 @@ from harness.operators import OperatorCounter
 from harness.recorders import Alarms
 from harness.runs import fit
 from lightning_eff.callbacks import SpectralAlignmentMonitor, TrainingGuard
+from lightning_eff.callbacks.spectral_alignment.probe import AlignmentProbe, watched_layers
 
 TOKENS = 51  # odd, so that no majority is exactly a half
 
@@ -312,14 +313,44 @@ def test_convolutions_are_matrices_of_their_patches(dims):
     assert min(differences) <= 2  # up to the sign of the vector, and to numbers at the edge of a bin
 
 
-def test_a_model_without_blocks_is_refused():
-    class Flat(Model):
-        def __init__(self):
-            super().__init__()
-            del self.blocks
+def test_without_blocks_the_hidden_layers_are_watched():
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert list(watched_layers(mlp)) == ["0", "2"]
+    convolutions = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    assert list(watched_layers(convolutions)) == ["0", "2"]
+    with pytest.raises(ValueError, match="used without a layer's call"):
+        watched_layers(nn.MultiheadAttention(8, 2))
 
-    with pytest.raises(MisconfigurationException, match=r"no linear layer in repeated blocks .* There are: head"):
-        fit(Flat(), SpectralAlignmentMonitor())
+
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer of GPT-2: its weight is (in, out)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def test_a_transposed_weight_is_that_of_the_linear_layer():
+    torch.manual_seed(2)
+    transposed, x = Conv1D(6, 3), torch.randn(50, 6)
+    linear = nn.Linear(6, 3)
+    with torch.no_grad():
+        linear.weight.copy_(transposed.weight.T)
+    counts = []
+    for layer in (transposed, linear):
+        assert list(watched_layers(nn.Sequential(layer, nn.Linear(3, 3)))) == ["0"]
+        probe = AlignmentProbe({"one": layer}, bins=8, max_tokens=None, iterations=50)
+        probe.attach()
+        layer(x)
+        probe.detach()
+        assert probe.vectors["one"].shape == (6,)
+        counts.append(probe.read(torch.device("cpu")))
+    torch.testing.assert_close(*counts)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""Histograms that were counted already, to TensorBoard."""
+"""What TensorBoard shows of the monitor: charts, and histograms that were counted already."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -36,3 +37,15 @@ def write_histograms(trainer: Trainer, tags: Sequence[str], counts: Tensor, low:
                 tag, min=low, max=high, num=number, sum=float(row @ middles), sum_squares=float(row @ middles.square()),
                 bucket_limits=edges[1:].tolist(), bucket_counts=row.tolist(), global_step=logger_step(trainer),
             )  # fmt: skip
+
+
+def charts(each: bool) -> dict[str, list[Any]]:
+    """For ``TensorBoardLayout``; ``each``: of every layer too."""
+    method = "spectral_alignment"
+    found: dict[str, list[Any]] = {
+        "worst layer: share of inputs on one side": ["Multiline", [f"{method}/worst_majority"]],
+        "layers: armed, collapsed": ["Multiline", [f"{method}/armed_layers", f"{method}/collapsed_layers"]],
+    }
+    if each:
+        found["share of inputs on one side, by layer"] = ["Multiline", [f"{method}/majority/.*"]]
+    return found
