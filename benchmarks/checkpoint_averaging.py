@@ -10,11 +10,9 @@ Rows go to benchmarks/results/checkpoint_averaging_<part>.csv, the curves to doc
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +21,18 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
+from benchmarks.checkpoint_averaging_small import many_small_tensors
 from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, step_times, text, train, validation_loss
-from benchmarks.rows import CONSOLE, show, write_rows
+from benchmarks.rows import CONSOLE, in_turn, show, write_rows
+from benchmarks.runs import quiet_lightning
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from harness.memory import resident
 from harness.plots import IMAGES, by_step, mean_and_range, panels, save
 from harness.processes import apart, spawned
-from harness.runs import QUIET, begin, quiet_lightning
-from harness.timing import StepTimes, in_turn, over, ratio
+from harness.runs import begin, quiet_lightning
+from harness.timing import StepTimes, in_turn, over
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 
 TINY = dict(n_layer=1, n_head=2, n_embd=16)
@@ -109,63 +109,6 @@ def cost(rounds: int, batch_size: int, tiny: bool) -> None:
     show("Cost of averaging: step time, side by side", rows)
     if not tiny:
         CONSOLE.print(write_rows("checkpoint_averaging_cost", rows))
-
-
-# --- many small tensors ----------------------------------------------------------------------------------------------
-
-SMALL: dict[str, Callable[[], list[L.Callback]]] = {
-    "none": list,
-    "EMA, every step": lambda: [EMA(0.999)],
-    "CheckpointAveraging, every step": lambda: [_averaging(1)],
-}
-
-
-class Small(L.LightningModule):
-    """A thousand matrices of 4 x 4, whose step is the work of Python and hardly of arithmetic."""
-
-    def __init__(self, tensors: int) -> None:
-        super().__init__()
-        self.layers = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(tensors)))
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return self.layers(batch).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), fused=True)
-
-
-class CpuTimes(L.Callback):
-    """Seconds of the process's CPU time at every batch's start."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.marks.append(time.process_time())
-
-
-def _cpu_time(callbacks: str, tensors: int, steps: int) -> float:
-    times = CpuTimes()
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, limit_val_batches=0, callbacks=[*SMALL[callbacks](), times], **QUIET
-    )
-    trainer.fit(Small(tensors), torch.utils.data.DataLoader(torch.randn(4 * steps, 4), batch_size=4))
-    return statistics.median(b - a for a, b in itertools.pairwise(times.marks[WARM_UP:]))
-
-
-def many_small_tensors(rounds: int, tensors: int, tiny: bool) -> None:
-    """CPU time of a step under each callback, in turn, on one thread."""
-    torch.set_num_threads(1)
-    figures = in_turn({name: lambda name=name: _cpu_time(name, tensors, 10 if tiny else 45) for name in SMALL}, rounds)
-    rows = []
-    for name in SMALL:
-        over = dict(zip(("over_none", "over_none_q1", "over_none_q3"), ratio(figures, name, "none"), strict=True))
-        row = {"tensors": tensors, "shape": "4 x 4", "callback": name, "rounds": rounds}
-        row["step_cpu_ms"] = round(statistics.median(figures[name]) * 1e3, 2)
-        rows.append(row | {column: round(value, 4) for column, value in over.items()})
-    show("Many small tensors: CPU time of a step", rows)
-    if not tiny:
-        CONSOLE.print(write_rows("checkpoint_averaging_small", rows))
 
 
 # --- worth -----------------------------------------------------------------------------------------------------------

@@ -121,10 +121,10 @@ class Shadows:
         return [*([tensors[index] for index in indices] for indices, _ in self._pieces), alone]
 
     @torch.no_grad()
-    def update(self, tensors: Sequence[Sequence[Tensor]], decay: float) -> None:
+    def update(self, tensors: Sequence[list[Tensor]], decay: float) -> None:
         """What :func:`ema_update_` does, for tensors from ``sort``; they may be on another device."""
         for (_, piece), group in zip(self._pieces, tensors[:-1], strict=True):
-            piece.lerp_(torch.cat(list(group)).to(piece), 1 - decay)
+            piece.lerp_(torch.cat(group).to(piece), 1 - decay)
         alone = self._alone
         current = zip(alone, tensors[-1], strict=True)
         ema_update_(alone, [t if t.device == shadow.device else t.to(shadow.device) for shadow, t in current], decay)
