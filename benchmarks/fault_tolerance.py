@@ -193,8 +193,8 @@ def recovery(kills: int, name: str) -> None:
 
 def alarms(steps: int) -> None:
     """Changes of membership and failed steps where nobody has died, on this machine as busy as it is."""
-    with launched(3, strategy="ddp_ft", steps=steps) as run:
-        run.wait_for(lambda: run.process.poll() is not None, limit=3600.0)
+    with launched(3, strategy="ddp_ft", steps=steps, model=TINY) as run:
+        run.wait_for(lambda: any(line["event"] == "end" for line in run.lines()), limit=3600.0)
         lines = run.steps(0)
     alike = [line for line in lines if line["members"] == [0, 1, 2]]
     row = {

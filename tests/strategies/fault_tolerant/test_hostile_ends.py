@@ -78,7 +78,7 @@ def test_who_leaves_costs_no_timeout(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("stranger", "words"),
     [
@@ -124,9 +124,9 @@ def test_a_stranger_ends_alone(stranger: dict[str, Any], words: str, server: Ser
         tmp_path,
         replicas=2,
         steps=400,
-        strategy={"max_replicas": 3},
+        strategy={"max_replicas": 3, "start_grace": 1.0},
         during=intrude,
-        limit=200.0,
+        limit=400.0,
         patience=0.0,
         **{**REAL, "sleep": 0.08},
     )
