@@ -23,8 +23,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from benchmarks.checkpoint_averaging_small import many_small_tensors
 from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, step_times, text, train, validation_loss
-from benchmarks.rows import CONSOLE, in_turn, show, write_rows
-from benchmarks.runs import quiet_lightning
+from benchmarks.rows import CONSOLE, show, write_rows
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 
 from benchmarks.rows import CONSOLE, show, write_rows
-from benchmarks.runs import QUIET
+from harness.runs import QUIET
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 
 _WARM_UP = 5  # pairs of steps

@@ -22,9 +22,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from benchmarks.rows import ratio, show, write_rows
-from benchmarks.runs import QUIET, quiet_lightning
+from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
+from harness.runs import QUIET, quiet_lightning
+from harness.timing import ratio
 from lightning_eff.callbacks import Preemption
 
 ROOT = Path(__file__).parent.parent
