@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check, check_count, check_number, check_numbers
+
+# Each is a whole validation, and each set of coefficients is as long as there are checkpoints.
+_MOST_CHECKPOINTS = 10_000
+_MOST_EVALUATIONS = 1_000_000
 
 Evaluate = Callable[[Sequence[float]], float]
 
@@ -47,10 +51,10 @@ def greedy_soup(evaluate: Evaluate, count: int) -> Found:
 
     Args:
         evaluate: score of coefficients, lower is better; called ``2 * count - 1`` times.
-        count: number of checkpoints, >= 1.
+        count: number of checkpoints, from 1 to 10,000.
 
     Raises:
-        ValueError: ``count`` is not positive.
+        ValueError: an argument of a wrong type or out of its range.
 
     Source: Wortsman et al., Model soups (arXiv 2203.05482), recipe 1.
 
@@ -58,7 +62,8 @@ def greedy_soup(evaluate: Evaluate, count: int) -> Found:
         >>> greedy_soup(lambda w: abs(w[0] - 0.5) + w[1], count=3).weights
         [0.5, 0.0, 0.5]
     """
-    _check_at_least("count", count, 1)
+    _check_evaluate(evaluate)
+    check_count("count", count, most=_MOST_CHECKPOINTS)
     trials = _Trials(evaluate)
     alone = [trials([float(i == j) for j in range(count)]) for i in range(count)]
     order = sorted(range(count), key=alone.__getitem__)
@@ -90,18 +95,24 @@ def evolve(
     Args:
         evaluate: score of coefficients, lower is better.
         start: the first generation, e.g. the weights of several schemes: each sums to 1.
-        evaluations: calls of ``evaluate`` in all, at least ``len(start)``.
+        evaluations: calls of ``evaluate`` in all, from ``len(start)`` to 1,000,000.
         parents: how many of the best are bred from, >= 2.
         mutation: standard deviation of the noise at first, in units of a coefficient, > 0.
         seed: of a private generator; the global one is left alone.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument of a wrong type or out of its range.
     """
-    _check_at_least("len(start)", len(start), 1)
-    _check_at_least("evaluations", evaluations, len(start))
-    _check_at_least("parents", parents, 2)
-    check("mutation", mutation, 0 < mutation < math.inf, "positive and finite")
+    _check_evaluate(evaluate)
+    ok = isinstance(start, Sequence) and not isinstance(start, str) and len(start) > 0
+    check("start", start, ok, "a list of sets of coefficients, at least one")
+    for weights in start:
+        check_numbers("start", weights)
+    check("start", start, len({len(weights) for weights in start}) == 1, "sets of as many coefficients each")
+    check_count("evaluations", evaluations, least=len(start), most=_MOST_EVALUATIONS)
+    check_count("parents", parents, least=2)
+    check_number("mutation", mutation, above=0)
+    check("seed", seed, isinstance(seed, int) and not isinstance(seed, bool), "an integer")
     if any(abs(math.fsum(weights) - 1) > 1e-6 for weights in start):
         raise ValueError("start: each set of coefficients must sum to 1")
     trials, generator = _Trials(evaluate), random.Random(seed)
@@ -120,5 +131,5 @@ def evolve(
     return trials.best()
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
-    check(name, value, value >= least, f"at least {least}")
+def _check_evaluate(evaluate: Any) -> None:
+    check("evaluate", evaluate, callable(evaluate), "a function from coefficients to a score")

@@ -70,7 +70,7 @@ class Merger:
         for source in self.sources[:-1]:
             _check_alike(str(source.path), source.specs, str(last.path), last.specs, any_dtype=dtype is not None)
         self.nonfinite: list[str] = []
-        self._copied = set(select(last.specs, copy or (), "copy", "tensor"))
+        self._copied = set(select(list(last.specs), copy or (), "copy", "tensor"))
         self._copied |= {name for name, spec in last.specs.items() if not spec.averaged}
         self.specs = {
             name: spec if dtype is None or name in self._copied else Spec(dtype, spec.shape)

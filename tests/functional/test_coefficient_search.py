@@ -55,8 +55,11 @@ def test_one_checkpoint():
     ("call", "message"),
     [
         (lambda: greedy_soup(distance, 0), "count=0"),
-        (lambda: evolve(distance, []), r"len\(start\)=0"),
-        (lambda: evolve(distance, alone(4), evaluations=3), "evaluations=3 is not allowed: it must be at least 4"),
+        (lambda: evolve(distance, []), r"start=\[\] is not allowed"),
+        (
+            lambda: evolve(distance, alone(4), evaluations=3),
+            "evaluations=3 is not allowed: it must be an integer from 4 to",
+        ),
         (lambda: evolve(distance, alone(4), parents=1), "parents=1"),
         (lambda: evolve(distance, alone(4), mutation=0), "mutation=0"),
         (lambda: evolve(distance, [[0.5, 0.4, 0, 0]]), "must sum to 1"),
