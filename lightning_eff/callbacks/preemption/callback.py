@@ -128,6 +128,7 @@ class Preemption(Callback):
         self._vote = Vote(every_n_steps, timeout)
         self._watch = StepWatch()
         self._wrappers: list[Wrapper] = []
+        self._savers: list[Wrapper] = []  # of what comes behind this callback's own `on_exception`
         self._reason: str | None = None  # agreed on
         self._ended = False
 
@@ -167,13 +168,16 @@ class Preemption(Callback):
                 # A broadcast and a host sync in every batch, for what is done here.
                 Wrapper(loop, "_broadcast_sigterm_tensor", lambda inner: None),
             ]
-            for callback in callbacks_of(trainer):
-                if isinstance(callback, ModelCheckpoint):
-                    self._wrappers.append(Wrapper(callback, "on_exception", self._on_exception_of_checkpoint))
+            savers = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+            self._savers = [Wrapper(callback, "on_exception", self._on_exception_of_checkpoint) for callback in savers]
         self._notices.handle_signals()  # Lightning has set its own behind `setup` and `on_fit_start`
 
     def _on_exception_of_checkpoint(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """One file and not two; and its barrier would wait for ranks that stand elsewhere."""
+        saver: Any = inner
+        for wrapper in self._savers:  # Lightning calls no `teardown` behind an exception
+            if wrapper.target is saver.__self__:
+                wrapper.remove()
         if not (self._ended or self.emergency):
             inner(*args, **kwargs)
 
@@ -272,22 +276,24 @@ class Preemption(Callback):
                 save_alone(trainer, path)
                 self.saved = path
                 rank_zero_warn(f"Preemption: {type(exception).__name__}; the state before this step is saved in {path}")
+        savers, self._savers = self._savers, []
         self._detach()
+        self._savers = savers
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
     def _detach(self) -> None:
-        for wrapper in self._wrappers:
+        for wrapper in (*self._wrappers, *self._savers):
             wrapper.remove()
-        self._wrappers = []
+        self._wrappers, self._savers = [], []
         self._watch.detach()
         self._notices.end()
         self._vote.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_wrappers": [], "_watch": StepWatch()}
+        return {**vars(self), "_wrappers": [], "_savers": [], "_watch": StepWatch()}
 
 
 def _seconds(max_time: Any) -> float | None:

@@ -68,7 +68,7 @@ def test_a_low_rank_pair_is_one_unit():
         (
             {"include": ["*nothing*"]},
             {},
-            r"include='\*nothing\*' matches no matrix. Candidates: .*transformer.wte.weight",
+            r"include='\*nothing\*' matches no matrix. There are: .*transformer.wte.weight",
         ),
         ({"exclude": ["*"]}, {}, "exclude leaves nothing. Candidates"),
         (

@@ -490,8 +490,8 @@ class With(Net):
     ("arguments", "model", "message"),
     [
         ({"budget": 0.03}, None, r"budget=0.03 of 1,209 parameters.*has 64: it must be at least 0.0529"),
-        ({"include": ["*query*"]}, None, r"include='\*query\*' matches no matrix. Candidates: blocks.0.qkv.weight"),
-        ({"exclude": ["blocks*"]}, None, "no matrix is selected, exclude leaves nothing"),
+        ({"include": ["*query*"]}, None, r"include='\*query\*' matches no matrix. There are: blocks.0.qkv.weight"),
+        ({"exclude": ["blocks*"]}, None, "no matrix is selected: exclude leaves nothing"),
         ({"units": 1, "always": ["*embed*"]}, None, r"always='\*embed\*' matches no trained parameter"),
         ({"units": 1, "always": ["blocks*"]}, None, "no selected matrix is left to sample"),
         ({"units": 1}, lambda: Net().requires_grad_(False), "no selected matrix is left to sample"),

@@ -210,20 +210,23 @@ def _fails():
     raise ZeroDivisionError("a bug")
 
 
-@pytest.mark.parametrize(("hook", "saves"), [("on_before_backward", True), ("on_train_batch_end", True)])
-def test_an_exception_saves_the_state_before_the_step(tmp_path, hook, saves):
-    whole, _ = _unbroken(tmp_path / "whole")
-    first, callback = Model(), Preemption(emergency=True)
+@pytest.mark.parametrize(("hook", "steps"), [("on_before_backward", 5), ("on_train_batch_end", 6)])
+def test_an_exception_saves_the_state_before_the_step(tmp_path, hook, steps):
+    whole, _ = _unbroken(tmp_path / "whole", max_epochs=-1, max_steps=steps)
+    callback = Preemption(emergency=True)
     L.seed_everything(1, verbose=False)
-    first = Model()
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=0, save_on_exception=True)
     run = trainer(tmp_path, Act(hook, 6, _fails), callback, checkpoint)
     with pytest.raises(ZeroDivisionError), pytest.warns(UserWarning, match="the state before this step is saved"):
-        run.fit(first)
+        run.fit(Model())
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last-emergency.ckpt"]
-    second = Model()
-    trainer(tmp_path, Preemption()).fit(second, ckpt_path=callback.saved)
-    assert _same(whole, second)
+    assert "on_exception" not in vars(checkpoint)
+    saved = torch.load(callback.saved, weights_only=True)
+    assert saved["global_step"] == steps
+    assert all(torch.equal(tensor, saved["state_dict"][name]) for name, tensor in whole.state_dict().items())
+    again = trainer(tmp_path, Preemption())
+    again.fit(Model(), ckpt_path=callback.saved)
+    assert again.global_step == 24
 
 
 def test_within_an_update_nothing_is_saved(tmp_path):

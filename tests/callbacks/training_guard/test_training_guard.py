@@ -132,7 +132,7 @@ def _state(run: Any, callbacks: list[L.Callback]) -> dict[str, Any]:
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "callbacks": [full(callback.state_dict()) for callback in callbacks],
         "window": full(callbacks[1].window.state_dict()),
-        "ema": full(callbacks[2]._state()),
+        "ema": full(callbacks[2].average.state()),
         "global_step": trainer.global_step,
         "random": torch.get_rng_state(),
     }

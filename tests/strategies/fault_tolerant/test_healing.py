@@ -106,7 +106,7 @@ def _states(run: Any, callbacks: list[L.Callback]) -> dict[str, Any]:
         "run": run.outcome(),
         "callbacks": [full(callback.state_dict()) for callback in callbacks],
         "window": full(callbacks[1].window.state_dict()),
-        "ema": full(callbacks[2]._state()),
+        "ema": full(callbacks[2].average.state()),
         "step": run.trainer.global_step,
         "epoch": run.trainer.current_epoch,
     }
