@@ -146,7 +146,7 @@ def _read(groups: Sequence[Iterable[Tensor]]) -> dict[_Part, tuple[list[int], li
     Complex gradients are taken as pairs of reals. A DTensor without a gradient counts too: its rank takes part.
     """
     parts: dict[_Part, tuple[list[int], list[Tensor]]] = {}
-    part: _Part | None = None
+    part: _Part | tuple[None, None] = None, None
     owners: list[int] = []
     grads: list[Tensor] = []
     for number, group in enumerate(groups):
@@ -157,9 +157,9 @@ def _read(groups: Sequence[Iterable[Tensor]]) -> dict[_Part, tuple[list[int], li
             sharding = None if type(parameter) is nn.Parameter else sharding_of(parameter)
             if grad is None and sharding is None:
                 continue
-            where = sharding, parameter.device
-            if where != part:
-                part = where
+            device = parameter.device
+            if sharding != part[0] or device != part[1]:
+                part = sharding, device
                 owners, grads = parts.setdefault(part, ([], []))
             if grad is not None:
                 owners.append(number)

@@ -130,6 +130,7 @@ def trainable_by_name(module: nn.Module, trainable: Mapping[nn.Parameter, bool])
 
     Pruning and other re-parametrizations in the midst of a run rename a parameter (``weight`` to ``weight_orig``).
     """
+    reshard(module)  # what FSDP2 shows while it is gathered is another object
     named = clean_named_parameters(module)
     return {name: trainable[parameter] for name, parameter in named.items() if parameter in trainable}
 

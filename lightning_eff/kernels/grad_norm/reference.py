@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -37,13 +38,14 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, zero_nonfinite: bool) -> None:
     """Multiply all tensors in place; see :func:`lightning_eff.kernels.grad_norm.scale_`."""
-    alike: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
+    alike: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        if tensor.numel() > SMALL:
-            _scale(tensor, coefficient, zero_nonfinite)
-        else:
-            alike.setdefault((tensor.dtype, tensor.shape), []).append(tensor)
-    for small in alike.values():
+        alike[tensor.dtype, tensor.shape].append(tensor)
+    for (_, shape), small in alike.items():
+        if shape.numel() > SMALL:
+            for tensor in small:
+                _scale(tensor, coefficient, zero_nonfinite)
+            continue
         stacked = torch.stack(small)
         _scale(stacked, coefficient, zero_nonfinite)
         torch._foreach_copy_(small, stacked.unbind())
