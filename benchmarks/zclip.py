@@ -12,6 +12,7 @@ Rows go to benchmarks/results/zclip_<part>.csv.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import subprocess
