@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check
 from lightning_eff.training.hooks import HasCharts
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of
 
 Charts: TypeAlias = dict[str, list[Any]]
@@ -108,10 +109,11 @@ class TensorBoardLayout(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"written": self._written}
+        return {"version": 1, "written": self._written}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("TensorBoardLayout", state_dict, known=1)
         self._written = dict(state_dict["written"])
 
 

@@ -17,6 +17,7 @@ from lightning_eff.arguments import check_choice, check_flag
 from lightning_eff.functional.gradients import Gradients, is_dtensor
 from lightning_eff.functional.zclip import ClipOption, ZClipConfig, ZClipState, zclip_update
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.trainer import (
     applied_scale,
@@ -281,10 +282,11 @@ class ZClip(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": [state.state_dict() for state in self._states]}
+        return {"version": 1, "optimizers": [state.state_dict() for state in self._states]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("ZClip", state_dict, known=1)
         self._states = [ZClipState(self.config) for _ in state_dict["optimizers"]]
         for state, saved in zip(self._states, state_dict["optimizers"], strict=True):
             state.load_state_dict(saved)

@@ -24,6 +24,7 @@ from lightning_eff.compression.exchange import Memory
 from lightning_eff.compression.plan import bucket_cap_mb, in_memory_order
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.rank_state import RankState
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.trainer import gradient_scaler
 
@@ -183,12 +184,13 @@ class CompressedDDPStrategy(DDPStrategy):
         return scale
 
     def _save(self) -> dict[str, Any]:
-        return {"compressor": self._identity(), "memory": self.memory}
+        return {"version": 1, "compressor": self._identity(), "memory": self.memory}
 
     def _load(self, state: dict[str, Any] | None) -> None:
         self._restored = {}
         if state is None:  # RankState has warned
             return
+        check_version(type(self).__name__, state, known=1)
         if state["compressor"] != self._identity():
             rank_zero_warn(
                 f"the checkpoint's error memory is of {state['compressor']}, the strategy has {self._identity()}: the "

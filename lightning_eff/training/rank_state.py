@@ -31,6 +31,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
 from lightning_eff.training.whole_files import Attempts, failure_of, whole_file
 from lightning_eff.training.wrapping import Wrapper
@@ -185,8 +186,8 @@ class _RankFiles:
             if wrote:
                 error = self.write(path, identity, states)
             replicated = [name for name, owner in self.owners.items() if owner.replicated]
-            entry = {"id": identity, "world_size": self.world_size, "names": list(states), "replicated": replicated}
-            checkpoint[KEY] = entry
+            about = {"world_size": self.world_size, "names": list(states), "replicated": replicated}
+            checkpoint[KEY] = {"version": 1, "id": identity, **about}
         save(checkpoint, filepath, storage_options=storage_options)
         while True:
             writes = self.writes
@@ -223,6 +224,7 @@ class _RankFiles:
     ) -> dict[str, Any]:
         checkpoint: dict[str, Any] = load(checkpoint_path, *args, **kwargs)
         entry: dict[str, Any] = checkpoint.get(KEY, {"names": ()})
+        check_version("RankState", entry, known=1)
         owners = [owner for owner in self.owners.values() if owner.name in entry["names"]]
         if not owners or not self.is_fitting:
             return checkpoint

@@ -33,6 +33,16 @@ class LoadsHalf(Probe):
         self.norms = [torch.zeros(()) for _ in self.steps]
 
 
+class KnowsNoVersion(Probe):
+    def state_dict(self):
+        return {key: value for key, value in super().state_dict().items() if key != "version"}
+
+
+class LoadsAnyVersion(Probe):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict({**state_dict, "version": 1})
+
+
 class ActsOnMicroBatches(Probe):
     def on_after_backward(self, trainer, pl_module):
         torch._foreach_mul_(_gradients(pl_module), 0.9)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_eff.training.state_version import check_version
+
 
 class Probe(L.Callback):
     """Shrinks the gradients a little more at every step, and averages their norm.
@@ -68,7 +70,11 @@ class Probe(L.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": [step.clone() for step in self.steps], "norms": [norm.clone() for norm in self.norms]}
+        return {
+            "version": 1,
+            "steps": [step.clone() for step in self.steps],
+            "norms": [norm.clone() for norm in self.norms],
+        }
 
     def run_state(self) -> dict[str, Any]:
         return {"steps": list(self.steps), "norms": list(self.norms)}
@@ -80,5 +86,6 @@ class Probe(L.Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("Probe", state_dict, known=1)
         self.steps = [step.clone() for step in state_dict["steps"]]
         self.norms = [norm.clone() for norm in state_dict["norms"]]

@@ -26,6 +26,8 @@ CASES = [
     ("resumes_exactly", _row(broken.LoadsHalf, arguments={"slope": 0.1, "form": "square"}), "crash after step 3"),
     ("saves_only_what_loads_safely", _row(broken.SavesADefaultdict), r"state\['seen'\]: defaultdict"),
     ("state_survives_a_round_trip", _row(broken.LoadsHalf), r"state.norms\[0\]"),
+    ("state_carries_a_version", _row(broken.KnowsNoVersion), r"state\['version'\] is None"),
+    ("state_carries_a_version", _row(broken.LoadsAnyVersion), "a state of a newer version was loaded"),
     ("accumulates", _row(broken.ActsOnMicroBatches), "parameters"),
     ("ranks_agree", _row(broken.DecidesByRank), "rank 0 against rank 1"),
     ("ranks_agree", _row(broken.SumsOverRanks), "one device against two ranks"),

@@ -24,6 +24,7 @@ from lightning_eff.callbacks.averaging.stand_in import StandIn
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
 from lightning_eff.training.dtensor import local
 from lightning_eff.training.rank_state import RankState
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.trainer import callbacks_of, refuse_flattened, replicas_are_equal
 from lightning_eff.training.update_count import UpdateCount
@@ -278,10 +279,11 @@ class AveragedWeights(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._updates.state_dict()
+        return {"version": 1, **self._updates.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(type(self).__name__, state_dict, known=1)
         self._updates.load_state_dict(state_dict)
         self._counted = bool(state_dict["updates"])
         if self._restored is None:  # there is none, or RankState has said that it is lost
@@ -310,9 +312,10 @@ class AveragedWeights(Callback):
         # the live weights back now puts them into the checkpoint; afterwards the evaluation goes on as it was.
         self._paused = self._stand_in.inside
         self._stand_in.take_out(self._trainer)
-        return {"trained": sorted(self._tensors.names), "state": self.average.state()}
+        return {"version": 1, "trained": sorted(self._tensors.names), "state": self.average.state()}
 
     def _load_rank(self, state: dict[str, Any] | None) -> None:
+        check_version(f"the average {self.name!r}", state or {}, known=1)
         self._restored = state  # the model's tensors are not there yet under every strategy
 
     def _write_beside(self, checkpoint: dict[str, Any], path: str) -> None:

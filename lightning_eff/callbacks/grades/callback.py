@@ -19,6 +19,7 @@ from lightning_eff.functional.grades import GradESConfig, Metric, TauMode
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.optimizer_state import allow_absent_states, check_release_support
 from lightning_eff.training.rank_state import RankState
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import check_trainable_support, refuse_other_deciders
 from lightning_eff.training.trainer import log_values, logs_now
 
@@ -226,10 +227,11 @@ class GradES(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._saved) if self._fit is None else self._fit.state_dict()
+        return {**(self._saved if self._fit is None else self._fit.state_dict()), "version": 1}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("GradES", state_dict, known=1)
         self._saved = dict(state_dict)
 
     def _copies(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from lightning_eff.callbacks.misa.intervals import MAPS, Intervals
 from lightning_eff.callbacks.misa.units import Granularity
 from lightning_eff.functional.misa import SamplerConfig, Sampling, Variant
 from lightning_eff.training.optimizer_state import allow_absent_states
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import check_trainable_support, refuse_other_deciders
 from lightning_eff.training.trainer import log_values, logs_now
 from lightning_eff.training.update_count import UpdateCount
@@ -213,7 +214,7 @@ class MISA(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._state(by_reference=False)
+        return {**self._state(by_reference=False), "version": 1}
 
     def _state(self, by_reference: bool) -> dict[str, Any]:
         if self._loaded or self._fit is None or not self._fit.active:
@@ -222,6 +223,7 @@ class MISA(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("MISA", state_dict, known=1)
         self._saved, self._loaded = dict(state_dict), True  # the matrices are not there yet
         self._updates.load_state_dict(state_dict)
 

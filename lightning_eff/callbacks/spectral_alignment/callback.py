@@ -28,6 +28,7 @@ from lightning_eff.functional.spectral_alignment import (
 from lightning_eff.structure.select import listed
 from lightning_eff.training.alarms import Alarm, sound
 from lightning_eff.training.heat_map import HeatMap
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, refuse_flattened
 
 Action = Literal["log", "warn", "stop", "rollback"]
@@ -332,7 +333,7 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self._as_dict(by_reference=False)
+        return {"version": 1, **self._as_dict(by_reference=False)}
 
     def run_state(self) -> dict[str, Any]:
         """The state by reference: nothing waits for the device when a guard takes a snapshot."""
@@ -358,6 +359,7 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("SpectralAlignmentMonitor", state_dict, known=1)
         self.layers = list(state_dict["layers"])
         self._vectors.clear()  # the probe holds the same dict, should a run go back in its middle
         self._vectors.update(state_dict["vectors"])

@@ -29,6 +29,7 @@ from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, t
 from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.hooks import Order
 from lightning_eff.training.snapshots import Place
+from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks
 
 Action = Literal["warn", "stop", "rollback"]
@@ -355,10 +356,11 @@ class TrainingGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**self._listener.state_dict(), **self._counts()}
+        return {"version": 1, **self._listener.state_dict(), **self._counts()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version("TrainingGuard", state_dict, known=1)
         self._load(state_dict)
         self._resumed = True
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lightning_eff.arguments import check, check_count
 from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan, seeded
+from lightning_eff.training.state_version import check_version
 
 
 class ShardedLoader:
@@ -147,10 +148,11 @@ class ShardedLoader:
 
     def state_dict(self) -> dict[str, int]:
         """The place in the data; Lightning saves it with the loop."""
-        return {"epoch": self.epoch, "position": self.position}
+        return {"version": 1, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a saved place."""
+        check_version("ShardedLoader", state, known=1)
         self.seek(state["epoch"], state["position"])
 
     def close(self) -> None:

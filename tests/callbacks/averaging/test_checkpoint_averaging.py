@@ -343,7 +343,7 @@ def test_the_ordinary_checkpoint_has_live_weights_and_no_window(tmp_path):
     fit(tmp_path, SaveAt(6, tmp_path / "without.ckpt"), steps=6)
     checkpoint = torch.load(tmp_path / "with.ckpt", weights_only=True)
     assert not differences(weights.history[6], dict(checkpoint["state_dict"]))
-    assert checkpoint["callbacks"] == {"CheckpointAveraging{'name': 'average'}": {"updates": [6]}}
+    assert checkpoint["callbacks"] == {"CheckpointAveraging{'name': 'average'}": {"version": 1, "updates": [6]}}
     assert os.path.getsize(tmp_path / "with.ckpt") < os.path.getsize(tmp_path / "without.ckpt") + 2000
     average = torch.load(tmp_path / "average-with.ckpt", weights_only=True)
     assert average["lightning_eff_average"]["steps"] == [3, 4, 5, 6]

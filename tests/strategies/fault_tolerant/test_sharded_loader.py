@@ -259,6 +259,14 @@ def test_state_goes_on_in_the_middle():
     assert done + rest == [batch.tolist() for batch in _at_epoch(2)]
 
 
+def test_a_state_of_another_version():
+    loader = ShardedLoader(DataLoader(range(60), 2), 3)
+    loader.load_state_dict({"epoch": 2, "position": 4})  # as 0.1 wrote it
+    assert loader.state_dict() == {"version": 1, "epoch": 2, "position": 4}
+    with pytest.raises(ValueError, match="ShardedLoader was saved by a newer lightning_eff: state version 2"):
+        loader.load_state_dict({"version": 2, "epoch": 2, "position": 4})
+
+
 def _at_epoch(epoch: int) -> ShardedLoader:
     loader = ShardedLoader(DataLoader(range(60), 2, shuffle=True), 3)
     loader.set_epoch(epoch)

@@ -70,6 +70,22 @@ def state_survives_a_round_trip(row: Row, place: Place) -> None:
     assert not wrong, wrong
 
 
+@rule()
+def state_carries_a_version(row: Row, place: Place) -> None:
+    """Whoever loads a state knows its format, and refuses one that is newer."""
+    run = fit(row, place.folder, steps=2)
+    assert run.callback is not None
+    state = run.callback.state_dict()
+    if not state:
+        return
+    version = state.get("version")
+    assert type(version) is int, f"state['version'] is {version!r}"
+    with expect(ValueError, "a state of a newer version was loaded") as caught:
+        row.build().load_state_dict({**state, "version": version + 1})
+    words = f"saved by a newer lightning_eff: state version {version + 1}, this one knows up to {version}"
+    assert words in str(caught.error), f"the error does not say {words!r}: {caught.error}"
+
+
 def _unsafe(value: Any, where: str) -> list[str]:
     if type(value) not in _SAFE:  # a subclass, such as a defaultdict or a NumPy scalar, is refused by torch.load
         return [f"{where}: {type(value).__name__}"]
