@@ -224,10 +224,10 @@ class _RankFiles:
     ) -> dict[str, Any]:
         checkpoint: dict[str, Any] = load(checkpoint_path, *args, **kwargs)
         entry: dict[str, Any] = checkpoint.get(KEY, {"names": ()})
-        check_version("RankState", entry, known=1)
         owners = [owner for owner in self.owners.values() if owner.name in entry["names"]]
         if not owners or not self.is_fitting:
             return checkpoint
+        check_version("RankState", entry, known=1)
         path = str(checkpoint_path)
         self.latest[path] = entry["id"]
         for owner in owners:

@@ -19,6 +19,9 @@ from lightning_eff.merging.sources import open_source
 from tests.fixtures.make_checkpoints import END, HALF, RUNS, Tiny, train
 from tests.suite.runs import differences, expect
 
+# These read norms of gradients, which are summed up in another order since.
+REORDERED = ("zclip", "grades", "misa", "training-guard-spikes")
+
 RELEASE = Path(__file__).parents[1] / "fixtures" / "0.1"
 
 pytestmark = [
@@ -37,7 +40,7 @@ def test_a_run_goes_on(name: str, tmp_path: Path, pool: Any) -> None:
     ends = _on_ranks(pool, name, train, name, tmp_path, _copy(name, tmp_path))
     assert len(ends) == RUNS[name].ranks
     for rank, end in enumerate(ends):
-        wrong = differences(_recorded(name, rank), _without_versions(end), f"rank {rank}", *_tolerances())
+        wrong = differences(_recorded(name, rank), _without_versions(end), f"rank {rank}", *_tolerances(name))
         assert not wrong, wrong
 
 
@@ -79,7 +82,8 @@ def test_what_lies_beside_a_checkpoint_has_a_version(name: str, owner: str, tmp_
     assert torch.load(tmp_path / "end.ckpt", weights_only=True)["lightning_eff_rank_state"]["version"] == 1
     if name == "ema":
         averaged = torch.load(tmp_path / "ema-end.ckpt", weights_only=True)
-        assert averaged["lightning_eff_average"] == {"version": 1, "step": END, "scheme": "exponential", "decay": 0.9}
+        about = averaged["lightning_eff_average"]
+        assert about.items() >= {"version": 1, "step": END, "scheme": "exponential", "decay": 0.9}.items()
 
 
 def _copy(name: str, folder: Path) -> Path:
@@ -109,8 +113,14 @@ def _without_versions(end: dict[str, Any]) -> dict[str, Any]:
     return end
 
 
+def _tolerances(name: str) -> tuple[float, float]:
+    if name.startswith(REORDERED):
+        return 1e-4, 1e-6
+    return (0.0, 0.0) if _same_bits_here() else (1e-3, 1e-5)
+
+
 @functools.cache
-def _tolerances() -> tuple[float, float]:
-    """Zero where this machine computes bit by bit what that of the fixtures did: a plain training tells."""
+def _same_bits_here() -> bool:
+    """Whether this machine computes bit by bit what that of the fixtures did: a plain training tells."""
     end = train("plain", Path(), RELEASE / "plain" / "half.ckpt")
-    return (1e-3, 1e-5) if differences(_recorded("plain", 0), end) else (0.0, 0.0)
+    return not differences(_recorded("plain", 0), end)

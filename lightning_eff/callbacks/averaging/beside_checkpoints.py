@@ -87,7 +87,8 @@ class BesideCheckpoints:
             if trainer.is_global_zero:
                 safe, lightning = averaged_paths(path, name)
                 paths = (safe if self.save != "ckpt" else None, lightning if self.save != "safetensors" else None)
-                about = {"version": 1, "step": step, **average.about(label), "of": checkpoint.get(KEY, {}).get("id", "")}
+                of = checkpoint.get(KEY, {}).get("id", "")
+                about = {"version": 1, "step": step, **average.about(label), "of": of}
                 self._attempts(partial(write_averaged, checkpoint, state, paths, about))
 
     def recover(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any] | None:

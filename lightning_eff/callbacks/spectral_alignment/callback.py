@@ -382,10 +382,9 @@ class SpectralAlignmentMonitor(Callback):
         armed = state.armed
         seen = torch.where(armed & self._majority.isfinite(), self._majority, -1.0)
         worst, layer = seen.max(dim=0)
-        none = worst < 0
         values = {
-            "worst_majority": torch.where(none, 0.5, worst),
-            "worst_layer": torch.where(none, -1, layer),
+            "worst_majority": torch.where(worst < 0, 0.5, worst),
+            "worst_layer": torch.where(worst < 0, -1, layer),
             "collapsed_layers": state.collapsed.sum(),
             "armed_layers": armed.sum(),
         }

@@ -290,7 +290,7 @@ class TrainingGuard(Callback):
         snapshot, counts = self._snapshots.read(target), self._counts()
         restore(trainer, snapshot, number=self.rollbacks + 1 if self.draw_anew else None)
         self._take_counts(counts)  # what has happened has happened
-        self._listener.begin()
+        self._listener.forget()
         self._snapshots.drop_after(target)
         self._step = target
         self._due = (target // self.every_n_steps + 1) * self.every_n_steps

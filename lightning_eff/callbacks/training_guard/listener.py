@@ -96,7 +96,11 @@ class AlarmListener:
         return list(dict.fromkeys(Alarm(**alarm) for alarm in heard))
 
     def begin(self) -> None:
-        """A fit begins, or a run has gone back: what was heard before, and of batches before, does not count."""
+        """A fit begins: batches of one that was broken off do not count. What a resumed run has heard does."""
+        self._losses = []
+
+    def forget(self) -> None:
+        """A run has gone back: neither what was heard before counts, nor batches before."""
         self._losses, self._heard = [], []
 
     def state_dict(self) -> dict[str, Any]:
