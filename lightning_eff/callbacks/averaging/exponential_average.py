@@ -18,6 +18,7 @@ class ExponentialAverage(Average):
     The arguments are those of :class:`~lightning_eff.callbacks.EMA`.
 
     Example:
+        >>> import torch
         >>> average = ExponentialAverage(decay=0.5, warmup=False)
         >>> for step in (1, 2):
         ...     average.collect(step, {"weight": torch.full((2,), float(step))})
