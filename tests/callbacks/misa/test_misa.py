@@ -397,7 +397,7 @@ def test_rolled_back_in_the_middle_of_a_fit(tmp_path):
                 misa.load_run_state(trainer, pl_module, self.state, within_step=False)
                 assert misa.active == self.active
                 assert [n for n, p in pl_module.named_parameters() if p.requires_grad] == self.active
-                assert differences(misa.state_dict(), self.state) == []
+                assert differences(misa.run_state(), self.state) == []
 
     misa = MISA(budget=0.3, every_n_steps=3, eta=SHARP)
     fit(None, tmp_path, callback=misa, around=[Rolls()])
