@@ -37,7 +37,7 @@ def listed() -> dict[str, list[tuple[str, str]]]:
 
     from lightning_eff.compression import Compressor
 
-    strings = [(f"ddp_{entry.name}", f"DDP, {entry.description}") for entry in ENTRIES]
+    strings = [(f"ddp_{entry.name}{entry.ending}", f"DDP, {entry.description}") for entry in ENTRIES]
     found = {
         "Callbacks, --trainer.callbacks+=NAME": _classes("callbacks", pl.Callback),
         "Strategies, --trainer.strategy=NAME": strings + _classes("strategies", pl.strategies.Strategy),

@@ -196,7 +196,7 @@ def test_shards_of_two_ranks_are_put_together(merge, pool, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_averages_of_the_ema_callback_give_another_width(merge, tmp_path, suffix):
-    ema = EMA(widths=[0.05, 0.10, 0.07], validate_with="current")
+    ema = EMA(widths=[0.05, 0.10, 0.07], validate_with="current", save="all")
     train(60, "run", 10, ema)
     # The first width has the plain name.
     stored = [f"run/{name}-step={step}.{suffix}" for name in ("ema", "ema-0.1") for step in range(10, 61, 10)]

@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_eff
 from examples.gpt import GPT, GPTConfig
+from harness.runs import quiet_trainer
+from lightning_eff.callbacks import Alarm
 from lightning_eff.functional.grades import GradESConfig, GradESState
 from lightning_eff.functional.misa import SamplerConfig
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState
@@ -125,6 +128,16 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "MeCeFO": {"model": lambda folder: _model()},
     "Merger": {"sources": lambda folder: [open_source(_checkpoint(folder))]},
     "Sampler": {"sizes": [4, 4, 8], "config": SamplerConfig(budget=0.5)},
+    "Shadows": {"tensors": [torch.ones(2)]},
+    "ShardedLoader": {"loader": lambda folder: DataLoader(range(8), batch_size=2), "shards": 2},  # type: ignore[arg-type]
+    "check_rank": {"name": "rank", "value": 1},
+    "coverage": {"model": lambda folder: _model(), "matrices": []},
+    "describe_selection": {"model": lambda folder: _model(), "matrices": []},
+    "listed": {"names": ["one"]},
+    "select": {"candidates": ["one"], "patterns": ["o*"], "argument": "include"},
+    "sound": {"trainer": lambda folder: quiet_trainer(accelerator="cpu"), "alarm": Alarm("fuzz", 0, "none")},
+    "sparse_gradients": {"module": lambda folder: _model()},
+    "sum_over_ranks_": {"numbers": torch.ones(2), "sharding": None},
     "all_gather_bytes": {"payload": 8.0, "world_size": 2},
     "all_reduce_bytes": {"payload": 8.0, "world_size": 2},
     "all_to_all_bytes": {"payload": 8.0, "world_size": 2},
@@ -148,7 +161,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
         "previous": torch.ones(3),
         "measured": torch.ones(3),
         "beta": 0.9,
-        "mode": "paper",
+        "variant": "paper",
         "interval": 5,
     },
     "leading_right_singular_vectors": {"weight": torch.eye(4), "rank": 2},
@@ -161,7 +174,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "power_decay": {"step": 5, "gamma": 7.0},
     "power_from_width": {"sigma_rel": 0.1},
     "predict": {"compressor": lambda folder: ArcTopK(), "shapes": {"w": (64, 64)}, "world_size": 2},
-    "probabilities": {"values": torch.ones(3), "eta": 1.0, "mode": "paper"},
+    "probabilities": {"values": torch.ones(3), "eta": 1.0, "variant": "paper"},
     "scale_": {"tensors": [torch.ones(2)], "coefficient": torch.tensor(0.5)},
     "scheme_weights": {"scheme": "uniform", "steps": [1.0, 2.0]},
     "select_matrices": {"model": lambda folder: _model()},
