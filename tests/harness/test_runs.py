@@ -109,7 +109,7 @@ def test_alarms_are_heard():
     trainer = quiet_trainer(one, other, accelerator="cpu")
     alarms = [Alarm("loss", 4, "high"), Alarm("norm", 9, "higher")]
     for alarm in alarms:
-        assert sound(trainer, Regression(), alarm)
+        assert sound(trainer, alarm)
 
     assert one.alarms == other.alarms == alarms
     assert one.steps == [4, 9]

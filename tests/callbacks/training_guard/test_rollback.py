@@ -15,7 +15,7 @@ from torch import Tensor
 from harness.faults import InjectedError
 from lightning_eff.callbacks import EMA, GradES, TrainingDivergedError, TrainingGuard, ZClip
 from lightning_eff.training.random_state import random_state, set_random_state
-from tests.callbacks.training_guard.test_training_guard import GUARD, AtBatch, Poison, Sounder, _kill
+from tests.callbacks.training_guard.guard_models import GUARD, AtBatch, Poison, Sounder, kill
 from tests.suite.models import MODELS, Net
 from tests.suite.runs import SaveAt, differences, fit
 from tests.suite.table import DDP, SINGLE, Strategy
@@ -81,7 +81,7 @@ class TestRandomNumbers:
                 ends[draw_anew] = ("given up", guard.rollbacks)
         assert ends == {True: (20, 1), False: ("given up", 3)}
 
-    def test_a_run_that_is_killed_and_resumed_draws_what_the_unbroken_run_drew(self, tmp_path):
+    def test_a_run_that_iskilled_and_resumed_draws_what_the_unbroken_run_drew(self, tmp_path):
         """The guard saves what it has restored, with the random state that the run goes on with."""
 
         def run(folder: Path, *around: L.Callback, **more: Any) -> Any:
@@ -95,7 +95,7 @@ class TestRandomNumbers:
 
         unbroken = run(tmp_path / "unbroken", Sounder(7))
         with pytest.raises(InjectedError):
-            run(tmp_path / "broken", Sounder(7), AtBatch(8, _kill))
+            run(tmp_path / "broken", Sounder(7), AtBatch(8, kill))
         resumed = run(tmp_path / "broken", resume=tmp_path / "broken" / "last.ckpt")
         assert resumed.callback.rollbacks == 1
         assert not differences(unbroken.outcome(), resumed.outcome())

@@ -30,20 +30,10 @@ from lightning_eff.callbacks import (
     sound,
 )
 from lightning_eff.training.trainable import set_trainable
+from tests.callbacks.training_guard.guard_models import GUARD, AtBatch, Poison, Sounder, kill
 from tests.suite.models import MODELS, Net
 from tests.suite.runs import SaveAt, differences, fit, full
 from tests.suite.table import ARC_TOPK, DDP, FSDP2, ROWS, SINGLE, Strategy
-
-GUARD: dict[str, Any] = {
-    "rules": [],
-    "every_n_steps": 2,
-    "keep": 4,
-    "margin": 1,
-    "read_every_n_steps": 1,
-    "lr_factor": 1.0,
-    "lr_steps": None,
-    "draw_anew": False,  # so that a run can be compared with another, bit by bit
-}
 
 
 class Scheduled(Net):
@@ -56,22 +46,6 @@ class Scheduled(Net):
 
 
 MODELS["scheduled"] = Scheduled
-
-
-class Sounder(L.Callback):
-    """Sounds an alarm the first time that a step is done, on one rank alone."""
-
-    def __init__(self, *steps: int, rank: int = 0, severity: float = 1.0, source: str = "test") -> None:
-        self.steps = list(steps)
-        self.rank = rank
-        self.severity = severity
-        self.source = source
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self.steps and trainer.global_step == self.steps[0]:
-            step = self.steps.pop(0)
-            if trainer.global_rank == self.rank:
-                sound(trainer, Alarm(self.source, step, "it is broken", self.severity))
 
 
 class ScaleTo(L.Callback):
@@ -404,22 +378,6 @@ class TestLearningRate:
         assert rates.used[6:] == [rate / 2 for rate in plain.used[4:]]
 
 
-class AtBatch(L.Callback):
-    """Calls a function before a batch."""
-
-    def __init__(self, index: int, function: Any) -> None:
-        self.index = index
-        self.function = function
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.fit_loop.total_batch_idx == self.index:
-            self.function(trainer)
-
-
-def _kill(trainer: L.Trainer) -> None:
-    raise InjectedError
-
-
 class Scored(Net):
     """The batch that leads to step 6 has the best score."""
 
@@ -429,7 +387,7 @@ class Scored(Net):
 
 class TestCheckpoints:
     @pytest.mark.parametrize("save_last", [True, "link"])
-    def test_a_run_that_is_killed_behind_a_rollback_resumes_what_was_restored(self, tmp_path, save_last):
+    def test_a_run_that_iskilled_behind_a_rollback_resumes_what_was_restored(self, tmp_path, save_last):
         """Its last checkpoint was saved in a step that has been undone."""
 
         def run(folder: Path, *around: L.Callback, **more: Any) -> Any:
@@ -442,7 +400,7 @@ class TestCheckpoints:
         assert unbroken.callback.rollbacks == 1
         last = tmp_path / "broken" / "last.ckpt"
         with pytest.raises(InjectedError):
-            run(tmp_path / "broken", Sounder(7), AtBatch(8, _kill))
+            run(tmp_path / "broken", Sounder(7), AtBatch(8, kill))
         assert torch.load(last, weights_only=True)["global_step"] == 6
         resumed = run(tmp_path / "broken", resume=last)
         assert resumed.callback.rollbacks == 1
@@ -504,18 +462,6 @@ class Always(AlarmRule):
 
     def judge(self, step, value):
         return f"the value is {value:g}"
-
-
-class Poison(L.Callback):
-    """Makes the weights NaN behind a step, once."""
-
-    def __init__(self, step: int) -> None:
-        self.step: int | None = step
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            self.step = None
-            pl_module.head.weight.data.fill_(float("nan"))
 
 
 def _poisoned(strategy: Strategy, folder: Path) -> tuple[int, int, bool]:

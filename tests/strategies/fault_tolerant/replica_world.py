@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lightning_eff.strategies.fault_tolerant.limits import Limits
+
 LIMIT = 20.0  # seconds after which something that waits is taken for a deadlock
 
 
@@ -246,3 +248,15 @@ class Manager:
 
     def break_off(self) -> None:
         raise AssertionError("nobody is left behind here")
+
+
+LIMITS = Limits(
+    heartbeat_timeout=60.0, quorum_timeout=60.0, heal_timeout=60.0, start_grace=0.05, max_aborts=1000, min_replicas=1
+)
+
+
+def total(group: Any, value: float, size: int) -> float:
+    """The sum over the replicas, by an operation that is told from others by its size."""
+    tensor = torch.full((size,), value)
+    group.allreduce([tensor], None).wait()
+    return float(tensor[0])

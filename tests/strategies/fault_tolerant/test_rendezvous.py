@@ -25,8 +25,7 @@ from lightning_eff.strategies.fault_tolerant.rendezvous import (
     writer_of,
 )
 from lightning_eff.strategies.fault_tolerant.replicas import Replicas
-from tests.strategies.fault_tolerant.replica_world import Manager, World
-from tests.strategies.fault_tolerant.test_replicas import LIMITS, total
+from tests.strategies.fault_tolerant.replica_world import LIMITS, Manager, World, total
 
 
 def position(index: int, veteran: bool, **others: Any) -> Position:

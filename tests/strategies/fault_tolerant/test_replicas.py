@@ -7,27 +7,15 @@ import time
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
 from lightning_eff.strategies.fault_tolerant.handover import Handover
-from lightning_eff.strategies.fault_tolerant.limits import Limits
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError
 from lightning_eff.strategies.fault_tolerant.replicas import Replicas
-from tests.strategies.fault_tolerant.replica_world import Dead, Manager, World
+from tests.strategies.fault_tolerant.replica_world import LIMITS, Dead, Manager, World, total
 
 STEPS = 12
-LIMITS = Limits(
-    heartbeat_timeout=60.0, quorum_timeout=60.0, heal_timeout=60.0, start_grace=0.05, max_aborts=1000, min_replicas=1
-)
-
-
-def total(group: Any, value: float, size: int) -> float:
-    """The sum over the replicas, by an operation that is told from others by its size."""
-    tensor = torch.full((size,), value)
-    group.allreduce([tensor], None).wait()
-    return float(tensor[0])
 
 
 class Replica:
