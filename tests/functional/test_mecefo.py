@@ -399,8 +399,8 @@ def test_activations_that_are_kept():
     mecefo = MeCeFO(model, rank=2)
 
     def kept() -> int:
-        # The graph holds what `pack` returns. A tensor saved by an operation that ends within the forward (the neighbour's
-        # detached branches) is gone by its end, and its memory may be another's: only what still lives is counted.
+        # The graph holds what the hook returns. A tensor saved by an operation that ends within the forward (the
+        # neighbour's detached branches) is gone by its end, and its memory may be another's: what lives is counted.
         packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
         class Packed:

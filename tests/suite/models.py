@@ -145,9 +145,14 @@ class Net(_Fed):
 
     def configure_model(self) -> None:
         if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
             mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            if mesh.size() == 4:
+                mesh = init_device_mesh(
+                    mesh.device_type, (2, 2), mesh_dim_names=("replicate", "shard")
+                )  # HSDP: two replicas of two shards
             for module in (self.blocks[0], self.blocks[2], self.head):
                 fully_shard(module, mesh=mesh)
 
