@@ -155,6 +155,7 @@ class Net(_Fed):
                 )  # HSDP: two replicas of two shards
             for module in (self.blocks[0], self.blocks[2], self.head):
                 fully_shard(module, mesh=mesh)
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.blocks(inputs).mean(1))
