@@ -172,6 +172,17 @@ class Net(_Fed):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class Backbone(Net):
+    """The blocks are a backbone, which Lightning's BackboneFinetuning freezes and unfreezes."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.blocks
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
 class Gan(_Fed):
     """A generator and a discriminator: manual optimization with two optimizers."""
 
@@ -209,4 +220,4 @@ class Gan(_Fed):
         return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.discriminator)], []
 
 
-MODELS = {"net": Net, "gan": Gan}
+MODELS = {"net": Net, "backbone": Backbone, "gan": Gan}

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from harness.faults import InjectedError, fail_at
 from harness.pool import Pool
 from lightning_eff.callbacks import MISA, GradES
 from tests.suite.models import MODELS, STEPS
-from tests.suite.runs import Place, Run, SaveAt, differences, expect, fit, full
+from tests.suite.probe import Probe
+from tests.suite.runs import Place, Run, SaveAt, assert_equal, differences, expect, fit, full
 from tests.suite.table import ARC_TOPK, DDP, FSDP2, ROWS, SINGLE, Row, Strategy
 
 # The guard goes back from step 8 to the snapshot of step 5; it keeps its snapshots in memory, so that a run which is
@@ -95,3 +98,28 @@ def test_resume_at_five_crash_points(strategy, model, without, tmp_path, pool):
         ranks = Place(strategy, tmp_path, workers).run(crash_and_resume, tmp_path, strategy, model, without)
     for rank, wrong in enumerate(ranks):
         assert not wrong, f"rank {rank}: {wrong}"
+
+
+def beside_finetuning(row: Row | None, folder: Path, *around: Any, **arguments: Any) -> Run:
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3, verbose=False)
+    return fit(row, folder, model="backbone", around=[finetuning, *around], **arguments)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.callback is not Probe], ids=lambda row: row.id)
+def test_beside_another_s_unfreezing(row, tmp_path):
+    """BackboneFinetuning unfreezes the blocks after six steps: who does not follow refuses it in `setup`."""
+    if getattr(row.callback, "changes_trainable", False):
+        with expect(MisconfigurationException, "both decided which parameters are trained") as caught:
+            beside_finetuning(row, tmp_path)
+        assert "BackboneFinetuning" in str(caught.error)
+        return
+    path = tmp_path / "unfrozen.ckpt"
+    unbroken = beside_finetuning(row, tmp_path, SaveAt(9, path))
+    resumed = beside_finetuning(row, tmp_path, resume=path)
+    for run in (unbroken, resumed):
+        assert len(run.trainer.optimizers[0].param_groups) == 2
+        assert all(bool(weight.isfinite().all()) for weight in run.parameters().values())
+    if not row.changes_training:  # a resume is compared with one by Lightning alone, which is not exact here
+        plain = tmp_path / "plain.ckpt"
+        assert_equal(unbroken.parameters(), beside_finetuning(None, tmp_path, SaveAt(9, plain)).parameters())
+        assert_equal(resumed.parameters(), beside_finetuning(None, tmp_path, resume=plain).parameters())
