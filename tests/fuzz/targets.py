@@ -130,11 +130,8 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "Sampler": {"sizes": [4, 4, 8], "config": SamplerConfig(budget=0.5)},
     "Shadows": {"tensors": [torch.ones(2)]},
     "ShardedLoader": {"loader": lambda folder: DataLoader(range(8), batch_size=2), "shards": 2},  # type: ignore[arg-type]
-    "check_rank": {"name": "rank", "value": 1},
     "coverage": {"model": lambda folder: _model(), "matrices": []},
     "describe_selection": {"model": lambda folder: _model(), "matrices": []},
-    "listed": {"names": ["one"]},
-    "select": {"candidates": ["one"], "patterns": ["o*"], "argument": "include"},
     "sound": {"trainer": lambda folder: quiet_trainer(accelerator="cpu"), "alarm": Alarm("fuzz", 0, "none")},
     "sparse_gradients": {"module": lambda folder: _model()},
     "sum_over_ranks_": {"numbers": torch.ones(2), "sharding": None},
