@@ -253,6 +253,11 @@ def check_instance(name: str, value: Any, kind: type | tuple[type, ...], what: s
     refuse(name, value, f"{what}, or None" if optional else what)
 
 
+def check_trainer(value: Any) -> None:
+    """The argument ``trainer``: a Trainer of either of Lightning's two packages, told by what is asked of it."""
+    check("trainer", value, hasattr(value, "strategy"), "a Trainer")
+
+
 def check_instances(name: str, value: Any, kind: type, what: str) -> None:
     """A sequence of instances of a class that is not empty.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-from lightning_eff.arguments import check, check_count, check_instance, check_number, check_text
+from lightning_eff.arguments import check_count, check_instance, check_number, check_text, check_trainer
 from lightning_eff.training.hooks import HearsAlarms, tell
 
 
@@ -54,7 +54,6 @@ def sound(trainer: Trainer, alarm: Alarm) -> bool:
     Raises:
         ValueError: ``trainer`` is no Trainer, or ``alarm`` no `Alarm`.
     """
-    # By what is asked of it: a Trainer of either of Lightning's two packages.
-    check("trainer", trainer, hasattr(trainer, "callbacks") and hasattr(trainer, "strategy"), "a Trainer")
+    check_trainer(trainer)
     check_instance("alarm", alarm, Alarm, "an Alarm")
     return tell(trainer, HearsAlarms, alarm) > 0
