@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check, check_count, check_number, check_numbers
 
 _SMALL = 1 << 12  # elements of a tensor whose operator costs more than its arithmetic
 
@@ -37,7 +37,11 @@ def float32_copies(tensors: Iterable[Tensor], device: torch.device | str | None 
     Args:
         tensors: floating-point tensors, e.g. parameters.
         device: where the copies are kept; by default each where its tensor is.
+
+    Raises:
+        ValueError: ``device`` names none.
     """
+    _check_device(device)
     return [
         tensor.detach().to(device or tensor.device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
         for tensor in tensors
@@ -62,7 +66,7 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
         >>> shadow
         [tensor([0.2500, 0.2500])]
     """
-    check("decay", decay, 0 <= decay <= 1, "in [0, 1]")
+    check_number("decay", decay, least=0, most=1)
     shadows, tensors = list(shadows), list(tensors)
     if not shadows:
         return
@@ -144,8 +148,8 @@ def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:
         >>> half_life_decay(100, every_n_steps=100)
         0.5
     """
-    check("half_life", half_life, 0 < half_life < math.inf, "positive and finite")
-    _check_every(every_n_steps)
+    check_number("half_life", half_life, above=0, unit="steps")
+    check_count("every_n_steps", every_n_steps)
     return float(0.5 ** (every_n_steps / half_life))
 
 
@@ -165,11 +169,10 @@ def warmup_decay(update: int, decay: float, inv_gamma: float = 1.0, power: float
         >>> [round(warmup_decay(update, decay=0.999), 4) for update in (1, 2, 11, 1001)]
         [0.0, 0.37, 0.7978, 0.99]
     """
-    if update < 1:
-        raise ValueError(f"update={update!r} is not allowed: updates are counted from 1")
-    check("decay", decay, 0 <= decay <= 1, "in [0, 1]")
-    if inv_gamma <= 0 or power <= 0:
-        raise ValueError(f"inv_gamma={inv_gamma!r}, power={power!r}: both must be positive")
+    check_count("update", update, unit="updates are counted from 1")
+    check_number("decay", decay, least=0, most=1)
+    check_number("inv_gamma", inv_gamma, above=0)
+    check_number("power", power, above=0)
     return float(min(decay, 1 - (1 + (update - 1) / inv_gamma) ** -power))
 
 
@@ -189,7 +192,7 @@ def power_from_width(sigma_rel: float) -> float:
         >>> round(power_from_width(0.10), 6)
         6.937204
     """
-    check("sigma_rel", sigma_rel, 0 < sigma_rel < MAX_WIDTH, "in (0, 1 / sqrt(12) = 0.288675)")
+    check_number("sigma_rel", sigma_rel, above=0, below=MAX_WIDTH)
     inverse = sigma_rel**-2
     # Newton from the right: the polynomial is convex for x > 0 and sigma_rel < 1 / (gamma + 2), so that it falls
     # monotonically on the largest root.
@@ -209,7 +212,7 @@ def width_from_power(gamma: float) -> float:
         >>> round(width_from_power(6.937204), 6)
         0.1
     """
-    check("gamma", gamma, gamma > -1, "above -1")
+    check_number("gamma", gamma, above=-1)
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
@@ -218,7 +221,7 @@ def power_decay(step: int, gamma: float, every_n_steps: int = 1) -> float:
 
     Args:
         step: the optimizer step after which this is, counted from 1; up to ``every_n_steps`` it copies (decay 0).
-        gamma: of :func:`power_from_width`.
+        gamma: of :func:`power_from_width`, above -1.
         every_n_steps: steps since the update before.
 
     Raises:
@@ -228,9 +231,9 @@ def power_decay(step: int, gamma: float, every_n_steps: int = 1) -> float:
         >>> round(power_decay(10, gamma=6.937204), 6)
         0.433325
     """
-    _check_every(every_n_steps)
-    if step < 1:
-        raise ValueError(f"step={step!r} is not allowed: steps are counted from 1")
+    check_count("step", step, unit="steps are counted from 1")
+    check_number("gamma", gamma, above=-1)
+    check_count("every_n_steps", every_n_steps)
     return float(max(0.0, 1 - every_n_steps / step) ** (gamma + 1))
 
 
@@ -282,16 +285,18 @@ def posthoc_error(
 def _posthoc_arguments(
     steps: Sequence[float], sigma_rels: Sequence[float], sigma_rel: float, step: float | None
 ) -> tuple[list[float], float, float]:
-    if not steps or len(steps) != len(sigma_rels):
+    check_numbers("steps", steps, above=0)
+    check_numbers("sigma_rels", sigma_rels, above=0, below=MAX_WIDTH)
+    check_number("sigma_rel", sigma_rel, above=0, below=MAX_WIDTH)
+    check_number("step", step, above=0, optional=True)
+    if len(steps) != len(sigma_rels):
         raise ValueError(
-            f"sigma_rels: {len(sigma_rels)} widths for {len(steps)} stored averages; one for each is needed"
+            f"sigma_rels: {len(sigma_rels)} widths for {len(steps)} stored averages (steps); one for each is needed"
         )
-    if not all(0 < stored < math.inf for stored in steps):
-        raise ValueError(f"steps={list(steps)} is not allowed: each must be positive and finite")
     if len(set(zip(steps, sigma_rels, strict=True))) != len(steps):
         raise ValueError(f"steps={list(steps)}: an average of the same step and width is there twice")
     step = max(steps) if step is None else step
-    check("step", step, 0 < step <= max(steps), f"in (0, {max(steps)}], up to the last stored step")
+    check("step", step, step <= max(steps), f"in (0, {max(steps)}], up to the last stored step")
     return [power_from_width(stored) for stored in sigma_rels], power_from_width(sigma_rel), step
 
 
@@ -304,5 +309,11 @@ def _correlations(ta: Sequence[float], ga: Sequence[float], tb: Sequence[float],
     return scale * (time_a / time_b) ** exponent
 
 
-def _check_every(every_n_steps: int) -> None:
-    check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
+def _check_device(device: Any) -> None:
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        known = isinstance(device, str) and torch.device(device) is not None
+    except RuntimeError:
+        known = False
+    check("device", device, known, "a torch.device, the name of one, such as 'cuda:0', or None")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from lightning_eff.arguments import check_instance, check_trainer
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -163,6 +165,8 @@ def all_with(trainer: Trainer, hook: type[_Hook]) -> Iterator[_Hook]:
         >>> list(all_with(trainer, HearsAlarms))
         []
     """
+    check_trainer(trainer)
+    check_instance("hook", hook, type, "a class of lightning_eff.training, such as HearsAlarms")
     # `lightning_module` and not the property of the Trainer: a strategy may have none yet.
     listeners = (trainer.strategy, *trainer.callbacks, trainer.strategy.lightning_module)  # type: ignore[attr-defined]
     return (listener for listener in listeners if isinstance(listener, hook))
@@ -174,6 +178,7 @@ def tell(trainer: Trainer, hook: type[Any], *args: Any) -> int:
     Returns:
         How many there are.
     """
+    check_instance("hook", hook, type, "a class of lightning_eff.training, such as HearsAlarms")
     (name,) = (name for name in vars(hook) if name.startswith(("on_", "before_")))
     listeners = list(all_with(trainer, hook))
     for listener in listeners:

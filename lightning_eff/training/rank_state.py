@@ -31,6 +31,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_eff.arguments import check, check_flag, check_text
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
 from lightning_eff.training.whole_files import Attempts, failure_of, whole_file
@@ -94,6 +95,12 @@ class RankState:
         recover: Callable[[dict[str, Any], str], dict[str, Any] | None] | None = None,
         replicated: bool = False,
     ) -> None:
+        check_text("name", name)
+        for argument, function in {"save": save, "load": load}.items():
+            check(argument, function, callable(function), "a function")
+        for argument, optional in {"saved": saved, "removed": removed, "recover": recover}.items():
+            check(argument, optional, optional is None or callable(optional), "a function, or None")
+        check_flag("replicated", replicated)
         self.name = name
         self.save = save
         self.load = load

@@ -127,7 +127,10 @@ def test_a_neighbours_pass_is_the_reference(rank):
     """Attention: none. All else: the gradient behind detached attentions, low-rank in the feed-forward matrices."""
     model, tokens = gpt(), batch()
     mecefo = MeCeFO(model, rank=rank)
-    vectors = {name: leading_right_singular_vectors(layer.weight, rank) for name, layer in mecefo.linears.items()}
+    vectors = {
+        name: leading_right_singular_vectors(layer.weight, min(rank, *layer.weight.shape))
+        for name, layer in mecefo.linears.items()
+    }
     with mecefo.neighbour(0):
         loss = model.loss(tokens)
         loss.backward()
