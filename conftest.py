@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device`."""
     parser.addoption(
         "--device",
         choices=["cpu", "cuda"],
@@ -24,9 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Tell it to the contract suite, and to the workers that it starts."""
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(
-            "--device cuda: torch finds no CUDA or HIP device here; without the option, the CPU it is"
-        )
+        raise pytest.UsageError("--device cuda: torch finds no CUDA or HIP device here")
     os.environ["LIGHTNING_EFF_TEST_DEVICE"] = device  # see tests/suite/device.py

@@ -87,7 +87,7 @@ def _groups(shadows: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[li
         pairs = [(shadow, tensor)]
         if tensor.numel() > _GROUP:
             rows = max(1, _GROUP * len(tensor) // tensor.numel())
-            pairs = list(zip(shadow.split(rows), tensor.split(rows), strict=True))
+            pairs = list(zip(torch.split(shadow, rows), torch.split(tensor, rows), strict=True))
         for pair in pairs:
             if group and size + pair[1].numel() > _GROUP:
                 yield group

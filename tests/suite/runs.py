@@ -148,8 +148,12 @@ def differences(one: Any, other: Any, where: str = "", rtol: float = 0.0, atol: 
 def random_states() -> dict[str, Any]:
     """The user's random number generators."""
     kind, keys, *rest = numpy.random.get_state()
-    return {"torch": torch.get_rng_state(), "dropout": generator_state(), "numpy": [kind, torch.tensor(keys.astype("int64")), *rest],
-            "random": list(random.getstate()[1])}  # fmt: skip
+    return {
+        "torch": torch.get_rng_state(),
+        "dropout": generator_state(),
+        "numpy": [kind, torch.tensor(keys.astype("int64")), *rest],
+        "random": list(random.getstate()[1]),
+    }
 
 
 @dataclass

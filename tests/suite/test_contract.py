@@ -22,7 +22,7 @@ def _cases() -> Iterator[Any]:
                 if strategy.name in row.refused_strategies and name != "refuses_strategies":
                     continue
                 reason = row.exceptions.get(f"{name}-{strategy.name}", row.exceptions.get(name))
-                # What a row cannot keep on the CPU, such as an optimizer that reads its steps there, a GPU may let it keep.
+                # What a row cannot keep on the CPU, where AdamW reads its steps, it may keep on a GPU.
                 marks = [pytest.mark.xfail(reason=reason, strict=DEVICE == "cpu")] if reason else []
                 yield pytest.param(row, rule, strategy, id=f"{row.id}-{name}-{strategy.name}", marks=marks)
 
