@@ -17,7 +17,7 @@ from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.faults import FAULTS
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
-ORDER = re.findall(r"^(?:python|tests) (\w+) \d+|^(sanitizer)$", SCRIPT.read_text(), re.MULTILINE)
+ORDER = re.findall(r"^  (?:python|tests) (\w+) \d+|^  (sanitizer)$", SCRIPT.read_text(), re.MULTILINE)
 NAMES = [name or other for name, other in ORDER]
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="it is a script for bash")

@@ -75,8 +75,9 @@ class SnapshotWindow:
             snapshot = {name: memory[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
         self._snapshots.append(snapshot)
         self.steps.append(step)
-        if self.place != "model" and any(tensor.is_cuda for tensor in tensors.values()):
-            self._copied = torch.cuda.current_stream().record_event()
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        if self.place != "model" and device is not None:
+            self._copied = torch.cuda.current_stream(device).record_event()
 
     def read(self) -> list[dict[str, Tensor]]:
         """The snapshots, oldest first; not to be changed."""
