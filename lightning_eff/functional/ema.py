@@ -15,7 +15,7 @@ long that is. From snapshots of two of them, an average of any other width can b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from lightning_eff.arguments import check, check_count, check_number, check_numbers
 
 _SMALL = 1 << 12  # elements of a tensor whose operator costs more than its arithmetic
+
+_GROUP = 1 << 24  # elements that are cast at a time: 64 MB in float32, large enough to hide the launches
 
 MAX_WIDTH = 1 / math.sqrt(12)
 """Upper bound of ``sigma_rel``: that of the uniform average over the whole run, gamma = 0."""
@@ -54,7 +56,8 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
 
     Args:
         shadows: of :func:`float32_copies`.
-        tensors: the weights now, on the devices of the shadows, with their shapes; bfloat16 and float16 too.
+        tensors: the weights now, with the shapes of the shadows; bfloat16 and float16 too. Those of another dtype or
+            device than theirs are cast or copied in groups of up to 64 MB.
         decay: weight of the past, in [0, 1]; 0 copies.
 
     Raises:
@@ -70,12 +73,33 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
     shadows, tensors = list(shadows), list(tensors)
     if not shadows:
         return
-    if len(shadows) == len(tensors) and all(s.dtype == t.dtype for s, t in zip(shadows, tensors, strict=True)):
+    pairs = zip(shadows, tensors, strict=True)
+    if len(shadows) == len(tensors) and all((s.dtype, s.device) == (t.dtype, t.device) for s, t in pairs):
         torch._foreach_lerp_(shadows, tensors, 1 - decay)
         return
     # lerp takes one dtype. Cast beside the shadows, since the difference is what must not be rounded to bfloat16.
-    wide = [tensor.to(shadow.dtype) for shadow, tensor in zip(shadows, tensors, strict=True)]
-    torch._foreach_lerp_(shadows, wide, 1 - decay)
+    for group in _groups(shadows, tensors):
+        wide = [tensor.to(shadow.device).to(shadow.dtype) for shadow, tensor in group]
+        torch._foreach_lerp_([shadow for shadow, _ in group], wide, 1 - decay)
+
+
+def _groups(shadows: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Pairs of up to ``_GROUP`` elements together: what is cast at a time, and not all weights at once."""
+    group: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for shadow, tensor in zip(shadows, tensors, strict=True):
+        pairs = [(shadow, tensor)]
+        if tensor.numel() > _GROUP:
+            rows = max(1, _GROUP * len(tensor) // tensor.numel())
+            pairs = list(zip(torch.split(shadow, rows), torch.split(tensor, rows), strict=True))
+        for pair in pairs:
+            if group and size + pair[1].numel() > _GROUP:
+                yield group
+                group, size = [], 0
+            group.append(pair)
+            size += pair[1].numel()
+    if group:
+        yield group
 
 
 class Shadows:
@@ -129,9 +153,7 @@ class Shadows:
         """What :func:`ema_update_` does, for tensors from ``sort``; they may be on another device."""
         for (_, piece), group in zip(self._pieces, tensors[:-1], strict=True):
             piece.lerp_(torch.cat(group).to(piece), 1 - decay)
-        alone = self._alone
-        current = zip(alone, tensors[-1], strict=True)
-        ema_update_(alone, [t if t.device == shadow.device else t.to(shadow.device) for shadow, t in current], decay)
+        ema_update_(self._alone, tensors[-1], decay)
 
 
 def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:

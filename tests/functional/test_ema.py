@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.operators import OperatorCounter
+from lightning_eff.functional import ema
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.functional.ema import (
     Shadows,
@@ -51,6 +53,35 @@ def test_one_call_for_float32_and_no_sync():
         ema_update_(shadows, weights, decay=0.5)
     assert counter.operators == {"aten::_foreach_lerp_": 1}
     assert counter.host_syncs == 0
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["many", "one"])
+def test_weights_of_16_bits_are_cast_in_groups(small, monkeypatch):
+    """In place of float32 copies of all of them at once, which would be twice the weights."""
+    monkeypatch.setattr(ema, "_GROUP", 1000)
+    shapes = [(7, 30)] * 20 if small else [(140, 30), (), (1, 1700), (3,)]
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    shadows = float32_copies([torch.randn(shape) for shape in shapes])
+    whole = [torch.lerp(s, w.float(), 0.25) for s, w in zip(shadows, weights, strict=True)]
+    with _LargestCast() as largest:
+        ema_update_(shadows, weights, decay=0.75)
+    assert all(torch.equal(s, w) for s, w in zip(shadows, whole, strict=True))
+    assert largest.elements == (840 if small else 1700)  # four of 210, or a row that cannot be cut
+
+
+class _LargestCast(TorchDispatchMode):
+    """The most elements that one step of the averages has cast."""
+
+    elements = 0
+    _cast = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self._cast += result.numel()
+        if func is torch.ops.aten._foreach_lerp_.Scalar:
+            self.elements, self._cast = max(self.elements, self._cast), 0
+        return result
 
 
 def test_decay_0_copies_and_1_keeps_exactly():

@@ -99,7 +99,11 @@ class _Fed(L.LightningModule):
         start = self.skip_steps * BATCH + self.trainer.fit_loop.epoch_loop.total_batch_idx * size
         mine = slice(start + rank * size // ranks, start + (rank + 1) * size // ranks)
         indices = torch.arange(mine.start, mine.stop) % len(self.inputs)
-        return self.inputs[indices], self.targets[indices]
+        return self.placed(indices)
+
+    def placed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples, where the weights are."""
+        return self.inputs[indices].to(self.device), self.targets[indices].to(self.device)
 
     def train_dataloader(self) -> Any:
         return Indices(6 * self.micro_batches)  # a run does not end with an epoch
@@ -114,7 +118,7 @@ class _Fed(L.LightningModule):
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", self._error(self.inputs[:4], self.targets[:4]), sync_dist=True)
+        self.log("val_loss", self._error(*self.placed(torch.arange(4))), sync_dist=True)
 
     def _error(self, inputs: Tensor, targets: Tensor) -> Tensor:
         raise NotImplementedError
