@@ -19,6 +19,7 @@ from lightning_eff.callbacks.averaging.files import (
     write_averaged,
 )
 from lightning_eff.callbacks.averaging.stand_in import StandIn
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.rank_state import KEY
 from lightning_eff.training.trainer import callbacks_of
 from lightning_eff.training.whole_files import Attempts
@@ -58,7 +59,7 @@ class BesideCheckpoints:
             make(trainer, filepath, linkpath)  # and then waits for rank zero
 
         for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
+            if is_a(callback, ModelCheckpoint) and callback.save_last == "link":
                 self._links.append(Wrapper(callback, "_link_checkpoint", link))
 
     def detach(self) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,6 +18,7 @@ from lightning_eff.functional.momentum_tail import has_momentum_tail, momentum_t
 from lightning_eff.structure.select import listed
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.heat_map import HeatMap, Scale
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.optimizer_state import check_release_support, release_state, state_bytes
 from lightning_eff.training.trainable import set_trainable, trainable_by_name
 from lightning_eff.training.trainer import applied_scale

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_eff.structure import Matrix, clean_named_parameters, select_matrices
 from lightning_eff.structure.select import listed, select
 from lightning_eff.training.dtensor import reshard
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.trainer import refuse_sparse_gradients
 
 Granularity = Literal["module", "layer"]

@@ -6,11 +6,9 @@ import sys
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -28,6 +26,7 @@ from lightning_eff.functional.spectral_alignment import (
 from lightning_eff.structure.select import listed
 from lightning_eff.training.alarms import Alarm, sound
 from lightning_eff.training.heat_map import HeatMap
+from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, refuse_flattened
 
@@ -179,7 +178,7 @@ class SpectralAlignmentMonitor(Callback):
         refuse_flattened(
             trainer, type(self).__name__, "flattens or partitions the weights that the inputs are compared with"
         )
-        if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
+        if is_a(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
             raise MisconfigurationException(
                 f"SpectralAlignmentMonitor does not support tensor_parallel_size={strategy._tensor_parallel_size}: a "
                 "weight stays sharded in its forward pass, where each product would need a collective. Use FSDP2 alone"
@@ -189,7 +188,7 @@ class SpectralAlignmentMonitor(Callback):
                 "SpectralAlignmentMonitor(action='rollback') needs a TrainingGuard(action='rollback') among the "
                 "callbacks, which keeps the snapshots: add one, or choose action='warn' or 'stop'"
             )
-        if not is_overridden("configure_model", pl_module):  # else there may be no layer yet
+        if not overrides(pl_module, "configure_model"):  # else there may be no layer yet
             self._find_layers(pl_module)
 
     @override
