@@ -8,6 +8,7 @@ Some samples are outliers, so that gradients spike.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -81,8 +82,8 @@ def _stream() -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-class _Fed(L.LightningModule):
-    """Takes its samples from the stream."""
+class _Fed:
+    """Takes its samples from the stream. A base for a LightningModule of either name of Lightning."""
 
     validation_loaders = 1
 
@@ -120,7 +121,7 @@ class _Fed(L.LightningModule):
         raise NotImplementedError
 
 
-class Net(_Fed):
+class _Net(_Fed):
     """Two transformer blocks, automatic optimization."""
 
     optimizer_count = 1
@@ -166,7 +167,7 @@ class Net(_Fed):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-class Gan(_Fed):
+class _Gan(_Fed):
     """A generator and a discriminator: manual optimization with two optimizers."""
 
     optimizer_count = 2
@@ -203,4 +204,19 @@ class Gan(_Fed):
         return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.discriminator)], []
 
 
+class Net(_Net, L.LightningModule):
+    pass
+
+
+class Gan(_Gan, L.LightningModule):
+    pass
+
+
 MODELS = {"net": Net, "gan": Gan}
+
+
+def under(package: str, name: str) -> Any:
+    """The model's class, a LightningModule of that name of Lightning."""
+    if package == "lightning.pytorch":
+        return MODELS[name]
+    return type(name, ({"net": _Net, "gan": _Gan}[name], import_module(package).LightningModule), {})
