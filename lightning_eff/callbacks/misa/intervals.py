@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,8 +60,11 @@ class Intervals:
 
     def _new(self) -> None:
         """As before the first sample."""
+        config, largest = self.settings.config, max(self.units.sizes) / self.units.total
+        if not self.settings.fixed_budget and config.budget < largest:
+            config = replace(config, budget=min(1.0, largest * (1 + 1e-9)))  # whatever the division has rounded
         try:
-            self.sampler = Sampler(self.units.sizes, self.settings.config, self.units.total)
+            self.sampler = Sampler(self.units.sizes, config, self.units.total)
         except ValueError as error:
             raise MisconfigurationException(f"MISA: {error}") from error
         self.active: list[int] = []
@@ -79,12 +83,14 @@ class Intervals:
         units, sampler = self.units, self.sampler
         if never := [name for name, size in zip(units.names, units.sizes, strict=True) if not sampler.fits(size)]:
             rank_zero_warn(
-                f"MISA(budget={self.settings.config.budget}) has no room for {len(never)} of {len(units.names)}, which "
+                f"MISA(budget={sampler.config.budget}) has no room for {len(never)} of {len(units.names)}, which "
                 f"are never trained: {listed(never, limit=10)}. Raise it, or exclude them"
             )
+        of = "" if units.names == units.matrices else f"{len(units.names)} units of "
+        budget = "" if sampler.config.units else f" within {sampler.config.budget:.3g} of all parameters"
         rank_zero_info(
-            f"MISA samples from {len(units.names)} units with {sum(units.sizes):,} of {units.total:,} parameters, "
-            f"{len(self.active)} at first; {len(units.always)} tensors are always trained and {len(units.never)} never"
+            f"MISA samples from {of}{units.selection}. {len(self.active)} at first{budget}; {len(units.always)} "
+            f"tensors are always trained and {len(units.never)} never"
         )
 
     # --- a step -----------------------------------------------------------------------------------------------------
