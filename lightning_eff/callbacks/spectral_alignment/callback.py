@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_debug
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -243,7 +244,7 @@ class SpectralAlignmentMonitor(Callback):
         self._alarmed = alarmed
         if self.action != "log" and bool(begins):
             self._sound(trainer, pl_module, collapsed, float(share))
-        if self._observations == TELL_AFTER:
+        if self._observations == max(TELL_AFTER, self.config.look_back):
             self._tell_if_unarmed()
 
     def _sound(self, trainer: Trainer, pl_module: LightningModule, collapsed: Tensor, share: float) -> None:
@@ -265,7 +266,7 @@ class SpectralAlignmentMonitor(Callback):
         """Say once why there could be no alarm."""
         if self._told or bool(self._state.armed.any()):
             return
-        self._told = True
+        self._told, tell = True, rank_zero_warn
         if not self._called:
             why = "none of their forward passes was called (a weight that is used directly, or a scripted module?)"
         elif not bool(self._state.observations.any()):
@@ -273,9 +274,9 @@ class SpectralAlignmentMonitor(Callback):
             why = f"no singular vector had converged to {limit}: raise power_iterations or lower every_n_steps"
         else:
             why = why_unarmed(self._state)
-        rank_zero_warn(
-            f"SpectralAlignmentMonitor: of {len(self.layers)} layers none was ever armed, so no alarm: {why}"
-        )
+            if self._observations < self.config.look_back:  # the run was short, with which nothing is wrong
+                tell = rank_zero_debug if self.action == "log" else rank_zero_info
+        tell(f"SpectralAlignmentMonitor: of {len(self.layers)} layers none was ever armed, so no alarm: {why}")
 
     def _detach(self) -> None:
         if self._probe is not None:
@@ -290,7 +291,7 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observations < TELL_AFTER and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._observations < max(TELL_AFTER, self.config.look_back) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._tell_if_unarmed()
         if self._map is not None:
             self._map.publish(
