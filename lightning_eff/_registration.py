@@ -1,7 +1,8 @@
-"""Strategy strings, registered without importing Lightning.
+"""Strategy strings, and short names for a LightningCLI of the user's own, registered without importing Lightning.
 
 ``import lightning_eff`` must stay quick, and `lightning-eff doctor` must run where Lightning cannot be imported. So the
-names are registered at once if Lightning is loaded, else right after it has made its registry.
+names are registered at once if Lightning is loaded, else right after it has made its registry. Without that import none
+is known: Lightning has entry points for callbacks, which it asks for after it has looked up the strategy.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ _REGISTRIES = {
     "lightning.pytorch.strategies": "lightning_eff.strategies",
     "pytorch_lightning.strategies": "lightning_eff.pytorch_lightning.strategies",
 }
+
+# LightningCLI knows a class by its short name once it is imported.
+_CLI = "lightning.pytorch.cli"
 
 
 # As Lightning names its own.
@@ -83,12 +87,17 @@ ENTRIES = (
 
 
 def register() -> None:
-    """Register the strategy strings, with either name of Lightning now or when it is imported."""
-    for name in _REGISTRIES:
+    """Make the names known, with either name of Lightning, now or when it is imported."""
+    for name, act in {**dict.fromkeys(_REGISTRIES, _fill), _CLI: _import_all}.items():
         if name in sys.modules:
-            _fill(sys.modules[name])
+            act(sys.modules[name])
         else:
-            sys.meta_path.insert(0, _WhenImported(name))
+            sys.meta_path.insert(0, _WhenImported(name, act))
+
+
+def _import_all(cli: ModuleType) -> None:
+    for room in ("callbacks", "strategies"):
+        import_module(f"lightning_eff.{room}")
 
 
 def _fill(strategies: ModuleType) -> None:
@@ -112,10 +121,11 @@ def _build(module: str, factory: str, **arguments: Any) -> Any:
 
 
 class _WhenImported(MetaPathFinder):
-    """Lets the usual finders find Lightning's strategies, and fills the registry behind them; then it is gone."""
+    """Lets the usual finders find a module, and acts when it has been executed; then it is gone."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
         self.name = name
+        self.act = act
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -128,9 +138,9 @@ class _WhenImported(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_fill(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            _fill(module)
+            self.act(module)
 
-        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
