@@ -35,8 +35,8 @@ class Strategy:
 
     name: str
     ranks: int
-    make: Callable[[int, str], Any]
-    """The Trainer's `strategy` for a model with that many optimizers, under a name of Lightning."""
+    build: Callable[[int], Any]
+    """The Trainer's `strategy` for a model with that many optimizers."""
 
     sharded: bool = False
 
@@ -46,32 +46,26 @@ class Strategy:
     package: str = "lightning.pytorch"
     """Or `pytorch_lightning`: whose Trainer, module and strategy they are."""
 
-    def build(self, optimizers: int) -> Any:
-        return self.make(optimizers, self.package)
 
-
-def _single(optimizers: int, package: str) -> str:
+def _single(optimizers: int) -> str:
     return "auto"
 
 
-def _ddp(optimizers: int, package: str) -> str:
+def _ddp(optimizers: int) -> str:
     # Each of several losses leaves some parameters without a gradient.
     return "ddp" if optimizers == 1 else "ddp_find_unused_parameters_true"
 
 
-def _fsdp2(optimizers: int, package: str) -> ModelParallelStrategy:
-    kind = import_module(f"{package}.strategies").ModelParallelStrategy
-    return kind(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+def _fsdp2(optimizers: int) -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
 
-def _arc_topk(optimizers: int, package: str) -> CompressedDDPStrategy:
-    ours = "lightning_eff.strategies" if package == "lightning.pytorch" else f"lightning_eff.{package}.strategies"
-    kind = import_module(ours).CompressedDDPStrategy
+def _arc_topk(optimizers: int) -> CompressedDDPStrategy:
     # Such that it compresses models as small as these. An unused parameter and error feedback do not go together.
     settings = {"ratio": 0.5, "rank": 1, "min_numel": 64}
     if optimizers == 1:
-        return kind(ArcTopK(error_feedback="ef14", **settings))
-    return kind(ArcTopK(**settings), find_unused_parameters=True)
+        return CompressedDDPStrategy(ArcTopK(error_feedback="ef14", **settings))
+    return CompressedDDPStrategy(ArcTopK(**settings), find_unused_parameters=True)
 
 
 SINGLE = Strategy("single", 1, _single)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -37,7 +38,7 @@ class MISA(Callback):
 
     **A new head, embeddings, norms and biases are not trained unless you say so**, with ``always`` or ``include``.
 
-    Runs in: ``on_before_optimizer_step``; ``on_train_start`` and, at an interval's end, ``on_train_batch_end``.
+    Runs in: ``on_before_backward``, ``on_before_optimizer_step``; ``on_train_start``; ``on_train_batch_end``.
     Reads: the gradients of the sampled matrices, once a step.
     Changes: which parameters are trained; at an interval's end the optimizer state, and weights by the momentum step.
     Collectives: FSDP2 one small all-reduce a step; at an interval's end one broadcast and those of ``set_trainable``.
@@ -184,6 +185,11 @@ class MISA(Callback):
             fit.apply()  # a second fit goes on
             return
         fit.begin()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._fit is not None and not loss.requires_grad:
+            self._fit.pass_over(loss)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

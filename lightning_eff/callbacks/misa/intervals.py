@@ -22,7 +22,7 @@ from lightning_eff.training.heat_map import HeatMap, Scale
 from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.optimizer_state import check_release_support, release_state, state_bytes
 from lightning_eff.training.trainable import set_trainable, trainable_by_name
-from lightning_eff.training.trainer import applied_scale
+from lightning_eff.training.trainer import applied_scale, is_alone
 
 if TYPE_CHECKING:
     from lightning_eff.callbacks.misa.callback import MISA
@@ -73,7 +73,7 @@ class Intervals:
         """The update that ends the interval."""
         self.measured = StepMeans(0)  # of each active unit, over the interval
         self.maps = {name: HeatMap(self.units.names) for name in MAPS if self.settings.heat_map}
-        self._advised = False
+        self._advised = self._told_unused = False
 
     def begin(self) -> None:
         """A new run begins."""
@@ -106,6 +106,22 @@ class Intervals:
         if scale is not None:
             squares = squares / scale.to(squares).square()
         self.measured.add(squares.sqrt() if self.settings.config.variant == "official" else squares)
+
+    def pass_over(self, loss: Tensor) -> None:
+        """The loss comes from none of what is trained now: matrices that the model has and does not use.
+
+        The step changes nothing, and on one device others have their turn at its end.
+        """
+        loss.requires_grad_()  # else its backward pass is an error
+        if is_alone(self.trainer.strategy):
+            self.due = 0
+        if not self._told_unused:
+            self._told_unused = True
+            names = listed([self.units.names[index] for index in self.active], limit=5)
+            rank_zero_warn(
+                f"MISA: the loss does not depend on what was sampled: {names}. Such steps change nothing; leave what "
+                "the model does not use out with exclude=[...], or train something at all times with always=[...]"
+            )
 
     def end_step(self) -> None:
         """End the interval, if it is due."""

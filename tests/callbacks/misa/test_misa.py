@@ -580,6 +580,30 @@ def test_a_small_model_gets_a_budget_of_its_largest_matrix_by_default(tmp_path, 
     assert "samples from 3 matrices, 98 % of the trained weights; outside: head.weight. 1 at first within 0.416" in line
 
 
+class _Unused(Net):
+    """Half of its blocks are there and not used."""
+
+    def forward(self, inputs):
+        return self.head(self.blocks[0](inputs).mean(1))
+
+
+def test_matrices_that_the_model_does_not_use_cost_a_step_each_and_no_run(tmp_path):
+    misa, watch, model = MISA(units=1, every_n_steps=4, seed=1), Watch(), _Unused()
+    trainer = build_trainer(tmp_path, SINGLE, [misa, watch], [], model, 40, {})
+    with pytest.warns(UserWarning, match=r"does not depend on what was sampled: blocks.2.*exclude=") as told:
+        trainer.fit(model)
+    assert len([each for each in told if "does not depend" in str(each.message)]) == 1
+    assert trainer.global_step == 40
+    sampled = [active for (active,) in watch.active]
+    assert {name.split(".")[1] for name in sampled} == {"0", "2"}
+    for step, name in enumerate(sampled[:-1]):
+        if name.startswith("blocks.2"):
+            assert all(torch.equal(watch.weights[step][each], watch.weights[step + 1][each]) for each in MATRICES)
+    ends = [step for step in range(1, 40) if sampled[step] != sampled[step - 1]]
+    assert len(ends) > 40 / 4  # intervals of four steps, and of one where nothing was used
+    assert {name for name, value in misa.importance.items() if value > 0} == set(MATRICES[:4])
+
+
 def test_an_eta_without_effect_says_so(tmp_path):
     with pytest.warns(UserWarning, match=r"MISA\(eta=1e-07\) samples as good as uniformly"):
         train(tmp_path, 10, eta=1e-7)
