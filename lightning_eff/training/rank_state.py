@@ -32,6 +32,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eff.arguments import check, check_flag, check_text
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
 from lightning_eff.training.whole_files import Attempts, failure_of, whole_file
@@ -208,7 +209,7 @@ class _RankFiles:
                 break
         keep, before = {identity}, self.latest.get(path, "")
         self.latest[path] = identity
-        if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
+        if is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
             keep.add(before)  # the checkpoint on disk may still be the one before
         # Only when all ranks have come here is the checkpoint there, with the files of all.
         everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)

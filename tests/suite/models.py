@@ -8,6 +8,7 @@ Some samples are outliers, so that gradients spike.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -81,8 +82,8 @@ def _stream() -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-class _Fed(L.LightningModule):
-    """Takes its samples from the stream."""
+class _Fed:
+    """Takes its samples from the stream. A base for a LightningModule of either name of Lightning."""
 
     validation_loaders = 1
 
@@ -124,7 +125,7 @@ class _Fed(L.LightningModule):
         raise NotImplementedError
 
 
-class Net(_Fed):
+class _Net(_Fed):
     """Two transformer blocks, automatic optimization."""
 
     optimizer_count = 1
@@ -176,18 +177,7 @@ class Net(_Fed):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-class Backbone(Net):
-    """The blocks are a backbone, which Lightning's BackboneFinetuning freezes and unfreezes."""
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.blocks
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-class Gan(_Fed):
+class _Gan(_Fed):
     """A generator and a discriminator: manual optimization with two optimizers."""
 
     optimizer_count = 2
@@ -224,4 +214,30 @@ class Gan(_Fed):
         return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.discriminator)], []
 
 
+class Net(_Net, L.LightningModule):
+    pass
+
+
+class Gan(_Gan, L.LightningModule):
+    pass
+
+
+class Backbone(Net):
+    """The blocks are a backbone, which Lightning's BackboneFinetuning freezes and unfreezes."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.blocks
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
 MODELS = {"net": Net, "backbone": Backbone, "gan": Gan}
+
+
+def under(package: str, name: str) -> Any:
+    """The model's class, a LightningModule of that name of Lightning."""
+    if package == "lightning.pytorch":
+        return MODELS[name]
+    return type(name, ({"net": _Net, "gan": _Gan}[name], import_module(package).LightningModule), {})

@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from harness.pool import Pool
 from harness.runs import quiet_trainer
 from lightning_eff.structure import clean_named_parameters
 from tests.suite.device import accelerator, generator_state
-from tests.suite.models import MODELS, STEPS, Gan, Net
+from tests.suite.models import STEPS, Gan, Net, under
 from tests.suite.table import SINGLE, Row, Strategy
 
 
@@ -87,7 +88,7 @@ def fit(
     """Train with the row's callback (or with `callback`, or without one) for `steps` batches that step."""
     if callback is None and row is not None:
         callback = row.build()
-    module = MODELS[model](sharded=strategy.sharded, **(model_arguments or {}))
+    module = under(strategy.package, model)(sharded=strategy.sharded, **(model_arguments or {}))
     trainer = build_trainer(folder, strategy, [callback] if callback else [], around, module, steps, trainer_arguments)
     trainer.fit(module, data, ckpt_path=resume)
     return Run(trainer, module, callback)
@@ -112,7 +113,8 @@ def build_trainer(
         "log_every_n_steps": 2,
         "default_root_dir": folder,
     }
-    return quiet_trainer(*callbacks, *around, **(defaults | arguments))
+    trainer = import_module(strategy.package).Trainer
+    return quiet_trainer(*callbacks, *around, trainer=trainer, **(defaults | arguments))
 
 
 def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> None:

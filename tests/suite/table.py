@@ -43,6 +43,9 @@ class Strategy:
     lossy: bool = False
     """Gradients are compressed: the ranks still agree, but on something else than one device would do."""
 
+    package: str = "lightning.pytorch"
+    """Or `pytorch_lightning`: whose Trainer, module and strategy they are."""
+
 
 def _single(optimizers: int) -> str:
     return "auto"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -13,6 +12,7 @@ from lightning_eff.callbacks.averaging.beside_checkpoints import Save
 from lightning_eff.callbacks.averaging.evaluations import ValidateWith
 from lightning_eff.callbacks.averaging.window_average import WindowAverage, WindowScheme
 from lightning_eff.functional.averaging import Curve
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.snapshots import Place, SnapshotWindow
 
 

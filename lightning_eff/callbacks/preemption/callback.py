@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.timer import Timer
@@ -24,6 +23,7 @@ from lightning_eff.callbacks.preemption.emergency import StepWatch, save_alone
 from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
 from lightning_eff.training.wrapping import Wrapper
 
@@ -138,8 +138,8 @@ class Preemption(Callback):
             return
         if sum(isinstance(callback, Preemption) for callback in callbacks_of(trainer)) > 1:
             raise MisconfigurationException("two Preemption callbacks would both end the run: keep one")
-        alone = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if self.emergency and (not alone or isinstance(trainer.strategy, DeepSpeedStrategy)):
+        alone = is_a(trainer.strategy, SingleDeviceStrategy, DDPStrategy)
+        if self.emergency and (not alone or is_a(trainer.strategy, DeepSpeedStrategy)):
             raise MisconfigurationException(
                 f"Preemption(emergency=True) does not support {type(trainer.strategy).__name__}, under which no rank "
                 "has the whole state: set emergency=False"
@@ -168,7 +168,7 @@ class Preemption(Callback):
                 # A broadcast and a host sync in every batch, for what is done here.
                 Wrapper(loop, "_broadcast_sigterm_tensor", lambda inner: None),
             ]
-            savers = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+            savers = [callback for callback in callbacks_of(trainer) if is_a(callback, ModelCheckpoint)]
             self._savers = [Wrapper(callback, "on_exception", self._on_exception_of_checkpoint) for callback in savers]
         self._notices.handle_signals()  # Lightning has set its own behind `setup` and `on_fit_start`
 

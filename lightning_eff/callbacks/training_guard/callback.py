@@ -6,7 +6,6 @@ import logging
 import os
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
@@ -28,6 +27,7 @@ from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLos
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots
 from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.snapshots import Place
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks

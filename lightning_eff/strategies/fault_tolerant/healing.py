@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.hooks import HasRunState
+from lightning_eff.training.namespaces import overrides
 from lightning_eff.training.run_parts import (
     load_training_state,
     place_in_data,
@@ -91,7 +92,7 @@ def _load_added(trainer: Trainer, state: dict[str, Any]) -> None:
 def _with_hooks(trainer: Trainer) -> list[Callback]:
     names = ("on_save_checkpoint", "on_load_checkpoint")
     callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, HasRunState)]
-    return [c for c in callbacks if any(getattr(type(c), name) is not getattr(Callback, name) for name in names)]
+    return [c for c in callbacks if any(overrides(c, name) for name in names)]
 
 
 def _checkpoint(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:

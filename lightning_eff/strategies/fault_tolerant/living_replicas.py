@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -31,8 +30,14 @@ from lightning_eff.strategies.fault_tolerant.writer import NewerCheckpoints, beg
 from lightning_eff.training.whole_files import Attempts, write_whole
 
 if TYPE_CHECKING:
+    from lightning.pytorch.strategies import DDPStrategy
+
     from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
     from lightning_eff.strategies.fault_tolerant.membership import Membership
+
+    _Base = DDPStrategy
+else:
+    _Base = object
 
 # Lightning's barriers around data loaders, which a replica that comes in later has behind it already.
 _NO_BARRIER = ("_dataloader()",)
@@ -48,8 +53,10 @@ class Fit:
     steps: Steps
 
 
-class LivingReplicas(DDPStrategy):
+class LivingReplicas(_Base):
     """Lightning's collectives, ranks and checkpoints over the living replicas; each is a world of its own.
+
+    To be put before the ``DDPStrategy`` of either name of Lightning.
 
     Args:
         replica: index of this one.

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,6 +26,7 @@ from torch.utils.data import (
 )
 
 from lightning_eff.arguments import check_count, check_flag
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 
 _MOST_RANKS = 1_000_000
 """Each shard and process has at least one sample, and what is missing is repeated."""
@@ -164,7 +164,7 @@ class ShardPlan:
         source: Any = loader.batch_sampler if loader.batch_sampler is not None else loader
         self._sampler: Any = getattr(source, "sampler", None)
         self._injected = isinstance(self._sampler, DistributedSampler)
-        if isinstance(self._sampler, DistributedSamplerWrapper):
+        if is_a(self._sampler, DistributedSamplerWrapper):
             self._sampler = self._sampler.dataset._sampler  # type: ignore[attr-defined]  # the user's own
         own = isinstance(self._sampler, RandomSampler) and (self._sampler.replacement or self._sampler._num_samples)
         if batch_sampler is None and isinstance(self._sampler, RandomSampler | SequentialSampler) and not own:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,12 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_eff import _launched
-from lightning_eff.arguments import (
-    check,
-    check_choice,
-    check_count,
-    check_flag,
-)
+from lightning_eff.arguments import check, check_choice, check_count, check_flag
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
 from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
 from lightning_eff.strategies.fault_tolerant.identity import Identity
@@ -52,68 +48,8 @@ if TYPE_CHECKING:
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
 
-class FaultTolerantDDPStrategy(LivingReplicas):
-    """Data parallel training that goes on when replicas die, and takes them back.
-
-    A replica is one process with one device, or several on one machine that live and die together. Each is started by
-    itself: ``lightning-eff launch --replicas 3 train.py`` on one machine, or torchrun or Slurm on each node with the
-    addresses given. torchft's lighthouse says who is alive. A step counts when all living replicas have it; one that
-    fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
-    a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
-
-    In manual optimization each ``step()`` of an optimizer is such a step. When one has failed ``training_step`` is run
-    again from its start, past those that all have: see the card for what that asks of it.
-
-    Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
-    ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
-    ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.
-
-    Args:
-        min_replicas: fewer than these wait; give it to the lighthouse as well.
-        max_replicas: into how many shards the data are cut, and how many replicas there can be. By default the
-            environment variable ``NUM_REPLICA_GROUPS``, which the launcher sets.
-        lighthouse: its address, ``http://HOST:PORT``; by default the environment variable ``TORCHFT_LIGHTHOUSE``.
-        on_failure: what becomes of a dead replica's shard. ``"takeover"``: a neighbour computes it besides its own, so
-            that batches, samples and loss are those of a run without the failure. ``"mecefo"``: the same, but the
-            neighbour's backward pass is approximated so that it costs less. ``"shrink"``: it is left out.
-        heartbeat_timeout: seconds after which the lighthouse takes a silent replica for dead. The lighthouse has its
-            own setting of this; here it says how patient a replica is that waits.
-        replica: index of this replica, from 0, the same after a restart; by default the environment variable
-            ``REPLICA_GROUP_ID``.
-        host: the address on which this replica listens, and under which the others reach it. By default the
-            environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
-        run_id: the same text in all replicas of a run, by which those of another run on the same lighthouse are turned
-            away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
-        collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
-            wait for a peer that is stopped, or whose link is cut, without having died.
-        connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
-        quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
-            for ``min_replicas``.
-        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer.
-        quorum_retries: how often a lighthouse that does not answer is asked again.
-        start_grace: seconds for which the first step waits for all ``max_replicas``.
-        max_aborts: how often one step may fail in a row.
-        mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
-            shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
-        mecefo_every_n_steps: committed steps for which the vectors behind them are kept.
-        mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
-        mecefo_ffn: the same for the feed-forward modules.
-        **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
-
-    Raises:
-        ValueError: an argument is out of its range.
-        ModuleNotFoundError: torchft is absent.
-        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, a GradScaler,
-            LBFGS, data that cannot be cut into shards, manual optimization with ``"mecefo"``.
-        ConnectionError: the lighthouse cannot be reached.
-
-    Example:
-        >>> from lightning_eff.strategies import FaultTolerantDDPStrategy
-        >>> strategy = FaultTolerantDDPStrategy(max_replicas=3, replica=0, lighthouse="http://127.0.0.1:29510")
-
-    Source: torchft (https://github.com/meta-pytorch/torchft) for membership; the takeover of a neighbour's work after
-    Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
-    """
+class FaultTolerantDDP(LivingReplicas):
+    """What :class:`FaultTolerantDDPStrategy` does, to be put before the ``DDPStrategy`` of either name of Lightning."""
 
     rollback_refused = "its replicas would not go back together, and heal each other"
 
@@ -396,3 +332,67 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.replicas.close()
             self.replicas = None
         super().teardown()
+
+
+class FaultTolerantDDPStrategy(FaultTolerantDDP, DDPStrategy):
+    """Data parallel training that goes on when replicas die, and takes them back.
+
+    A replica is one process with one device, or several on one machine that live and die together. Each is started by
+    itself: ``lightning-eff launch --replicas 3 train.py`` on one machine, or torchrun or Slurm on each node with the
+    addresses given. torchft's lighthouse says who is alive. A step counts when all living replicas have it; one that
+    fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
+    a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
+
+    In manual optimization each ``step()`` of an optimizer is such a step. When one has failed ``training_step`` is run
+    again from its start, past those that all have: see the card for what that asks of it.
+
+    Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
+    ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
+    ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.
+
+    Args:
+        min_replicas: fewer than these wait; give it to the lighthouse as well.
+        max_replicas: into how many shards the data are cut, and how many replicas there can be. By default the
+            environment variable ``NUM_REPLICA_GROUPS``, which the launcher sets.
+        lighthouse: its address, ``http://HOST:PORT``; by default the environment variable ``TORCHFT_LIGHTHOUSE``.
+        on_failure: what becomes of a dead replica's shard. ``"takeover"``: a neighbour computes it besides its own, so
+            that batches, samples and loss are those of a run without the failure. ``"mecefo"``: the same, but the
+            neighbour's backward pass is approximated so that it costs less. ``"shrink"``: it is left out.
+        heartbeat_timeout: seconds after which the lighthouse takes a silent replica for dead. The lighthouse has its
+            own setting of this; here it says how patient a replica is that waits.
+        replica: index of this replica, from 0, the same after a restart; by default the environment variable
+            ``REPLICA_GROUP_ID``.
+        host: the address on which this replica listens, and under which the others reach it. By default the
+            environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
+        run_id: the same text in all replicas of a run, by which those of another run on the same lighthouse are turned
+            away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
+        collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
+            wait for a peer that is stopped, or whose link is cut, without having died.
+        connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
+        quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
+            for ``min_replicas``.
+        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer.
+        quorum_retries: how often a lighthouse that does not answer is asked again.
+        start_grace: seconds for which the first step waits for all ``max_replicas``.
+        max_aborts: how often one step may fail in a row.
+        mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
+            shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
+        mecefo_every_n_steps: committed steps for which the vectors behind them are kept.
+        mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
+        mecefo_ffn: the same for the feed-forward modules.
+        **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        ModuleNotFoundError: torchft is absent.
+        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, a GradScaler,
+            LBFGS, data that cannot be cut into shards, manual optimization with ``"mecefo"``.
+        ConnectionError: the lighthouse cannot be reached.
+
+    Example:
+        >>> from lightning_eff.strategies import FaultTolerantDDPStrategy
+        >>> strategy = FaultTolerantDDPStrategy(max_replicas=3, replica=0, lighthouse="http://127.0.0.1:29510")
+
+    Source: torchft (https://github.com/meta-pytorch/torchft) for membership; the takeover of a neighbour's work after
+    Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
+    """
