@@ -52,6 +52,6 @@ def connected(
         state=handover.give,
         load=handover.take,
     )
-    _launched.note_progress(name=manager.name, pid=os.getpid(), step=-1, over=False, anew=False)
+    _launched.note_progress(name=manager.name, pid=os.getpid(), step=-1, over=False, left=False, anew=False)
     seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**62
     return Replicas(identity.index, identity.count, manager, limits, seed, layout, handover)

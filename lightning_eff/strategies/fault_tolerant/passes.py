@@ -97,19 +97,23 @@ class Passes:
             loop._results = results
             module._current_fx_name = name
 
+    @contextmanager
+    def run_aside(self) -> Iterator[None]:
+        """Around what runs beside Lightning's loop."""
+        self.aside = True
+        try:
+            yield
+        finally:
+            self.aside = False
+
     def accumulate(self, shard: int, index: int) -> None:
         """Forward and backward on the module itself, whose gradients are added to: nothing is reduced or logged."""
         plugin = self.trainer.strategy.precision_plugin
-        with self.beside(shard, index) as training_step:
-            self.aside = True
-            try:
-                with self.approximately():
-                    output = training_step()
-                    loss = output["loss"] if isinstance(output, dict) else output
-                    if loss is not None:
-                        plugin.backward(loss / self.trainer.accumulate_grad_batches, self.module, None)
-            finally:
-                self.aside = False
+        with self.beside(shard, index) as training_step, self.run_aside(), self.approximately():
+            output = training_step()
+            loss = output["loss"] if isinstance(output, dict) else output
+            if loss is not None:
+                plugin.backward(loss / self.trainer.accumulate_grad_batches, self.module, None)
 
 
 class OrphanPasses:

@@ -169,6 +169,7 @@ class GroupMembership(Membership):
         self._state = state
         self._load = load
         self._step = 0
+        self._leaves = -1  # the exit status, once this process is to leave
 
     @property
     @override
@@ -182,8 +183,11 @@ class GroupMembership(Membership):
     @override
     def begin(self) -> bool:
         met_before = self.joined
+        leaves = int(self.group.stack(torch.tensor(self._leaves)).max())  # a signal may reach any of them
 
         def begin(first: Membership) -> bool:
+            if leaves >= 0:
+                first.leave(leaves)
             begins = first.begin()
             if not met_before and self.healed is None:
                 self.healed = self._state()  # the processes may have begun with different weights
@@ -228,8 +232,12 @@ class GroupMembership(Membership):
             self.first.goes_on(more)
 
     @override
-    def leave(self) -> None:
-        self._together(lambda first: first.leave())
+    def leave(self, status: int = 0) -> None:
+        self._leaves = status
+
+    @override
+    def depart(self) -> None:
+        self._together(lambda first: first.depart())
 
     @override
     def close(self) -> None:
@@ -248,7 +256,7 @@ class GroupMembership(Membership):
             self.group.share({"exit": status, "error": f"{type(error).__name__}: {error}"})
             raise
         shown = self.first.shown()
-        self.first.waited = 0.0
+        self.first.take_waited()
         self.group.share({"result": result, "shown": shown, "state": self.healed})
         self._see(shown)
         return result

@@ -309,9 +309,12 @@ class Replicas(Membership):
         )
         self._generation = self.group.generation
         self.manager.reset_failures()
-        self._departure.agree(self.step, max(position.stays for position in positions))
-        if self._departure.wanted and self._departure.agreed:
-            _launched.note_progress(name="")
+        self.all_leave = all(position.stays > 0 for position in positions)
+        self._departure.agree(self.step, 0 if self.all_leave else max(position.stays for position in positions))
+        if self.all_leave:
+            _launched.note_progress(left=True)
+        elif self._departure.wanted and self._departure.agreed:
+            _launched.note_progress(name="", left=True)
             self.manager.fall_silent()
         return positions
 
@@ -370,8 +373,12 @@ class Replicas(Membership):
             self._told = (result,)
 
     @override
-    def leave(self) -> None:
-        self._departure.wanted = True
+    def leave(self, status: int = 0) -> None:
+        self._departure.wanted, self._departure.status = True, status
+
+    @override
+    def depart(self) -> None:
+        raise SystemExit(self._departure.status)
 
     @override
     def close(self) -> None:

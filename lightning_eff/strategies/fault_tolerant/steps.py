@@ -18,7 +18,6 @@ from lightning_eff.strategies.fault_tolerant.logged_values import LoggedValues
 from lightning_eff.strategies.fault_tolerant.membership import Membership
 from lightning_eff.strategies.fault_tolerant.passes import OrphanPasses, Passes
 from lightning_eff.strategies.fault_tolerant.shard_values import ShardValues
-from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, StepInHand
 
 
@@ -27,7 +26,6 @@ class Steps(ABC):
 
     Args:
         trainer: which is fitting.
-        loader: the training data.
         gradients: of DDP's hook.
         shard: this replica's own.
         replicas: the others.
@@ -37,7 +35,6 @@ class Steps(ABC):
     def __init__(
         self,
         trainer: Trainer,
-        loader: ShardedLoader,
         gradients: ShardGradients,
         shard: int,
         replicas: Membership,
@@ -47,7 +44,7 @@ class Steps(ABC):
         self.gradients = gradients
         self.replicas = replicas
         self.share_out = share_out
-        self.step = StepInHand(loader, shard)
+        self.step = StepInHand(shard)
         self.passes = Passes(trainer, self.step, gradients)
         self.buffers = Buffers(trainer.lightning_module)
         self.values = ShardValues()
@@ -83,7 +80,7 @@ class Steps(ABC):
 
     def close(self) -> None:
         """The run is over."""
-        self.step.loader.close()
+        self.step.close()
 
     # What Lightning's loop does.
 

@@ -23,16 +23,14 @@ from lightning_eff.arguments import (
     check_flag,
 )
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
-from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
+from lightning_eff.strategies.fault_tolerant.fit import Fit
 from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.strategies.fault_tolerant.limits import Limits
-from lightning_eff.strategies.fault_tolerant.living_replicas import Fit, LivingReplicas
-from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
-from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
-from lightning_eff.strategies.fault_tolerant.mecefo import MeCeFOSettings, approximated
+from lightning_eff.strategies.fault_tolerant.living_replicas import LivingReplicas
+from lightning_eff.strategies.fault_tolerant.mecefo import MeCeFOSettings
 from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError, NoQuorumError
-from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
+from lightning_eff.strategies.fault_tolerant.replica_group import ReplicaGroup
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from lightning_eff.strategies.fault_tolerant.start import (
     check_optimizers,
@@ -40,14 +38,11 @@ from lightning_eff.strategies.fault_tolerant.start import (
     check_torchft,
     check_trainer,
 )
-from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, shares
-from lightning_eff.strategies.fault_tolerant.steps import AutomaticSteps
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 
 if TYPE_CHECKING:
-    from lightning_eff.functional.mecefo import MeCeFO
-    from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
+    pass
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
@@ -166,10 +161,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.identity.index, self.identity.count, on_failure == "shrink", find_unused_parameters=True, **kwargs
         )
         self.on_failure: OnFailure = on_failure
-        self._mecefo: MeCeFO | None = None
-        self._gradients: ShardGradients | None = None
-        self._trainer: Trainer | None = None
-        self._log: ReplicaLog | None = None
 
     @property
     def trainable_change_refused(self) -> str | None:
@@ -194,14 +185,16 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+        module = cast(nn.Module, self.model)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        assert self.model is not None
         if fitting:
             check_trainer(trainer, self.on_failure, self.identity)
-            self._connect()
+            self._writes = self.is_global_zero
+            mecefo = self._mecefo_settings.of(module) if self.on_failure == "mecefo" else None
+            all_used = not self._wants_unused and mecefo is None
+            self._fitting = Fit(trainer, self._group, self.identity, self.limits, self.shrinks, all_used, mecefo)
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
-        self.precision_plugin.convert_module(self.model)
+        self.precision_plugin.convert_module(module)
         self.model_to_device()
         if fitting:
             self.configure_ddp()
@@ -209,32 +202,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         self.setup_precision_plugin()
         if fitting:
             check_optimizers(self.optimizers)
-            assert self.replicas is not None
-            self._log = ReplicaLog(self.replicas, self.shrinks)
-            callbacks_of(trainer).append(self._log)
+            callbacks_of(trainer).append(self._fit.log)
             sort_callbacks(trainer)
             compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._rank_and_size()[1]))
-
-    def _connect(self) -> None:
-        from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
-        from lightning_eff.strategies.fault_tolerant.connect import connected
-
-        self._writes = self.is_global_zero
-        if self.on_failure == "mecefo":
-            self._mecefo = self._mecefo_settings.of(cast(nn.Module, self.lightning_module))
-        self.replicas = first = None
-        if self._group.leads:
-            self.replicas = first = connected(
-                self.identity, self.limits, self._state, self._load, lambda: layout(self._fit.trainer)
-            )
-        if self._group.size > 1:
-            self.replicas = GroupMembership(
-                self._group, first, self.replica, self.max_replicas, self._state, self._load
-            )
-        self._gradients = ShardGradients(
-            GradientSums(self._group, None if first is None else first.manager),
-            all_used=not self._wants_unused and self._mecefo is None,
-        )
 
     @override
     def configure_ddp(self) -> None:
@@ -259,17 +229,16 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         from lightning_eff.strategies.fault_tolerant.comm_hook import average_over_shards
 
         assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(self._gradients, average_over_shards)
+        self.model.register_comm_hook(self._fit.gradients, average_over_shards)
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        trainer = self._trainer
-        if trainer is None or self.replicas is None:
+        if self._fitting is None:
             return dataloader
+        trainer = self._fitting.trainer
         if not trainer.training:
             limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
             return EvaluationShare(dataloader, self._rank_and_size, limit if isinstance(limit, float) else 1.0)
-        assert self._gradients is not None
         loader = ShardedLoader(
             dataloader,
             self.max_replicas,
@@ -279,9 +248,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             keep=max(1, trainer.accumulate_grad_batches),
             before_fetch=self._before_batch,
         )
-        kind = AutomaticSteps if trainer.lightning_module.automatic_optimization else ManualSteps
-        steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
-        self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
+        self._fitting.steps.step.read_from(loader)
         return loader
 
     def on_train_start(self) -> None:
@@ -292,30 +259,23 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             trainer.training = True
 
+    def leave(self, status: int = 0) -> None:
+        """Take this replica out of the run in order, while the others go on; see `Membership.leave`. Within a fit.
+
+        If all leave at once, nobody would be left who knows the run: the hook ``on_all_leave`` is called.
+
+        Args:
+            status: the exit status of this process.
+        """
+        self._fit.replicas.leave(status)
+
     def on_train_end(self) -> None:
         """Nobody leaves while another may still need what it knows."""
-        if self._joined:
-            self._fit.replicas.finish()
+        if self._met is not None:
+            self._met.finish()
             self.barrier("end")
             if self._group.leads:
                 _launched.note_progress(over=True)
-
-    # State, for a peer and from a peer.
-
-    def _state(self) -> dict[str, Any]:
-        assert self._log is not None
-        return {**live_state(self._fit.trainer), "log": self._log.held(), **self._fit.steps.handover()}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._heals = True
-        try:
-            assert self._log is not None
-            self._log.take(state["log"])
-            load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
-            self._fit.steps.take_over(state)
-        finally:
-            self._heals = False
-        self._fit.replicas.has_healed(state)
 
     # The step.
 
@@ -327,24 +287,13 @@ class FaultTolerantDDPStrategy(LivingReplicas):
                 fit.replicas.start_at(fit.trainer.global_step)
             if fit.replicas.begin():
                 adopt_places(fit.trainer, self.broadcast(places(fit.trainer)))
-            self._share_out()
+            if fit.replicas.all_leave:
+                fit.end_of_all()
+            fit.share_out()
             fit.steps.begin()
         index = loop.epoch_loop.batch_progress.current.ready
         fit.steps.step.fetch(fit.trainer.current_epoch, index)
-        assert loop._data_fetcher is not None
-        loop._data_fetcher.fetched = index
-
-    def _share_out(self) -> None:
-        """Which shards this replica computes in the step to come."""
-        fit = self._fit
-        members, seed = fit.replicas.members, fit.replicas.seed
-        share = shares(self.max_replicas, members)
-        orphans, divisor = ([], len(members)) if self.shrinks else (share[self.replica], self.max_replicas)
-        assignment = Assignment(seed, orphans, divisor)
-        if self._mecefo is not None:
-            assignment = approximated(self._mecefo, assignment, share, fit.replicas.step)
-        fit.steps.assign(assignment)
-        self.set_world_ranks()
+        cast(Any, loop._data_fetcher).fetched = index
 
     @override
     @contextmanager
@@ -385,14 +334,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def teardown(self) -> None:
-        trainer, module = self._trainer, self.lightning_module
-        if self._fitting is not None:
-            self._fitting.steps.close()
-        if trainer is not None and module is not None:
-            compute_together(module, None)
-            callbacks_of(trainer)[:] = [c for c in callbacks_of(trainer) if not isinstance(c, ReplicaLog)]
-        self._fitting = self._log = None
-        if self.replicas is not None:
-            self.replicas.close()
-            self.replicas = None
+        if (fit := self._fitting) is not None:
+            compute_together(fit.trainer.lightning_module, None)
+            callbacks_of(fit.trainer).remove(fit.log)
+            self._fitting = None
+            fit.close()
         super().teardown()

@@ -77,6 +77,15 @@ class Replay:
             self._aside, self._at, self.unsynced = False, at, unsynced
             logged.restore()
 
+    @contextmanager
+    def unsynchronised(self) -> Iterator[None]:
+        """Around backward passes that reduce nothing."""
+        before, self.unsynced = self.unsynced, True
+        try:
+            yield
+        finally:
+            self.unsynced = before
+
     def from_the_start(self) -> None:
         """Everything is as training_step has found it, for a run aside."""
         self._at, self.unsynced = 0, False
