@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 
 from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
-from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
+from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state, size
 from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
 from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
 from lightning_eff.strategies.fault_tolerant.mecefo import approximated
@@ -59,7 +59,7 @@ class Fit:
         """Whether a peer's state is being taken."""
         first = None
         if group.leads:
-            first = connected(identity, limits, self.state, self.load, partial(layout, trainer))
+            first = connected(identity, limits, self.state, self.load, partial(layout, trainer), partial(size, trainer))
         self.replicas: Membership = (
             first
             if first is not None and group.size == 1

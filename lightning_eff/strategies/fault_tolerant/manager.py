@@ -126,6 +126,10 @@ class QuorumManager(Manager):
                 raise ConnectionAbortedError("this replica asks for no quorum any more")
         answer.result()
 
+    def withdraw_state(self) -> None:
+        """All who had to catch up have this replica's state, which may change from now on."""
+        self.peer_state.disallow_checkpoint()
+
     def ask_for_new_connections(self) -> None:
         """Let the next quorum make new connections, though nothing has failed: all have a rendezvous then."""
         self._commit_failures = 1

@@ -55,6 +55,7 @@ class Replicas(Membership):
         seed: of the run; the writer's holds for all.
         layout: a number that is equal where the gradients have the same buckets.
         handover: what the manager gives to peers and takes from them.
+        size: bytes of the state, about.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Replicas(Membership):
         seed: int,
         layout: Callable[[], int],
         handover: Handover,
+        size: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__(index, count, seed)
         self.manager = manager
         self.limits = limits
         self.layout = layout
+        self.size = size
         self.handover = handover
         self._left_behind = LeftBehind(manager, index, limits.patience)
         self._run = seed_of(handover.run)
@@ -290,8 +293,9 @@ class Replicas(Membership):
             self._departure.steps_to_stay() if where == START and veteran else 0,
         )
         try:
-            with self.group.patient(self.limits.heal_timeout):  # of somebody else, perhaps
+            with self.group.patient(self.limits.to_heal(self.size())):  # of somebody else, perhaps
                 positions = [Position.of(row) for row in gather_rows(self.group, mine.row())]
+            self.manager.withdraw_state()
             if self._has_strangers(positions):
                 return None
             addresses = gather_texts(self.group, self.manager.address)

@@ -81,10 +81,12 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
         collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
             wait for a peer that is stopped, or whose link is cut, without having died.
-        connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
+        connect_timeout: seconds to connect to the lighthouse, and to the peers after a change: to those, a tenth of a
+            second more for each.
         quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
             for ``min_replicas``.
-        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer.
+        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer, and one more
+            for each 10 MB of weights and optimizer state.
         quorum_retries: how often a lighthouse that does not answer is asked again.
         start_grace: seconds for which the first step waits for all ``max_replicas``.
         max_aborts: how often one step may fail in a row.

@@ -243,6 +243,9 @@ class Manager:
     def reset_failures(self) -> None:
         self.failures = self.missed_quorums = 0
 
+    def withdraw_state(self) -> None:
+        """It was copied."""
+
     def set_step(self, step: int) -> None:
         self.step = step
 
