@@ -148,13 +148,18 @@ def test_sigterm_to_one_replica(replicas: int, processes: int, told: str, launch
             assert run.steps(other)[-1]["weights"] == lines[-1]["weights"]
 
 
-def test_sigterm_to_all_replicas_saves(launch: Any) -> None:
+@pytest.mark.parametrize("to", ["each", "the launcher"])
+def test_sigterm_to_all_replicas_saves(to: str, launch: Any) -> None:
     run = launch(3)
     run.come_to(20, "0.0", "1.0", "2.0")
-    for process in ("0.0", "1.0", "2.0"):
-        run.terminate(process)
-    assert run.process.wait(100) == 1, run.text
-    assert "0 replicas are left here, after the others were told to leave: the run is not over" in run.text
+    if to == "each":
+        for process in ("0.0", "1.0", "2.0"):
+            run.terminate(process)
+        assert run.process.wait(100) == 1, run.text
+        assert "0 replicas are left here, after the others were told to leave: the run is not over" in run.text
+    else:
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(100) == 128 + signal.SIGTERM, run.text
     assert "Traceback" not in run.text
     last = max((run.steps(process)[-1] for process in ("0.0", "1.0", "2.0")), key=lambda line: line["step"])
     assert last["step"] < STEPS
