@@ -292,7 +292,7 @@ def test_who_leaves_is_not_started_again_and_the_others_go_on(launch):
     assert not (run.folder / "0.1.json").exists()
     run.tell("1.0")
     assert run.wait() == 0
-    assert "restart" not in run.text
+    assert "restart 1" not in run.text
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lightning_eff.strategies.fault_tolerant.buffers import Buffers
 from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
 from lightning_eff.strategies.fault_tolerant.shard_values import ShardValues
 from lightning_eff.strategies.fault_tolerant.step_in_hand import StepInHand
+from lightning_eff.training.logged import nothing_logged
 
 
 class Passes:
@@ -90,11 +91,10 @@ class Passes:
                 return module.training_step(*arguments.values())
 
         name, module._current_fx_name = module._current_fx_name, "training_step"
-        results, loop._results = loop._results, type(loop._results)(training=True)
         try:
-            yield training_step
+            with nothing_logged(trainer):
+                yield training_step
         finally:
-            loop._results = results
             module._current_fx_name = name
 
     @contextmanager

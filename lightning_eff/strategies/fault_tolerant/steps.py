@@ -19,6 +19,7 @@ from lightning_eff.strategies.fault_tolerant.membership import Membership
 from lightning_eff.strategies.fault_tolerant.passes import OrphanPasses, Passes
 from lightning_eff.strategies.fault_tolerant.shard_values import ShardValues
 from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, StepInHand
+from lightning_eff.training.logged import accumulators
 
 
 class Steps(ABC):
@@ -141,7 +142,7 @@ class AutomaticSteps(Steps):
     @override
     def run(self, training_step: Callable[[], Any]) -> Any:
         index = self.step.index
-        self._logged = LoggedValues(self.trainer.fit_loop.epoch_loop._results, self.module)
+        self._logged = LoggedValues(accumulators(self.trainer), self.module)
         self.orphans.run(index)
         with (
             self.values.counted(),
