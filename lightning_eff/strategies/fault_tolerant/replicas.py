@@ -129,7 +129,7 @@ class Replicas(Membership):
                 time.sleep(0.1)
                 continue
             # A step that has begun is finished by those who are left, however few.
-            if len(positions) < self.limits.min_replicas and not self.joins_a_retry:
+            if len(positions) < self.limits.min_replicas and not self.joins_a_retry and not self.all_leave:
                 time.sleep(0.5)
                 continue
             break

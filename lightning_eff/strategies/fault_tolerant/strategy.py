@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,6 +22,7 @@ from lightning_eff.arguments import (
     check_count,
     check_flag,
 )
+from lightning_eff.strategies.fault_tolerant.comm_hook import average_over_shards
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
 from lightning_eff.strategies.fault_tolerant.fit import Fit
 from lightning_eff.strategies.fault_tolerant.identity import Identity
@@ -40,9 +41,6 @@ from lightning_eff.strategies.fault_tolerant.start import (
 )
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
-
-if TYPE_CHECKING:
-    pass
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
@@ -187,7 +185,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        module = cast(nn.Module, self.model)
+        module = cast(LightningModule, self.lightning_module)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             check_trainer(trainer, self.on_failure, self.identity)
@@ -196,7 +194,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             all_used = not self._wants_unused and mecefo is None
             self._fitting = Fit(trainer, self._group, self.identity, self.limits, self.shrinks, all_used, mecefo)
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
-        self.precision_plugin.convert_module(module)
+        self.precision_plugin.convert_module(cast(nn.Module, self.model))
         self.model_to_device()
         if fitting:
             self.configure_ddp()
@@ -206,7 +204,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             check_optimizers(self.optimizers)
             callbacks_of(trainer).append(self._fit.log)
             sort_callbacks(trainer)
-            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._rank_and_size()[1]))
+            compute_together(module, Gather(self._gather, lambda: self._rank_and_size()[1]))
 
     @override
     def configure_ddp(self) -> None:
@@ -228,8 +226,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def _register_ddp_hooks(self) -> None:
-        from lightning_eff.strategies.fault_tolerant.comm_hook import average_over_shards
-
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(self._fit.gradients, average_over_shards)
 
@@ -338,7 +334,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
     def teardown(self) -> None:
         if (fit := self._fitting) is not None:
             compute_together(fit.trainer.lightning_module, None)
-            callbacks_of(fit.trainer).remove(fit.log)
+            callbacks_of(fit.trainer)[:] = [each for each in callbacks_of(fit.trainer) if each is not fit.log]
             self._fitting = None
             fit.close()
         super().teardown()
