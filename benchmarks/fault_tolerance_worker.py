@@ -81,7 +81,7 @@ class Diary(L.Callback):
 
     def __init__(self, settings: dict[str, Any], replica: int) -> None:
         self.path = Path(settings["folder"]) / f"steps-{replica}.jsonl"
-        self.order = Path(settings["folder"]) / f"die-{replica}"
+        self.death = Path(settings["folder"]) / f"die-{replica}"
         self.quorum: tuple[float, float] = (0.0, 0.0)
         """When the replica last asked for one, and when it had it."""
         self.write(event="start")
@@ -105,8 +105,8 @@ class Diary(L.Callback):
     def die_in(self, phase: str) -> None:
         """If that was asked for."""
         with suppress(OSError):
-            if self.order.read_text() == phase:
-                self.order.unlink()
+            if self.death.read_text() == phase:
+                self.death.unlink()
                 self.write(event="death")
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -140,9 +140,9 @@ def test_sigterm_to_one_replica(replicas: int, processes: int, told: str, launch
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     everyone = list(range(replicas))
     assert [line["members"] for line in lines] == [everyone] * left + [[i for i in everyone if i != 1]] * (STEPS - left)
-    # Not a part of the timeout that a death costs: about as long as any other step.
+    # Nothing of the timeout that a death costs: about as long as any other step, on a machine that is busy too.
     gaps = [after["time"] - before["time"] for before, after in pairwise(lines[29:])]
-    assert max(gaps) < TIMEOUT / 4
+    assert max(gaps) < TIMEOUT / 2
     for other in everybody:
         if not other.startswith("1."):
             assert run.steps(other)[-1]["weights"] == lines[-1]["weights"]
