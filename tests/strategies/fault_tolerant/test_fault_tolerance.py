@@ -249,6 +249,7 @@ def test_also_with(settings: dict[str, Any], server: Server, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_link_that_is_cut_and_mended(network: Any, tmp_path: Path) -> None:
     """Three machines, each with an address of its own. The one behind the cut is left behind, starts anew and heals."""
     net = network(3)
