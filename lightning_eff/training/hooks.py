@@ -53,6 +53,14 @@ class ReadsWeights(Protocol):
 
 
 @runtime_checkable
+class HearsOfTheEnd(Protocol):
+    """Is told when all replicas of ``ddp_ft`` have been asked to leave at once, so that the run would be lost."""
+
+    def on_all_leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, between two steps; on all replicas together, and their processes end behind it."""
+
+
+@runtime_checkable
 class HasRunState(Protocol):
     """Has more, or other, state in the middle of a run than ``state_dict`` gives a checkpoint; all three may.
 
@@ -129,6 +137,9 @@ class EqualReplicas(Protocol):
 
     def is_written(self, here: bool) -> bool:
         """Whether any living replica has written something; if not, who should have died over it. Collective."""
+
+    def leave(self, status: int = 0) -> None:
+        """Take this replica out of the run: some steps later its process ends with this status, and others go on."""
 
 
 @runtime_checkable
