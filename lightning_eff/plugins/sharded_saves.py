@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -99,8 +100,8 @@ class ShardedSaves:
         self._buffers.rotate()
         before = self._jobs[-1].done if self._jobs else None
         writer = _Folder(job, self._buffers[0], before, pickled)
-        self._jobs.append(job)
         upload = async_save(shards, storage_writer=writer, process_group=writing)
+        self._jobs.append(job)
         upload.add_done_callback(lambda upload: self._end(job, upload))  # type: ignore[union-attr]
 
     def remove(self, path: str | os.PathLike[str]) -> None:
@@ -242,25 +243,28 @@ class _Buffers:
         """A copy of nested containers that nobody else changes; sharded tensors stay sharded."""
         before, self._kept = iter(self._kept), []
         copied: dict[str, Any] = self._copy(state, before)
-        if any(buffer.is_pinned() for buffer in self._kept):
+        if any(local(buffer).is_pinned() for buffer in self._kept):
             torch.accelerator.current_stream().synchronize()
         return copied
 
-    def _copy(self, value: Any, before: Any) -> Any:
+    def _copy(self, value: Any, before: Iterator[Tensor]) -> Any:
         if isinstance(value, dict):
             return {key: self._copy(entry, before) for key, entry in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self._copy(entry, before) for entry in value)
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
-        shard, buffer = local(value), next(before, None)
-        if buffer is None or (buffer.shape, buffer.dtype) != (shard.shape, shard.dtype):
-            buffer = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
-        self._kept.append(buffer.copy_(shard, non_blocking=True))
-        if not is_dtensor(value):
-            return buffer
-        (name,), context = value.detach().__tensor_flatten__()  # type: ignore[attr-defined]
-        return type(value).__tensor_unflatten__({name: buffer}, context, value.shape, value.stride())  # type: ignore[attr-defined]
+        buffer = next(before, None)
+        if buffer is None or _form(buffer) != _form(value):
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+        local(buffer).copy_(local(value), non_blocking=True)
+        self._kept.append(buffer)
+        return buffer
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    form = (type(tensor.detach()), tensor.shape, tensor.stride(), tensor.dtype)
+    return (*form, tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else form  # type: ignore[attr-defined]
 
 
 def _reason(error: BaseException) -> str:

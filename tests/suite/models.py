@@ -131,7 +131,6 @@ class Net(_Fed):
         micro_batches: int = 1,
         skip_steps: int = 0,
         dropout: float = 0.0,
-        sharded: bool = False,
         compiled: bool = False,
     ) -> None:
         super().__init__(micro_batches, skip_steps)
@@ -139,17 +138,8 @@ class Net(_Fed):
         self.blocks = nn.Sequential(_Block(), nn.Dropout(dropout), _Block())
         self.head = nn.Linear(WIDTH, 1)
         self.optimizer = optimizer
-        self.sharded = sharded
         if compiled:
             self.blocks.compile(backend="aot_eager")  # no C++ compiler, no worker processes
-
-    def configure_model(self) -> None:
-        if self.sharded:
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-            for module in (self.blocks[0], self.blocks[2], self.head):
-                fully_shard(module, mesh=mesh)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.blocks(inputs).mean(1))

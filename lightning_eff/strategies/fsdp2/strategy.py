@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -22,6 +23,9 @@ from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
 from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights
 from lightning_eff.training.optimizer_state import allow_absent_states
+
+# Lightning asks an instance of ModelParallelStrategy, but no string.
+_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-true")
 
 if TYPE_CHECKING:
     _Base = ModelParallelStrategy
@@ -78,9 +82,7 @@ class FSDP2(_Base):
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        for name in self.forward_methods:
-            what = f"names of methods of {type(module).__name__}, which has no {name}"
-            check("forward_methods", self.forward_methods, callable(getattr(module, name, None)), what)
+        self._check(module)
         if not is_sharded(module):
             self.precision_plugin.convert_module(module)
             mesh = self.device_mesh["data_parallel"]
@@ -102,6 +104,16 @@ class FSDP2(_Base):
         finally:
             if lacks:
                 del module.configure_model
+
+    def _check(self, module: LightningModule) -> None:
+        if self.precision_plugin.precision not in _PRECISIONS:
+            raise MisconfigurationException(
+                f"{type(self).__name__} does not support precision={self.precision_plugin.precision!r}: it must be one "
+                f"of {', '.join(map(repr, _PRECISIONS))}, as for ModelParallelStrategy"
+            )
+        for name in self.forward_methods:
+            what = f"names of methods of {type(module).__name__}, which has no {name}"
+            check("forward_methods", self.forward_methods, callable(getattr(module, name, None)), what)
 
     def _share_buffers(self) -> None:
         """As DDP does before each forward pass."""
@@ -215,7 +227,7 @@ class FSDP2Strategy(FSDP2, ModelParallelStrategy):
 
     Raises:
         ValueError: an argument that is not allowed; in ``setup`` a name or a glob that fits nothing.
-        MisconfigurationException: in ``setup``, for a parameter without dimensions.
+        MisconfigurationException: in ``setup``, for a parameter without dimensions, and for ``precision="16-mixed"``.
 
     Example:
         >>> from lightning_eff.strategies import FSDP2Strategy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,8 +117,10 @@ def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except RuntimeError as error:
-            if _MIXED not in str(error):
+        except ShardedWeightsError:
+            raise
+        except Exception as error:
+            if not _of_shards(error):
                 raise
             mend = (
                 "it reads the weight of a block outside of the block's forward pass: leave that block whole with "
@@ -128,6 +131,13 @@ def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
             raise ShardedWeightsError(f"{name} meets a weight of which each rank holds a part; {mend}") from error
 
     return call
+
+
+def _of_shards(error: Exception) -> bool:
+    """Whether it comes from an operator of DTensors: of torch's own making, or of what it has run into."""
+    frames = traceback.walk_tb(error.__traceback__)
+    within = any(frame.f_globals.get("__name__", "").startswith("torch.distributed.tensor.") for frame, _ in frames)
+    return within or _MIXED in str(error)
 
 
 def _own_methods(cls: type) -> set[str]:
