@@ -94,7 +94,7 @@ class FSDP2(_Base):
             )
         self._whole = WholeWeights.of(module)
         if self._whole is not None:
-            self._whole.before_training_step = self._share_buffers
+            self._whole.before_step = self._share_buffers
         self._has_buffers = any(True for _ in module.buffers())
         lacks = not is_overridden("configure_model", module)
         if lacks:  # Lightning asks for one

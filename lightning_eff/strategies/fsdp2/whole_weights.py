@@ -40,7 +40,7 @@ class WholeWeights:
     def __init__(self, module: LightningModule, methods: Iterable[str]) -> None:
         self.module = module
         self.inside = False
-        self.before_training_step: Callable[[], None] = lambda: None
+        self.before_step: Callable[[], None] = lambda: None
         """Of the strategy."""
         state = fully_shard.state(module)  # type: ignore[attr-defined]
         state._pre_forward_hook_handle.remove()
@@ -90,8 +90,8 @@ class WholeWeights:
                 return method(*args, **kwargs)
             self.inside = True
             try:
-                if name == "training_step":
-                    self.before_training_step()
+                if name in STEPS:
+                    self.before_step()
                 return self._enter(functools.partial(method, *args, **kwargs))
             finally:
                 self.inside = False

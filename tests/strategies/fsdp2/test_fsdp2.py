@@ -63,9 +63,7 @@ def _in_half(strategy):
 
 
 def test_a_scaler_is_refused_as_lightning_does(pool):
-    with pytest.raises(
-        ValueError, match=r"does not support `Fabric\(..., precision=.64-true"
-    ):  # of an instance, whatever the device
+    with pytest.raises(ValueError, match=r"does not support `Fabric\(..., precision=.64-true"):
         L.Trainer(accelerator="cpu", devices=2, strategy=FSDP2Strategy(), precision="64-true")
     pool.run(_in_half, "fsdp2")
 
