@@ -18,10 +18,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import lightning_eff  # noqa: F401  (registers the string)
+from benchmarks.fsdp2_models import BATCHES, GPT, MLP, ZOO, Base, ViT
 from harness.runs import fit, quiet_trainer, seed_everything
 from lightning_eff.strategies import FSDP2Strategy, ShardedWeightsError
 from lightning_eff.training.optimizer_state import state_bytes
-from tests.strategies.fsdp2.zoo import BATCHES, GPT, MLP, ZOO, Base, ViT
 
 OPTIONS: dict[str, Any] = {"devices": 2, "num_sanity_val_steps": 0, "max_steps": -1, "max_epochs": 1}
 

@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.fsdp2_models import GPT, MLP, ZOO
 from harness.runs import fit, fsdp2, seed_everything
 from lightning_eff.plugins.sharded_saves import ShardedSaveError
 from lightning_eff.strategies import FSDP2Strategy
-from tests.strategies.fsdp2.zoo import GPT, MLP, ZOO
 
 OPTIONS: dict[str, Any] = {"devices": 2, "num_sanity_val_steps": 0, "max_steps": -1, "max_epochs": 2}
 
@@ -42,7 +42,7 @@ class _Saves(Checkpoint):
         self.folder = folder
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.save_Saves(self.folder / f"epoch={trainer.current_epoch}.ckpt")
+        trainer.save_checkpoint(self.folder / f"epoch={trainer.current_epoch}.ckpt")
 
 
 def _resumed(folder, name):
