@@ -175,14 +175,14 @@ class RNN(Base):
 
 
 class Bare(Base):
-    """Parameters in lists and on the module, read without any module's forward."""
+    """Parameters in lists and on the module, read without any module's forward; a step of one argument."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weights = nn.ParameterList(torch.randn(WIDTH, WIDTH) / 3 for _ in range(2))
         self.readout = nn.Parameter(torch.randn(WIDTH, 1))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:  # and no forward
+    def training_step(self, batch: Any) -> Any:
         loss = self.loss(*batch)
         self.losses.append(loss.detach())
         return {"loss": loss, "more": [loss.detach()]}

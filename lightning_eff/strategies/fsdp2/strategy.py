@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check, check_flag, check_globs, check_text
 from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
-from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights
+from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights, lightning_base
 from lightning_eff.training.optimizer_state import allow_absent_states
 
 # Lightning asks an instance of ModelParallelStrategy, but no string.
@@ -38,8 +38,8 @@ class FSDP2(_Base):
 
     def __init__(
         self,
-        forward_methods: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        forward_methods: list[str] | None = None,
+        exclude: list[str] | None = None,
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = True,
         async_save: bool = True,
@@ -92,11 +92,16 @@ class FSDP2(_Base):
                 f"FSDP2 shards {len(blocks)} blocks{f', {blocks[0]} to {blocks[-1]},' if blocks else ''} and the rest "
                 f"as one, over {self.world_size} ranks"
             )
+        elif WholeWeights.of(module) is None and (self.forward_methods or self.exclude):
+            rank_zero_warn(
+                f"{type(module).__name__} has sharded itself: forward_methods and exclude of {type(self).__name__} "
+                "have no effect"
+            )
         self._whole = WholeWeights.of(module)
         if self._whole is not None:
             self._whole.before_step = self._share_buffers
         self._has_buffers = any(True for _ in module.buffers())
-        lacks = not is_overridden("configure_model", module)
+        lacks = not is_overridden("configure_model", module, lightning_base(type(module)))
         if lacks:  # Lightning asks for one
             module.configure_model = _nothing  # type: ignore[method-assign]
         try:
@@ -180,6 +185,7 @@ class FSDP2(_Base):
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         return checkpoint
 
+    @override
     def on_train_end(self) -> None:
         """Behind the callbacks, which may have saved."""
         self._saves.flush()

@@ -49,10 +49,10 @@ class WholeWeights:
         setattr(module, _ENTER, lambda call: call())
         register_fsdp_forward_method(module, _ENTER)
         own = _own_methods(type(module))
-        for name in (*STEPS, *methods):
-            if name in own:
-                setattr(module, name, self._entering(name, getattr(module, name)))
-        for name in own - {*STEPS, *methods}:
+        entered = own.intersection(STEPS).union(methods)
+        for name in entered:
+            setattr(module, name, self._entering(name, getattr(module, name)))
+        for name in own - entered:
             setattr(module, name, _explaining(name, getattr(module, name)))
         for name in _TOGGLES:
             setattr(module, name, self._refreshing(getattr(module, name)))
@@ -82,17 +82,17 @@ class WholeWeights:
         self.module.reshard()
 
     def _entering(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        method = _explaining(name, method)
+        explained = _explaining(name, method)
 
-        @functools.wraps(method)
+        @functools.wraps(method)  # and no further: Lightning looks at the signature behind one wrapper
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.inside:
-                return method(*args, **kwargs)
+                return explained(*args, **kwargs)
             self.inside = True
             try:
                 if name in STEPS:
                     self.before_step()
-                return self._enter(functools.partial(method, *args, **kwargs))
+                return self._enter(functools.partial(explained, *args, **kwargs))
             finally:
                 self.inside = False
                 if name == "training_step" and not self.module.automatic_optimization:
@@ -140,9 +140,15 @@ def _of_shards(error: Exception) -> bool:
     return within or _MIXED in str(error)
 
 
+def lightning_base(cls: type) -> type:
+    """``LightningModule``, by whichever of its two names the class has it."""
+    names = ("lightning.pytorch.", "pytorch_lightning.")
+    return next(c for c in cls.__mro__ if c.__name__ == "LightningModule" and c.__module__.startswith(names))
+
+
 def _own_methods(cls: type) -> set[str]:
     """What the user's classes define, down to LightningModule."""
-    classes = cls.__mro__[: cls.__mro__.index(LightningModule)]
+    classes = cls.__mro__[: cls.__mro__.index(lightning_base(cls))]
     return {
         name
         for each in classes

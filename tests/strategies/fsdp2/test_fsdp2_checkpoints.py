@@ -65,6 +65,11 @@ def _by_others(folder):
     theirs = _losses(_ByHand(), 1, _Saves(folder / "theirs"), strategy=fsdp2())
     from_ours = _losses(_ByHand(), 2, strategy=fsdp2(), ckpt_path=folder / "ours" / "epoch=0.ckpt")
     from_theirs = _losses(_ByHand(), 2, ckpt_path=folder / "theirs" / "epoch=0.ckpt")
+    if torch.distributed.get_rank() == 0:
+        with pytest.warns(UserWarning, match="_ByHand has sharded itself: forward_methods and exclude"):
+            fit(_ByHand(), strategy=FSDP2Strategy(exclude=["*"]), **OPTIONS | {"max_epochs": 1})
+    else:
+        fit(_ByHand(), strategy=FSDP2Strategy(exclude=["*"]), **OPTIONS | {"max_epochs": 1})
     return whole[len(whole) // 2 :], theirs[len(whole) // 2 :], from_ours, from_theirs
 
 
@@ -84,7 +89,7 @@ def _gathered(folder):
 
 def test_one_file_is_loaded_anywhere(pool, tmp_path):
     (_, weights), _ = pool.run(_gathered, tmp_path)
-    module = GPT.load_from_Saves(tmp_path / "epoch=1.ckpt")
+    module = GPT.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
     assert all(torch.equal(*pair) for pair in zip(module.parameters(), weights, strict=True))
     assert module.generate().shape == (1, 6)
     again = GPT()
