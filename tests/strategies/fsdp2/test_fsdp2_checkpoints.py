@@ -29,8 +29,9 @@ class _ByHand(MLP):
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-def _losses(module, seed, *callbacks, strategy="fsdp2", **options):
+def _losses(cls, seed, *callbacks, strategy="fsdp2", **options):
     seed_everything(seed)
+    module = cls()
     fit(module, *callbacks, strategy=strategy, **OPTIONS | options)
     return torch.stack(module.losses)
 
@@ -47,8 +48,8 @@ class _Saves(Checkpoint):
 
 def _resumed(folder, name):
     """The losses of the second epoch: unbroken, and of a run that begins there with other weights."""
-    whole = _losses(ZOO[name](), 1, _Saves(folder))
-    resumed = _losses(ZOO[name](), 2, ckpt_path=folder / "epoch=0.ckpt")
+    whole = _losses(ZOO[name], 1, _Saves(folder))
+    resumed = _losses(ZOO[name], 2, ckpt_path=folder / "epoch=0.ckpt")
     return whole[len(whole) // 2 :], resumed, os.listdir(folder)
 
 
@@ -61,10 +62,10 @@ def test_a_run_resumes_in_the_second_epoch(pool, tmp_path, name):
 
 def _by_others(folder):
     """Ours resumed by Lightning's own strategy, and Lightning's by ours; of a module that shards itself."""
-    whole = _losses(_ByHand(), 1, _Saves(folder / "ours"))
-    theirs = _losses(_ByHand(), 1, _Saves(folder / "theirs"), strategy=fsdp2())
-    from_ours = _losses(_ByHand(), 2, strategy=fsdp2(), ckpt_path=folder / "ours" / "epoch=0.ckpt")
-    from_theirs = _losses(_ByHand(), 2, ckpt_path=folder / "theirs" / "epoch=0.ckpt")
+    whole = _losses(_ByHand, 1, _Saves(folder / "ours"))
+    theirs = _losses(_ByHand, 1, _Saves(folder / "theirs"), strategy=fsdp2())
+    from_ours = _losses(_ByHand, 2, strategy=fsdp2(), ckpt_path=folder / "ours" / "epoch=0.ckpt")
+    from_theirs = _losses(_ByHand, 2, ckpt_path=folder / "theirs" / "epoch=0.ckpt")
     if torch.distributed.get_rank() == 0:
         with pytest.warns(UserWarning, match="_ByHand has sharded itself: forward_methods and exclude"):
             fit(_ByHand(), strategy=FSDP2Strategy(exclude=["*"]), **OPTIONS | {"max_epochs": 1})
@@ -83,12 +84,12 @@ def test_the_folder_is_lightnings(pool, tmp_path):
 
 def _gathered(folder):
     module = GPT()
-    whole = _losses(module, 1, _Saves(folder), strategy=FSDP2Strategy(save_distributed_checkpoint=False))
-    return whole[len(whole) // 2 :], [p.full_tensor() for p in module.parameters()]
+    fit(module, _Saves(folder), strategy=FSDP2Strategy(save_distributed_checkpoint=False), **OPTIONS)
+    return [p.full_tensor() for p in module.parameters()]
 
 
 def test_one_file_is_loaded_anywhere(pool, tmp_path):
-    (_, weights), _ = pool.run(_gathered, tmp_path)
+    weights, _ = pool.run(_gathered, tmp_path)
     module = GPT.load_from_checkpoint(tmp_path / "epoch=1.ckpt")
     assert all(torch.equal(*pair) for pair in zip(module.parameters(), weights, strict=True))
     assert module.generate().shape == (1, 6)
