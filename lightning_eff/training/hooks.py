@@ -157,6 +157,9 @@ class CompressesGradients(Protocol):
         """Of the last step that was measured. Collective."""
 
 
+# A flag of a strategy, an attribute that defaults to False:
+#   saves_later         a checkpoint may be written after `save_checkpoint` has returned.
+
 # Reasons of a strategy to refuse, attributes that default to None:
 #   trainable_change_refused   why the set of trained parameters cannot change during a run.
 #   rollback_refused           why a run cannot go back to an earlier state.

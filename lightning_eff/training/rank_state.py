@@ -209,7 +209,8 @@ class _RankFiles:
                 break
         keep, before = {identity}, self.latest.get(path, "")
         self.latest[path] = identity
-        if is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
+        later = getattr(self.strategy, "saves_later", False)
+        if later or is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
             keep.add(before)  # the checkpoint on disk may still be the one before
         # Only when all ranks have come here is the checkpoint there, with the files of all.
         everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)

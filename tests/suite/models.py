@@ -17,6 +17,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 BATCH = 8
 STEPS = 10  # of a full run
@@ -136,7 +138,6 @@ class _Net(_Fed):
         micro_batches: int = 1,
         skip_steps: int = 0,
         dropout: float = 0.0,
-        sharded: bool = False,
         compiled: bool = False,
     ) -> None:
         super().__init__(micro_batches, skip_steps)
@@ -144,23 +145,8 @@ class _Net(_Fed):
         self.blocks = nn.Sequential(_Block(), nn.Dropout(dropout), _Block())
         self.head = nn.Linear(WIDTH, 1)
         self.optimizer = optimizer
-        self.sharded = sharded
         if compiled:
             self.blocks.compile(backend="aot_eager")  # no C++ compiler, no worker processes
-
-    def configure_model(self) -> None:
-        if self.sharded:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-
-            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
-            if mesh.size() == 4:
-                mesh = init_device_mesh(
-                    mesh.device_type, (2, 2), mesh_dim_names=("replicate", "shard")
-                )  # HSDP: two replicas of two shards
-            for module in (self.blocks[0], self.blocks[2], self.head):
-                fully_shard(module, mesh=mesh)
-                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.blocks(inputs).mean(1))
@@ -233,7 +219,17 @@ class Backbone(Net):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
-MODELS = {"net": Net, "backbone": Backbone, "gan": Gan}
+class Replicated(Net):
+    """Shards itself into two replicas of two shards: HSDP."""
+
+    def configure_model(self) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        for module in (self.blocks[0], self.blocks[2], self.head):
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
+
+
+MODELS = {"net": Net, "backbone": Backbone, "replicated": Replicated, "gan": Gan}
 
 
 def under(package: str, name: str) -> Any:

@@ -88,7 +88,7 @@ def fit(
     """Train with the row's callback (or with `callback`, or without one) for `steps` batches that step."""
     if callback is None and row is not None:
         callback = row.build()
-    module = under(strategy.package, model)(sharded=strategy.sharded, **(model_arguments or {}))
+    module = under(strategy.package, model)(**(model_arguments or {}))
     trainer = build_trainer(folder, strategy, [callback] if callback else [], around, module, steps, trainer_arguments)
     trainer.fit(module, data, ckpt_path=resume)
     return Run(trainer, module, callback)

@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_eff.callbacks import (
     EMA,
@@ -38,8 +37,6 @@ class Strategy:
     build: Callable[[int], Any]
     """The Trainer's `strategy` for a model with that many optimizers."""
 
-    sharded: bool = False
-
     lossy: bool = False
     """Gradients are compressed: the ranks still agree, but on something else than one device would do."""
 
@@ -56,8 +53,8 @@ def _ddp(optimizers: int) -> str:
     return "ddp" if optimizers == 1 else "ddp_find_unused_parameters_true"
 
 
-def _fsdp2(optimizers: int) -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+def _fsdp2(optimizers: int) -> str:
+    return "fsdp2"
 
 
 def _arc_topk(optimizers: int) -> CompressedDDPStrategy:
@@ -70,7 +67,7 @@ def _arc_topk(optimizers: int) -> CompressedDDPStrategy:
 
 SINGLE = Strategy("single", 1, _single)
 DDP = Strategy("ddp", 2, _ddp)
-FSDP2 = Strategy("fsdp2", 2, _fsdp2, sharded=True)
+FSDP2 = Strategy("fsdp2", 2, _fsdp2)
 ARC_TOPK = Strategy("arc_topk", 2, _arc_topk, lossy=True)
 STRATEGIES = (SINGLE, DDP, FSDP2, ARC_TOPK)
 

@@ -28,8 +28,8 @@ def _hsdp(optimizers: int) -> ModelParallelStrategy:
     return ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1, process_group_backend="gloo")
 
 
-# Four ranks, on which Net shards itself into two replicas of two shards.
-HSDP = Strategy("hsdp", 4, _hsdp, sharded=True)
+# Four ranks, on which a model shards itself.
+HSDP = Strategy("hsdp", 4, _hsdp)
 
 
 def rows(model: str, strategy: Strategy, without: type) -> list[Row]:
@@ -88,8 +88,8 @@ def crash_and_resume(folder: Path, strategy: Strategy, model: str, without: type
         pytest.param(FSDP2, "net", MISA, marks=pytest.mark.slow),
         pytest.param(FSDP2, "net", GradES, marks=pytest.mark.slow),
         pytest.param(ARC_TOPK, "net", MISA, marks=pytest.mark.slow),
-        pytest.param(HSDP, "net", MISA, marks=pytest.mark.slow),
-        pytest.param(HSDP, "net", GradES, marks=pytest.mark.slow),
+        pytest.param(HSDP, "replicated", MISA, marks=pytest.mark.slow),
+        pytest.param(HSDP, "replicated", GradES, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", None) or getattr(value, "__name__", value),
 )
