@@ -4,6 +4,7 @@ from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
 from lightning_eff.callbacks.fault_injector import FaultInjector, InjectedError
 from lightning_eff.callbacks.grades import GradES
+from lightning_eff.callbacks.gradient_stats import GradientStats
 from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.preemption import Preemption
 from lightning_eff.callbacks.run_health import RunHealth
@@ -31,6 +32,7 @@ __all__ = [
     "FaultInjector",
     "GradES",
     "GradientSpikes",
+    "GradientStats",
     "InjectedError",
     "NonFiniteLoss",
     "Preemption",

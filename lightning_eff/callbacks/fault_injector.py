@@ -135,7 +135,7 @@ class FaultInjector(Callback):
 
     def _corrupt(self, module: LightningModule) -> None:
         parameters = clean_named_parameters(module)
-        names = list(parameters) if self.parameter is None else select(parameters, self.parameter, "parameter")
+        names = list(parameters) if self.parameter is None else select(list(parameters), self.parameter, "parameter")
         weight = local(parameters[names[0]])
         weight.view(_INTEGERS[weight.element_size()]).view(-1)[0].bitwise_xor_(1)
 

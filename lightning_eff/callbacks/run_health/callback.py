@@ -7,6 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,6 +24,7 @@ from lightning_eff.callbacks.run_health.exchange import Exchange
 from lightning_eff.callbacks.run_health.limits import Limits
 from lightning_eff.callbacks.run_health.phases import (
     BACKWARD,
+    DATA,
     FORWARD,
     OPTIMIZER,
     OTHER,
@@ -32,7 +34,7 @@ from lightning_eff.callbacks.run_health.phases import (
     WAITING,
     Phases,
 )
-from lightning_eff.callbacks.run_health.stragglers import Finding, Stragglers, Window, quantiles, summary
+from lightning_eff.callbacks.run_health.stragglers import Finding, Numbers, Stragglers, Window, quantiles, summary
 from lightning_eff.callbacks.run_health.verdict import Verdict
 from lightning_eff.callbacks.run_health.watchdog import Watchdog
 from lightning_eff.callbacks.run_health.weights_hash import WeightsHash, differing, first_difference
@@ -348,7 +350,7 @@ class RunHealth(Callback):
             what = f"callbacks, mostly {type(callbacks[finding.callback]).__name__}"
         return f"rank {finding.rank} (host {host}) is slower than the others by {share}, most of it in {what}"
 
-    def _compare(self, trainer: Trainer, halves: Tensor) -> None:
+    def _compare(self, trainer: Trainer, halves: Numbers) -> None:
         ranks = differing(halves)
         if ranks and not self._weights_differ and self._hash is not None:
             mine = self._hash.each()
@@ -364,15 +366,18 @@ class RunHealth(Callback):
         self._weights_differ = bool(ranks)
 
     def _values(self, window: Window) -> dict[str, float]:
-        middle = window.medians.nanmedian(0).values.tolist()
-        step = sum(middle[: OTHER + 1]) or 1e-9
-        busy = window.busy.nanmedian(1).values
+        middle, busy = np.median(window.medians, axis=0), np.median(window.busy, axis=1)
+        step = float(middle[: OTHER + 1].sum()) or 1e-9
         values = {
             "step_seconds": step,
-            "data": middle[0] / step,
-            "waiting": middle[WAITING] / step,
-            "spread": float(busy.max() / busy.nanmedian().clamp(min=1e-9)) - 1,
+            "data": float(middle[DATA]) / step,
+            "waiting": float(middle[WAITING]) / step,
+            "spread": float(busy.max() / max(float(np.median(busy)), 1e-9)) - 1,
         }
         if self.log_details:
             values |= {f"seconds/{name}": seconds for name, (seconds, _) in self.times().items()}
         return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = {"_phases": Phases(), "_exchange": Exchange(), "_connections": None, "_watchdog": None}
+        return {**vars(self), **fresh, "_device": None, "_hash": None}

@@ -51,8 +51,10 @@ class Exchange:
 
     def detach(self) -> None:
         """The group ends; not collective, and nobody is waited for."""
-        self._pending = None
+        pending, self._pending = self._pending, None
         if self.group is not None:
-            if dist.is_initialized():
+            # A gather that the others have left alone stays with its group until the process ends: gloo does not
+            # survive that its group goes first.
+            if dist.is_initialized() and (pending is None or pending[0].is_completed()):
                 dist.destroy_process_group(self.group)
             self.group = None

@@ -130,7 +130,7 @@ class Phases:
             Wrapper(loop, "_broadcast_sigterm_tensor", self._within(WAITING)),
             Wrapper(loop, "_save_loggers_on_train_batch_end", self._within(LOGGING)),
             Wrapper(logging, "update_train_step_metrics", self._within(LOGGING)),
-            *(Wrapper(strategy, name, self._within(WAITING)) for name in ("reduce", "barrier", "broadcast")),
+            *(Wrapper(strategy, name, self._within(WAITING)) for name in ("barrier", "broadcast")),
         ]
         self.open, self.here, self.since = [], OTHER, time.perf_counter()
         self.times = [0.0] * len(self.names)

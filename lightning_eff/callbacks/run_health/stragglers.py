@@ -7,11 +7,14 @@ validation and saving.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,9 +23,13 @@ from lightning_eff.callbacks.run_health.phases import OTHER, PHASES, SAVING, VAL
 BUSY = [phase for phase in range(len(PHASES)) if phase not in (WAITING, VALIDATION, SAVING)]
 _SHARE = 0.8  # of the steps in which a slow rank has to be the slow one
 _LEAST = 0.002  # seconds; in steps of a millisecond, ranks differ by what Python does beside
+_STEPS = 30  # the least that a judgement is made of
 _LEARN = 5  # windows until what the network takes is known
 
 _COUNT = len(PHASES)
+
+Numbers = npt.NDArray[np.float64]
+"""On the host: what is judged here has nothing to do with a device."""
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
@@ -62,18 +69,18 @@ class Window:
         extra: what was told beside.
     """
 
-    medians: Tensor
-    p99: Tensor
-    busy: Tensor
+    medians: Numbers
+    p99: Numbers
+    busy: Numbers
     worst_callback: list[int]
-    extra: Tensor
+    extra: Numbers
 
     @classmethod
     def of(cls, told: Tensor, every: int) -> Window:
         """Take apart what `summary` has put together."""
-        sizes = [_COUNT, _COUNT, every, 1, told.shape[1] - 2 * _COUNT - every - 1]
-        medians, p99, busy, worst, extra = torch.split(told, sizes, dim=1)
-        return cls(medians, p99, busy, [int(index) for index in worst.flatten().tolist()], extra)
+        ends = np.cumsum([_COUNT, _COUNT, every, 1])
+        medians, p99, busy, worst, extra = np.split(told.numpy(), ends, axis=1)
+        return cls(medians, p99, busy, [int(index) for index in worst[:, 0]], extra)
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,8 @@ class Stragglers:
     """Judges window after window.
 
     A rank is slow if it was in the median step by ``slow`` busier than the others, and in four of five steps by half of
-    that, over the last ``patience`` windows. The network is slow if in each of them even the rank that comes last
-    waits twice as long as it used to, and by ``slow`` of a step longer.
+    that, over the last ``patience`` windows, or as many as make 30 steps. The network is slow if in each of them even
+    the rank that comes last waits twice as long as it used to, and by ``slow`` of a step longer.
 
     Args:
         slow: the share of a step, > 0.
@@ -110,45 +117,52 @@ class Stragglers:
         self.patience = patience
         self.network = 0.0
         """Seconds of a step that even the last rank waits."""
-        self._ratios: deque[Tensor] = deque(maxlen=patience)
+        self._ratios: deque[Numbers] = deque()
         self._waits: deque[float] = deque(maxlen=50)
 
     def judge(self, window: Window) -> Finding | None:
         """What is slow after one window more; needs two ranks."""
-        ranks = len(window.busy)
-        if ranks < 2 or window.medians.isnan().any():
-            return None
         busy, medians = window.busy, window.medians
+        ranks, steps = busy.shape
+        if ranks < 2 or np.isnan(medians).any():
+            return None
         # With two ranks each is compared to the other; of several, one moves their median little.
-        usual = busy.flip(0) if ranks == 2 else busy.nanmedian(0, keepdim=True).values
-        usual_medians = medians.flip(0) if ranks == 2 else medians.median(0, keepdim=True).values.expand_as(medians)
+        usual, usual_medians = (busy[::-1], medians[::-1]) if ranks == 2 else (_middle(busy, 0), _middle(medians, 0))
+        windows = max(self.patience, -(-_STEPS // steps))
         self._ratios.append(busy / usual)
         self.network = float(medians[:, WAITING].min())
-        slow_network = self._slow_network(medians)
+        slow_network = self._slow_network(medians, windows)
         self._waits.append(self.network)
-        if len(self._ratios) < self.patience:
+        if len(self._ratios) < windows:
             return None
-        ratios = torch.cat(list(self._ratios), dim=1)
-        middle = ratios.nanmedian(1).values
-        share = (ratios > 1 + self.slow / 2).double().mean(1)
+        ratios = np.concatenate(self._ratios, axis=1)
+        self._ratios.popleft()
+        middle = _middle(ratios, 1)[:, 0]
+        share = (ratios > 1 + self.slow / 2).mean(1)
         lost = (medians - usual_medians)[:, BUSY]
         slow = (middle >= 1 + self.slow) & (share >= _SHARE) & (lost.sum(1) >= _LEAST)
         if not slow.any():
             return slow_network
-        rank = int(torch.where(slow, middle, 0.0).argmax())
+        rank = int(np.where(slow, middle, 0.0).argmax())
         phase = BUSY[int(lost[rank].argmax())]
         callback = window.worst_callback[rank] if PHASES[phase] == "callbacks" else None
         return Finding(rank, PHASES[phase], float(middle[rank]) - 1, callback)
 
-    def _slow_network(self, medians: Tensor) -> Finding | None:
-        """From the windows before, this one being the last of ``patience``."""
+    def _slow_network(self, medians: Numbers, windows: int) -> Finding | None:
+        """From the windows before, this one being the last of so many."""
         waits = [*self._waits, self.network]
-        before, now = waits[: -self.patience], waits[-self.patience :]
+        before, now = waits[:-windows], waits[-windows:]
         if len(before) < _LEARN:
             return None
         usual = median(before)
-        step = float(medians[:, : OTHER + 1].sum(1).median())
-        slower = (min(now) - usual) / max(step, 1e-9)
+        slower = (min(now) - usual) / max(float(np.median(medians[:, : OTHER + 1].sum(1))), 1e-9)
         if min(now) < 2 * usual or slower < self.slow or min(now) - usual < _LEAST:
             return None
         return Finding(None, "waiting", slower)
+
+
+def _middle(values: Numbers, axis: int) -> Numbers:
+    """The median of what is known."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a step that no rank knows yet
+        return np.nanmedian(values, axis=axis, keepdims=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class WeightsHash:
         """The number for all as two of 32 bits, which a float64 holds exactly; NaN if none was taken."""
         if self._all is None:
             return [torch.nan, torch.nan]
-        number = int(self._all.read())
+        number = int(self._all.read().numpy())
         return [float(number // _HALF), float(number % _HALF)]
 
     def each(self) -> Tensor:
@@ -57,17 +59,17 @@ class WeightsHash:
         return self._each.read()
 
 
-def differing(halves: Tensor) -> list[int]:
+def differing(halves: npt.NDArray[np.float64]) -> list[int]:
     """The ranks whose number is not that of most; of two, or of halves that differ, the later ones.
 
     Args:
         halves: two numbers for each rank; with a NaN nothing was taken yet.
 
     Example:
-        >>> differing(torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]]))
+        >>> differing(np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]]))
         [2]
     """
-    if halves.isnan().any():
+    if np.isnan(halves).any():
         return []
     rows = [tuple(row) for row in halves.tolist()]
     counts = Counter(rows)

@@ -82,7 +82,7 @@ def train(settings: dict[str, Any]) -> None:
     rank, fault, victim, at = int(os.environ["RANK"]), settings["fault"], settings["rank"], settings["at"]
     health = RunHealth(**{"folder": settings["folder"], "weights_every_n_steps": None, **settings.get("health", {})})
     callbacks: list[L.Callback] = [health]
-    if fault in ("stop", "hang", "kill", "slow", "corrupt"):
+    if fault in ("stop", "hang", "kill", "slow", "corrupt", "raise"):
         callbacks.append(FaultInjector(fault, at, victim, **settings.get("injector", {})))
     trainer = L.Trainer(
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy=settings.get("strategy", "ddp"),
