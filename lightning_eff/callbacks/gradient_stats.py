@@ -16,6 +16,7 @@ from lightning_eff.arguments import check_count, check_flag, check_globs
 from lightning_eff.functional.gradients import is_dtensor, local_grad
 from lightning_eff.kernels.tensor_stats import tensor_stats
 from lightning_eff.structure import clean_named_parameters, find_blocks, select
+from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import (
@@ -94,6 +95,7 @@ class GradientStats(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)  # what FSDP2 shows while it is gathered is another object
         parameters = clean_named_parameters(pl_module)
         everything = list(parameters)
         names = everything if self.include is None else select(everything, self.include, "include", "parameter")

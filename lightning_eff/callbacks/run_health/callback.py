@@ -20,7 +20,7 @@ from lightning_eff.arguments import check_choice, check_count, check_flag, check
 from lightning_eff.callbacks.run_health.collector import Collector
 from lightning_eff.callbacks.run_health.connections import Connections
 from lightning_eff.callbacks.run_health.device_times import DeviceTimes
-from lightning_eff.callbacks.run_health.exchange import Exchange
+from lightning_eff.callbacks.run_health.exchange import Exchange, Numbers
 from lightning_eff.callbacks.run_health.limits import Limits
 from lightning_eff.callbacks.run_health.phases import (
     BACKWARD,
@@ -34,12 +34,13 @@ from lightning_eff.callbacks.run_health.phases import (
     WAITING,
     Phases,
 )
-from lightning_eff.callbacks.run_health.stragglers import Finding, Numbers, Stragglers, Window, quantiles, summary
+from lightning_eff.callbacks.run_health.stragglers import Finding, Stragglers, Window, quantiles, summary
 from lightning_eff.callbacks.run_health.verdict import Verdict
 from lightning_eff.callbacks.run_health.watchdog import Watchdog
 from lightning_eff.callbacks.run_health.weights_hash import WeightsHash, differing, first_difference
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.alarms import Alarm, sound
+from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.hooks import Order
 from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, replicas_are_equal, sort_callbacks
 
@@ -216,6 +217,7 @@ class RunHealth(Callback):
             self._device = DeviceTimes(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
             self._phases.on_gradients = lambda: self._mark(WAITING)
         if self.weights_every_n_steps is not None and self._exchange.group is not None:
+            reshard(pl_module)  # else FSDP2 may show gathered weights, whose memory goes
             self._hash = WeightsHash(clean_named_parameters(pl_module))
 
     @override

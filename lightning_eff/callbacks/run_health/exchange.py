@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+Numbers = npt.NDArray[np.float64]
+"""On the host: what is judged of them has nothing to do with a device."""
 
 
 class Exchange:
@@ -19,29 +23,29 @@ class Exchange:
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
         self.sent = 0
-        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._pending: tuple[dist.Work, Numbers] | None = None
 
     def attach(self) -> None:
         """Make the group; collective. Call it once the default process group is there."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo")
 
-    def swap(self, vector: Tensor) -> Tensor:
-        """Send a vector of float64, and read what all ranks sent the last time, (ranks, numbers).
+    def swap(self, vector: Numbers) -> Numbers:
+        """Send numbers, and get what all ranks sent the last time, (ranks, numbers).
 
-        The first time there is nothing to read: shape (0, numbers).
+        The first time there is nothing to get: shape (0, numbers).
         """
         if self.group is None:
             return vector[None]
         received = self.read()
-        ranks = dist.get_world_size(self.group)
-        gathered = torch.empty(ranks, vector.numel(), dtype=vector.dtype)
-        work = dist.all_gather(list(gathered.unbind()), vector, group=self.group, async_op=True)
+        gathered = np.empty((dist.get_world_size(self.group), len(vector)))
+        into = list(torch.from_numpy(gathered).unbind())  # the same memory
+        work = dist.all_gather(into, torch.from_numpy(vector), group=self.group, async_op=True)
         assert work is not None
         self._pending, self.sent = (work, gathered), self.sent + 1
-        return vector.new_empty(0, vector.numel()) if received is None else received
+        return gathered[:0] if received is None else received
 
-    def read(self) -> Tensor | None:
+    def read(self) -> Numbers | None:
         """What all ranks sent the last time; None if nothing is under way."""
         if self._pending is None:
             return None

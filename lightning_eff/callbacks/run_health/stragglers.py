@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from lightning_eff.callbacks.run_health.exchange import Numbers
 from lightning_eff.callbacks.run_health.phases import OTHER, PHASES, SAVING, VALIDATION, WAITING
 
 BUSY = [phase for phase in range(len(PHASES)) if phase not in (WAITING, VALIDATION, SAVING)]
@@ -27,9 +25,6 @@ _STEPS = 30  # the least that a judgement is made of
 _LEARN = 5  # windows until what the network takes is known
 
 _COUNT = len(PHASES)
-
-Numbers = npt.NDArray[np.float64]
-"""On the host: what is judged here has nothing to do with a device."""
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
@@ -41,20 +36,20 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     """
     ordered = sorted(seconds)
     last = len(ordered) - 1
-    return (ordered[last // 2], ordered[round(0.99 * last)]) if ordered else (torch.nan, torch.nan)
+    return (ordered[last // 2], ordered[round(0.99 * last)]) if ordered else (np.nan, np.nan)
 
 
-def summary(steps: Sequence[Sequence[float]], every: int, worst_callback: int, extra: Sequence[float]) -> Tensor:
-    """What a rank tells the others of its last ``every`` steps, float64.
+def summary(steps: Sequence[Sequence[float]], every: int, worst_callback: int, extra: Sequence[float]) -> Numbers:
+    """What a rank tells the others of its last ``every`` steps, as one vector.
 
     Medians of the phases, their 99th percentiles, the seconds that it was busy in each step, which callback takes most,
     and ``extra``. A step that is not known yet is NaN.
     """
     columns = [quantiles([step[phase] for step in steps]) for phase in range(_COUNT)]
     busy = [sum(step[phase] for phase in BUSY) for step in steps]
-    unknown = [torch.nan] * (every - len(busy))
+    unknown = [np.nan] * (every - len(busy))
     told = [*(middle for middle, _ in columns), *(high for _, high in columns), *unknown, *busy, worst_callback, *extra]
-    return torch.tensor(told, dtype=torch.float64)
+    return np.array(told, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -76,10 +71,10 @@ class Window:
     extra: Numbers
 
     @classmethod
-    def of(cls, told: Tensor, every: int) -> Window:
+    def of(cls, told: Numbers, every: int) -> Window:
         """Take apart what `summary` has put together."""
         ends = np.cumsum([_COUNT, _COUNT, every, 1])
-        medians, p99, busy, worst, extra = np.split(told.numpy(), ends, axis=1)
+        medians, p99, busy, worst, extra = np.split(told, ends, axis=1)
         return cls(medians, p99, busy, [int(index) for index in worst[:, 0]], extra)
 
 

@@ -110,7 +110,7 @@ def _window(ranks, steps=EVERY, noise=0.0, slow=None, waiting=0.0, seed=0):
         if slow is not None and slow[0] == rank:
             rows[:, slow[1]] += slow[2]
         told.append(summary(rows.tolist(), EVERY, 7, [1.0, 2.0]))
-    return Window.of(torch.stack(told), EVERY)
+    return Window.of(np.stack(told), EVERY)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -171,7 +171,7 @@ def test_steps_that_are_not_known_yet_are_left_out():
     assert np.isnan(window.busy).sum(1).tolist() == [EVERY - 4] * 2
     judged = Stragglers(0.1, 1)
     assert [judged.judge(_window(2, steps=4, slow=(0, FORWARD, 0.1))) for _ in range(3)] == [None] * 3  # too few
-    assert judged.judge(Window.of(torch.stack([summary([], EVERY, -1, [])] * 2), EVERY)) is None
+    assert judged.judge(Window.of(np.stack([summary([], EVERY, -1, [])] * 2), EVERY)) is None
 
 
 def test_thirty_steps_are_needed_however_short_the_windows():
