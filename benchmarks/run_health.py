@@ -121,13 +121,11 @@ class Steps(L.Callback):
         self.wall: list[float] = []
         self.folder = folder
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == AT and trainer.is_global_zero:
-            Path(self.folder, "at").touch()
-
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.cpu.append(time.process_time())
         self.wall.append(time.perf_counter())
+        if trainer.global_step == AT and trainer.is_global_zero:
+            Path(self.folder, "at").touch()
 
 
 def train(settings: dict[str, Any]) -> None:
@@ -193,7 +191,7 @@ def detect() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     settings = {"folder": folder, "size": "0.1 M", "fault": fault, "victim": victim}
                     with ForkedRanks(ranks, Path(folder), train, settings) as forked:
-                        if fault == "worker":  # a batch is fetched before it is stuck: when the step begins
+                        if fault == "worker":  # what comes behind step ``AT`` is the batch that does not
                             while not Path(folder, "at").exists() and forked.running():
                                 time.sleep(0.01)
                             began = time.monotonic()

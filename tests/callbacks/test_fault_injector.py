@@ -13,7 +13,7 @@ import torch
 
 from harness.processes import eventually, spawned
 from harness.runs import fit, quiet_lightning
-from lightning_eff.callbacks import FaultInjector, InjectedError
+from lightning_eff.callbacks import FaultInjector, InjectedError, fault_injector
 from tests.suite.models import Net
 
 
@@ -50,18 +50,24 @@ def test_corrupt_changes_one_bit_of_one_weight():
     assert int(before ^ after) == 1
 
 
-def test_slow_makes_every_step_longer():
-    class Sleep(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            time.sleep(0.02)
+def test_slow_makes_every_step_longer_by_its_share(monkeypatch):
+    slept, step = [], 0.02
 
-    def seconds(*injectors):
-        began = time.perf_counter()
-        fit(Net(), *injectors, Sleep(), max_steps=10, limit_val_batches=0)
-        return time.perf_counter() - began
+    class Clock:
+        """Each step takes the same, whatever the machine does beside."""
 
-    plain = seconds()
-    assert seconds(FaultInjector("slow", step=0, slowdown=3.0)) > plain + 9 * 3 * 0.02
+        now = 0.0
+
+        def monotonic(self):
+            self.now += step
+            return self.now
+
+        def sleep(self, seconds):
+            slept.append(seconds)
+
+    monkeypatch.setattr(fault_injector, "time", Clock())
+    fit(Net(), FaultInjector("slow", step=2, slowdown=3.0), max_steps=8, limit_val_batches=0)
+    assert slept == pytest.approx([3.0 * step] * 5)  # the first of the six that it sees has none to measure
 
 
 def test_hang_ends_after_its_seconds():

@@ -233,7 +233,7 @@ class RunHealth(Callback):
         self._stepped = False
         self._phases.step_begins(trainer.global_step)
         if self._watchdog is not None:
-            self._watchdog.step, self._watchdog.between_epochs = trainer.global_step, False
+            self._watchdog.step, self._watchdog.kind = trainer.global_step, "step"
         self._mark(FORWARD)
 
     @override
@@ -262,7 +262,12 @@ class RunHealth(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_ended = time.perf_counter()
         if self._watchdog is not None:
-            self._watchdog.between_epochs = True
+            self._watchdog.kind = "epoch"
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._watchdog is not None:
+            self._watchdog.kind = "start"  # what comes now, an export say, may take as long as the start
 
     @override
     def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:

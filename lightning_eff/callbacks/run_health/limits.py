@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import deque
 from typing import Literal
 
-Kind = Literal["step", "validation", "save", "epoch"]
-"""What is going on: a step, a batch of validation, a save; or what lies before the first batch of an epoch."""
+Kind = Literal["step", "validation", "save", "epoch", "start"]
+"""What is going on: a step, a batch of validation, a save; what lies between two epochs; or before and behind all."""
 
-_ENOUGH: dict[Kind, int] = {"step": 3, "validation": 3, "save": 1, "epoch": 1}
+_ENOUGH: dict[Kind, int] = {"step": 3, "validation": 3, "save": 1, "epoch": 1, "start": 1}
 _KEPT = 128
 
 
 class Limits:
     """The limit of each kind: ``seconds``, ``factor`` times its median, or twice its 99th percentile, the longest.
 
-    Until a kind is known it is ``first_seconds``: the first step compiles and the first epoch starts workers. One
-    thread notes, another may ask.
+    Until a kind is known it is ``first_seconds``: the first step compiles and the first epoch starts workers; a start
+    and an end come once. One thread notes, another may ask.
 
     Args:
         seconds: the least, > 0.

@@ -56,7 +56,7 @@ def all_stacks() -> str:
     blocks = [
         f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in frames
-        if ident != threading.get_ident()
+        if not str(names.get(ident)).startswith("run-health")
     ]
     return "\n".join(blocks)
 

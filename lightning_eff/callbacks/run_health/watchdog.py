@@ -23,6 +23,7 @@ _LOOK = 0.1  # seconds between two looks at the main thread
 _BEAT = 0.5  # seconds between two messages to the others; longer with very many
 _BEATS_A_SECOND = 100  # that one rank sends, and receives, at most
 _ANSWERS = 0.7  # seconds that the others have to say where they stand
+_TO_WRITE = 2.0  # seconds that the stacks have to reach the disk before the process ends
 _ASLEEP = 1.0  # a look that comes so late: this process was stopped itself
 
 
@@ -56,8 +57,8 @@ class Watchdog:
         self.replicas = replicas
         self.step = 0
         """The ``global_step``, set by the main thread."""
-        self.between_epochs = True
-        """Whether no batch of the epoch has begun, set by the main thread."""
+        self.kind: Kind = "start"
+        """What the loops are at, set by the main thread; validation and saving it sees for itself."""
         self.verdicts: list[Verdict] = []
         self._place = LastPlace(phases)
         self._heard: dict[int, tuple[float, dict[str, Any]]] = {}  # rank -> when, and its last message
@@ -68,6 +69,7 @@ class Watchdog:
         self._asked_at = 0.0  # the main thread's last sign of life then
         self._held: tuple[float, Kind] | None = None  # the main thread's last sign of life in a hang that was judged
         self._awake = self._looked = time.perf_counter()
+        self._writer: threading.Thread | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="run-health-watchdog")
 
@@ -145,7 +147,7 @@ class Watchdog:
             return "save"
         if self.phases.validating:
             return "validation"
-        return "epoch" if self.between_epochs else "step"
+        return self.kind
 
     def _beat(self) -> dict[str, Any]:
         return {
@@ -170,7 +172,10 @@ class Watchdog:
         self._answers = {self.connections.rank: message}
         self._judge_at = now + _ANSWERS + (0.0 if kind == "ask" else 0.1)
         head = f"rank {self.connections.rank}, step {self.step}, phase {self.phases.place!r}, {time.ctime()}"
-        stacks.write_stacks(self.folder, self.connections.rank, head)
+        # A disk that hangs may be what the run hangs in: it must not hold up the report.
+        what = (self.folder, self.connections.rank, head)
+        self._writer = threading.Thread(target=stacks.write_stacks, args=what, daemon=True, name="run-health-stacks")
+        self._writer.start()
 
     def _decide(self, now: float) -> None:
         limit = self.limits.of(self._kind())
@@ -186,6 +191,8 @@ class Watchdog:
         waits = self.replicas and stacks.waits_for_replicas(stacks.main_stack())
         if self.abort is not None and not waits:
             _say(f"RunHealth: rank {self.connections.rank} ends with exit status {self.abort}\n\n{stacks.all_stacks()}")
+            if self._writer is not None:
+                self._writer.join(_TO_WRITE)
             os._exit(self.abort)
 
     def _standing(self, rank: int, now: float, limit: float) -> Standing:
