@@ -136,11 +136,12 @@ class GradientStats(Callback):
         gradients = [gradient for _, gradient in pairs]
         device = gradients[0].device
         squares = tensor_stats(gradients).squared_l2
-        counts = torch.stack(
-            [torch.stack(((g == 0).sum(), (~torch.isfinite(g)).sum(), g.new_tensor(g.numel(), dtype=torch.int64)))
-             for g in gradients]
-        ).to(squares)  # fmt: skip
-        sums = torch.cat([squares[:, None], counts], dim=1)
+        counts = (
+            torch.stack([(gradient == 0).sum() for gradient in gradients]),
+            torch.stack([(~torch.isfinite(gradient)).sum() for gradient in gradients]),
+            torch.tensor([gradient.numel() for gradient in gradients]).to(device, non_blocking=True),
+        )
+        sums = torch.stack([squares, *(count.to(squares) for count in counts)], dim=1)
         largest = torch.stack(torch._foreach_norm(gradients, torch.inf)).to(squares)
         sharded = any(is_dtensor(p) for p, _ in pairs)
         if sharded:
