@@ -2,9 +2,12 @@
 
 from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
+from lightning_eff.callbacks.fault_injector import FaultInjector, InjectedError
 from lightning_eff.callbacks.grades import GradES
+from lightning_eff.callbacks.gradient_stats import GradientStats
 from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.preemption import Preemption
+from lightning_eff.callbacks.run_health import RunHealth
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_eff.callbacks.training_guard import (
@@ -26,10 +29,14 @@ __all__ = [
     "CheckpointAveraging",
     "CompressionMonitor",
     "ExplodingLoss",
+    "FaultInjector",
     "GradES",
     "GradientSpikes",
+    "GradientStats",
+    "InjectedError",
     "NonFiniteLoss",
     "Preemption",
+    "RunHealth",
     "SpectralAlignmentMonitor",
     "TensorBoardLayout",
     "TrainingDivergedError",

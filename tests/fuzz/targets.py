@@ -134,6 +134,7 @@ def _grades(folder: Path) -> GradESState:
 
 _GIVEN: dict[str, dict[str, Any]] = {
     "CompressedDDPStrategy": {"compressor": lambda folder: ArcTopK()},
+    "FaultInjector": {"fault": "raise", "step": 0},
     "FaultTolerantDDPStrategy": {"max_replicas": 2, "replica": 0, "lighthouse": "127.0.0.1:29510"},
     "GradESConfig": {"tau": 0.5},
     "MatrixMetric": {"units": [{"w": nn.Parameter(torch.ones(2, 2))}], "metric": "grad"},
