@@ -14,7 +14,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_eff.arguments import check, check_choice, check_count, check_number, check_text
-from lightning_eff.structure import clean_named_parameters, select
+from lightning_eff.structure import clean_named_parameters
+from lightning_eff.structure.select import select
 from lightning_eff.training.dtensor import local
 
 Fault = Literal["raise", "kill", "stop", "hang", "slow", "corrupt"]

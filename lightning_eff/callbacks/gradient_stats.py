@@ -15,7 +15,8 @@ from typing_extensions import override
 from lightning_eff.arguments import check_count, check_flag, check_globs
 from lightning_eff.functional.gradients import is_dtensor, local_grad
 from lightning_eff.kernels.tensor_stats import tensor_stats
-from lightning_eff.structure import clean_named_parameters, find_blocks, select
+from lightning_eff.structure import clean_named_parameters, find_blocks
+from lightning_eff.structure.select import select
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.state_version import check_version
