@@ -2,6 +2,7 @@
 
 from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
+from lightning_eff.callbacks.exact_resume import ExactResume
 from lightning_eff.callbacks.grades import GradES
 from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.preemption import Preemption
@@ -25,6 +26,7 @@ __all__ = [
     "AlarmRule",
     "CheckpointAveraging",
     "CompressionMonitor",
+    "ExactResume",
     "ExplodingLoss",
     "GradES",
     "GradientSpikes",
