@@ -178,6 +178,10 @@ class ExactResume(Callback):
         loaders = () if combined is None else enumerate(combined.flattened)
         return {index: loader.state_dict() for index, loader in loaders if keeps_state(loader)}
 
+    @staticmethod
+    def _user_generators(trainer: Trainer) -> Generators:
+        return Generators(module=trainer.lightning_module, datamodule=getattr(trainer, "datamodule", None))
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self) -> dict[str, Any]:
@@ -185,7 +189,6 @@ class ExactResume(Callback):
         batches = self._place.batches(trainer)
         combined = trainer.fit_loop._combined_loader
         iterator = None if combined is None else combined._iterator
-        module, datamodule = trainer.lightning_module, getattr(trainer, "datamodule", None)
         own = [states for fetched, states in self._own if fetched == batches]
         return {
             "version": 1,
@@ -193,7 +196,7 @@ class ExactResume(Callback):
             "loaders": {index: loader.place(batches) for index, loader in self._loaders.items()},
             "own": own[-1] if own else self._own_states(trainer),
             "consumed": list(getattr(iterator, "_consumed", ())),
-            "generators": Generators(module=module, datamodule=datamodule).state(),
+            "generators": self._user_generators(trainer).state(),
             "gradients": self._gradients.state(trainer, batches),
             "logged": logged(trainer),
         }

@@ -97,8 +97,8 @@ class Net(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         first = batch if isinstance(batch, Tensor) else batch[0]
         loss = F.mse_loss(self(first), first.mean(1, keepdim=True))
-        self.log("loss", loss, on_step=True, on_epoch=True)
-        self.log("most", loss.detach(), on_step=False, on_epoch=True, reduce_fx=max)
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(first))
+        self.log("most", loss.detach(), on_step=False, on_epoch=True, reduce_fx=max, batch_size=len(first))
         if self.automatic_optimization:
             return loss
         self.manual_backward(loss / 2)
@@ -114,6 +114,8 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        if not self.automatic_optimization:
+            return optimizer
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
 
@@ -207,8 +209,32 @@ def run(
     return events, saver, trainer
 
 
-def loader(workers: int = 0, data: Any = None, **arguments: Any) -> DataLoader[Any]:
+def loader(workers: int = 0, data: Callable[[], Any] = Noisy, **arguments: Any) -> DataLoader[Any]:
     """Shuffled, where the data can be."""
-    data = Noisy() if data is None else data
-    shuffle = {} if isinstance(data, IterableDataset) or "sampler" in arguments else {"shuffle": True}
-    return DataLoader(data, **{"batch_size": BATCH, "num_workers": workers, **shuffle, **arguments})
+    dataset = data()
+    shuffle = {} if isinstance(dataset, IterableDataset) or "sampler" in arguments else {"shuffle": True}
+    return DataLoader(dataset, **{"batch_size": BATCH, "num_workers": workers, **shuffle, **arguments})
+
+
+def first_differences(
+    loaders: Callable[[], Any], folder: Path, hooks: tuple[str, ...] = HOOKS, every: int = 1, **arguments: Any
+) -> tuple[int, dict[str, Any]]:
+    """Resume from checkpoints of an unbroken run, and compare what happens then with what happened.
+
+    Returns:
+        How many checkpoints were tried, and for those that went on in another way, the first event that differs.
+    """
+    events, saver, _ = run(loaders, folder, hooks=hooks, **arguments)
+    wrong: dict[str, Any] = {}
+    tried = saver.saved[::every]
+    for hook, happened, path in tried:
+        if hook == "on_train_epoch_start":  # these hooks are called again
+            happened -= 1
+        while hook == "on_validation_batch_end" and events.events[happened - 1][0] == "validation":
+            happened -= 1  # a validation that was broken off runs again
+        wanted = events.events[happened:]
+        found = run(loaders, folder, resume=path, seed=99, **arguments)[0].events
+        if found != wanted:
+            pairs = [*zip(found, wanted, strict=False), (len(found), len(wanted))]
+            wrong[path.name] = next(pair for pair in pairs if pair[0] != pair[1])
+    return len(tried), wrong
