@@ -50,8 +50,9 @@ class ExactResume(Callback):
     Strategies: one device, DDP, FSDP2, those of the suite.
 
     Args:
-        iterable: what is done with an ``IterableDataset`` without a ``state_dict`` of its own. ``"replay"``: what was
-            seen of the epoch is loaded once more and dropped. ``"refuse"``: an error when the fit begins.
+        iterable: what is done with an ``IterableDataset``, or data that are no DataLoader, without a ``state_dict`` of
+            their own. ``"replay"``: what was seen of the epoch is loaded once more and dropped. ``"refuse"``: an error
+            when the fit begins.
 
     Raises:
         ValueError: an argument out of its range.
@@ -120,25 +121,23 @@ class ExactResume(Callback):
             if keeps_state(loader):
                 if index in states:  # Lightning gave it that of rank zero
                     loader.load_state_dict(states[index])
-            elif isinstance(loader, DataLoader):
+            else:
                 self._check(loader)
+            if isinstance(loader, DataLoader) and not keeps_state(loader):
                 self._loaders[index] = PlacedLoader(loader, self._batch_in_hand, lambda: self._place.within_batch)
                 self._loaders[index].held = self._saved is not None
-            else:
-                rank_zero_warn(
-                    f"ExactResume: training data come from a {type(loader).__name__}, whose place is not known: give "
-                    "it `state_dict` and `load_state_dict`, or use a DataLoader"
-                )
         self._own.clear()
 
-    def _check(self, loader: DataLoader[Any]) -> None:
-        dataset = loader.dataset
-        if isinstance(dataset, IterableDataset) and not keeps_state(dataset) and self.iterable == "refuse":
+    def _check(self, loader: Any) -> None:
+        """Of one that does not keep its own place."""
+        data = loader.dataset if isinstance(loader, DataLoader) else loader
+        iterable = isinstance(data, IterableDataset) or not isinstance(loader, DataLoader)
+        if iterable and not keeps_state(data) and self.iterable == "refuse":
             raise MisconfigurationException(
-                f"ExactResume(iterable='refuse'): {type(dataset).__name__} does not keep its place: give it "
+                f"ExactResume(iterable='refuse'): {type(data).__name__} does not keep its place: give it "
                 "`state_dict` and `load_state_dict`, or set iterable='replay', which loads again what was seen"
             )
-        if loader.num_workers and not loader.in_order:
+        if isinstance(loader, DataLoader) and loader.num_workers and not loader.in_order:
             raise MisconfigurationException(
                 "ExactResume: a DataLoader with in_order=False gives batches as they happen to be ready: set "
                 "in_order=True"
@@ -227,14 +226,23 @@ class ExactResume(Callback):
         combined: Any = trainer.fit_loop._combined_loader
         iterators: list[Any] = combined._iterator.iterators
         device = trainer.strategy.root_device
-        for index, loader in self._loaders.items():
-            iterators[index] = loader.resume(saved["loaders"].get(index, {}), device)
         within = saved["place"]["stage"] not in BETWEEN_EPOCHS
+        resumed = False
+        for index, loader in enumerate(combined.flattened):
+            if index in self._loaders:
+                iterators[index] = self._loaders[index].resume(saved["loaders"].get(index, {}), device)
+            elif within and not keeps_state(loader):
+                iterators[index] = iter(loader)
+                for _ in range(saved["place"]["batches"]):
+                    next(iterators[index], None)
+            else:
+                continue
+            resumed = True
         if within:
             combined._iterator._idx = saved["place"]["batches"]
         if hasattr(combined._iterator, "_consumed"):
             combined._iterator._consumed = list(saved["consumed"]) if within else [False] * len(iterators)
-        if self._loaders and isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None:
+        if resumed and isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None:
             befores = (loader.get("before_next") for loader in saved["loaders"].values())
             self._prefetch(fetcher, next((before for before in befores if before), None), device)
 
@@ -249,6 +257,10 @@ class ExactResume(Callback):
             fetcher.batches.append(_DataFetcher.__next__(fetcher))
         if before is not None:
             set_random_state(now, device)
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._gradients.stop()  # and what is known of them stays, for a checkpoint that is saved now
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -30,11 +30,16 @@ class UnusedGradients:
         for index, optimizer in enumerate(trainer.optimizers):
             self._handles.append(optimizer.register_step_post_hook(lambda *_, index=index: self._stepped.add(index)))
 
-    def detach(self) -> None:
-        """Doing it again is harmless."""
+    def stop(self) -> None:
+        """Leave the optimizers; doing it again is harmless."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._stepped = [], set()
+        self._handles = []
+
+    def detach(self) -> None:
+        """Leave, and know nothing."""
+        self.stop()
+        self._stepped = set()
 
     def begin_batch(self) -> None:
         """A batch begins."""

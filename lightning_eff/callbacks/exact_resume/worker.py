@@ -9,25 +9,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_eff.callbacks.exact_resume.generators import Generators
 from lightning_eff.training.random_state import set_random_state
 
-RawState = tuple[bytes, Any, Any]
+RawState = tuple[Any, Any, Any]
 
 
 def raw_random_state() -> RawState:
-    """The generators of this process on the CPU, in the form that is quickest to take and to send."""
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()
+    """The generators of this process on the CPU, in the form that is quickest to take."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
 
 
 def readable(raw: RawState) -> dict[str, Any]:
     """As ``random_state`` gives it: what a checkpoint may hold."""
     name, keys, *rest = raw[2]
     numpy = [str(name), torch.from_numpy(keys.astype(np.int64)), *rest]
-    return {"torch": torch.frombuffer(bytearray(raw[0]), dtype=torch.uint8), "python": raw[1], "numpy": numpy}
+    state = raw[0] if isinstance(raw[0], Tensor) else torch.frombuffer(bytearray(raw[0]), dtype=torch.uint8)
+    return {"torch": state, "python": raw[1], "numpy": numpy}
 
 
 @dataclass
@@ -65,7 +67,10 @@ class Carrier:
             self._generators = Generators(dataset=dataset)
         own = dataset.state_dict() if keeps_state(dataset) else None
         ended = isinstance(samples, list) and len(samples) < self.size
-        return Carried(batch, raw_random_state(), own, self._generators.state(), ended)
+        state, *others = raw_random_state()
+        # A tensor would take a file descriptor on its way.
+        sent: Any = (state.numpy().tobytes(), *others)
+        return Carried(batch, sent, own, self._generators.state(), ended)
 
 
 class WorkerStart:

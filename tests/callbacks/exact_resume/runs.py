@@ -97,8 +97,10 @@ class Net(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         first = batch if isinstance(batch, Tensor) else batch[0]
         loss = F.mse_loss(self(first), first.mean(1, keepdim=True))
-        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(first))
-        self.log("most", loss.detach(), on_step=False, on_epoch=True, reduce_fx=max, batch_size=len(first))
+        self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(first), sync_dist=True)
+        self.log(
+            "most", loss.detach(), on_step=False, on_epoch=True, reduce_fx=max, batch_size=len(first), sync_dist=True
+        )
         if self.automatic_optimization:
             return loss
         self.manual_backward(loss / 2)
@@ -110,7 +112,7 @@ class Net(L.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         noise = torch.rand(())
-        self.log("val_loss", self(batch).square().mean() + noise)
+        self.log("val_loss", self(batch).square().mean() + noise, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -233,7 +235,7 @@ def first_differences(
         while hook == "on_validation_batch_end" and events.events[happened - 1][0] == "validation":
             happened -= 1  # a validation that was broken off runs again
         wanted = events.events[happened:]
-        found = run(loaders, folder, resume=path, seed=99, **arguments)[0].events
+        found = run(loaders, folder, resume=path, **{**arguments, "seed": 99})[0].events
         if found != wanted:
             pairs = [*zip(found, wanted, strict=False), (len(found), len(wanted))]
             wrong[path.name] = next(pair for pair in pairs if pair[0] != pair[1])

@@ -35,8 +35,8 @@ FAST = {
 }
 
 SLOW = {
-    "one process": (loader, dict()),
-    "workers": (partial(loader, 2), dict()),
+    "one process": (loader, {}),
+    "workers": (partial(loader, 2), {}),
     "workers and accumulation": (partial(loader, 3), dict(val_check_interval=2, accumulate_grad_batches=4)),
     "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=2)),
     "workers that stay, and not all batches": (
@@ -80,3 +80,24 @@ def test_the_run_is_plain_lightnings(tmp_path):
 def test_without_it_nothing_of_this_holds(tmp_path):
     tried, wrong = first_differences(loader, tmp_path, hooks=HOOKS, every=4, exact=False)
     assert len(wrong) > tried / 2
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(workers=2, hooks=BATCH_END, every=5, accumulate_grad_batches=2),
+        pytest.param(dict(workers=0, every=2, val_check_interval=2), marks=pytest.mark.slow),
+        pytest.param(dict(workers=2, every=2, accumulate_grad_batches=2), marks=pytest.mark.slow),
+    ],
+)
+def test_goes_on_as_it_did_on_two_ranks(tmp_path, pool, how):
+    for tried, wrong in pool.run(_on_a_rank, tmp_path, **how):
+        assert tried >= 3
+        assert wrong == {}
+
+
+def _on_a_rank(folder, workers, **how):
+    # Each rank draws other noise, as users who do not seed have it.
+    seed = torch.distributed.get_rank()
+    loaders = partial(loader, workers, partial(Noisy, 40))
+    return first_differences(loaders, folder, seed=seed, strategy="ddp", devices=2, max_epochs=2, **how)
