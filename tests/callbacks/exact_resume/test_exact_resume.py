@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*`__len__` could be inaccurate"),
+    pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers"),
 ]
 
 BATCH_END = ("on_train_batch_end",)
