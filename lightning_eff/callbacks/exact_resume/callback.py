@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_eff.arguments import check_choice
+from lightning_eff.callbacks.exact_resume.buffers import own_buffers, set_own_buffers
 from lightning_eff.callbacks.exact_resume.generators import Generators
 from lightning_eff.callbacks.exact_resume.gradients import UnusedGradients
 from lightning_eff.callbacks.exact_resume.loader import PlacedLoader
@@ -36,8 +37,8 @@ class ExactResume(Callback):
 
     To the bit: weights, optimizers, values logged, the order of samples and the augmentations inside workers. With the
     checkpoint are saved, for each rank, the random generators, the place in each training loader with what its order
-    was drawn from, the random states of its workers, the gradients of a window of accumulation that is not full, and
-    the epoch's means; and where in Lightning's loops it was saved, so that a validation or an epoch's end that was
+    was drawn from, the random states of its workers, the gradients of a window of accumulation that is not full, a
+    rank's own buffers, and the epoch's means; and where in Lightning's loops it was saved, so that a validation or an epoch's end that was
     still to come still comes. Batches that were seen are skipped at the sampler and not loaded.
 
     A checkpoint that is saved within a batch (because of an exception, say) belongs to the end of the batch before.
@@ -197,6 +198,7 @@ class ExactResume(Callback):
             "consumed": list(getattr(iterator, "_consumed", ())),
             "generators": self._user_generators(trainer).state(),
             "gradients": self._gradients.state(trainer, batches),
+            "buffers": own_buffers(trainer),
             "logged": logged(trainer),
         }
 
@@ -215,6 +217,7 @@ class ExactResume(Callback):
             saved["generators"]
         )
         self._gradients.set(trainer, saved["gradients"])
+        set_own_buffers(trainer, saved["buffers"])
         set_logged(trainer, saved["logged"])
         set_random_state(saved["place"]["random"], trainer.strategy.root_device)
 

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_eff.callbacks.exact_resume.generators import Generators
+from lightning_eff.callbacks.exact_resume.order import Delivery, Held, Indices, Pass
 from lightning_eff.callbacks.exact_resume.worker import (
     Carried,
     Carrier,
@@ -24,25 +26,13 @@ from lightning_eff.callbacks.exact_resume.worker import (
     ResumedDataset,
     WorkerStart,
     keeps_state,
-    raw_random_state,
     readable,
 )
 from lightning_eff.training.random_state import random_state, set_random_state
 from lightning_eff.training.wrapping import Wrapper
 
 _CPU = torch.device("cpu")
-
-
-@dataclass
-class _Pass:
-    """One way through the data: what its order was drawn from."""
-
-    created: dict[str, Any]
-    """Before the iterator was made, which draws the workers' seed."""
-    begun: dict[str, Any]
-    """Before the sampler was asked for an iterator."""
-    drawn: dict[str, Any] | None = None
-    """Before its first index; None until then."""
+_NAMES = {"samples": "samples", "batch_size": "batch size", "sampler": "sampler", "batch_sampler": "batch sampler"}
 
 
 @dataclass
@@ -51,7 +41,7 @@ class _Place:
 
     tag: int
     """Which of the epoch's batches of all loaders together it was part of."""
-    of: _Pass
+    of: Pass
     batches: int = 0
     worker: int = -1
     """Who made the batch."""
@@ -83,8 +73,8 @@ class PlacedLoader:
         self._tag, self._within = tag, within
         self._generators = Generators(loader=loader, dataset=None if loader.num_workers else loader.dataset)
         self.is_ahead = sized_len(loader) is None
-        self._target: dict[str, Any] | None = None
-        self._anew = False
+        self.target: dict[str, Any] | None = None
+        self.anew = False
         self._created: dict[str, Any] = {}
         self._workers: dict[int, tuple[int, Carried]] = {}
         # A batch may be prefetched, and one in hand: what is saved is the place before both.
@@ -150,13 +140,14 @@ class PlacedLoader:
         """An iterator that goes on behind a place. The generators are left as they are, the loader's own as saved."""
         self.held = False
         _shutdown_workers_and_reset_iterator(self.loader)
+        saved = self._fitting(saved)
         if "pass" not in saved:
             self._generators.set(saved.get("generators", {}))
             return iter(self.loader)
         now = random_state(device)
-        self._target, self._anew = saved, True
+        self.target, self.anew = saved, True
         iterator: Any = iter(self.loader)
-        self._target = None
+        self.target = None
         iterator._sampler_iter.go_on(saved["batches"])
         if self.loader.num_workers:
             # The next batch is the turn of the worker behind the last one's.
@@ -168,23 +159,48 @@ class PlacedLoader:
         set_random_state(now, device)
         return iter(self.loader) if saved["over"] else iterator
 
+    def _fitting(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The saved place, as far as this loader can take it up."""
+        then, now = saved.get("about", {}), self.about()
+        changed = {name: (value, now[name]) for name, value in then.items() if value != now[name]}
+        workers = changed.pop("workers", None)
+        if changed:
+            words = ", ".join(f"{_NAMES[name]} {was!r}, now {here!r}" for name, (was, here) in changed.items())
+            raise MisconfigurationException(
+                f"ExactResume: the training data are not those of the run that was broken off ({words}), so its place "
+                "in them is lost: give it the same, or go on without ExactResume, which begins the epoch's order anew"
+            )
+        if workers and "pass" in saved:
+            iterable = isinstance(self.loader.dataset, IterableDataset)
+            if iterable:
+                raise MisconfigurationException(
+                    f"ExactResume: an IterableDataset was read by {workers[0]} workers, and is by {workers[1]} now: "
+                    "which of them has seen what cannot be dealt anew. Give it as many as before"
+                )
+            rank_zero_warn(
+                f"ExactResume: the loader has {workers[1]} workers and had {workers[0]}: the samples and their order "
+                "are the same, but what its workers draw is not, and from here on the run is not equal to the bit"
+            )
+            return {**saved, "workers": {}, "worker": -1}
+        return saved
+
     # --- iterators ---------------------------------------------------------------------------------------------------
 
     def _get_iterator(self, inner: Callable[[], Any]) -> Any:
         if self.held:
-            return _Held()
+            return Held()
         loader: Any = self.loader
-        saved = self._target
+        saved = self.target
         iterable = isinstance(loader.dataset, IterableDataset)
         self._workers = {}
         if saved is None:
-            self._created = self._draws()
+            self._created = self.draws()
         else:
             self._created = saved["pass"]["created"]
-            self._set_draws(self._created)
+            self.set_draws(self._created)
         states = {} if saved is None else self._states(saved)
         index_sampler = "batch_sampler" if loader.batch_sampler is not None else "sampler"
-        others: dict[str, Any] = {index_sampler: _Indices(getattr(loader, index_sampler), self)}
+        others: dict[str, Any] = {index_sampler: Indices(getattr(loader, index_sampler), self)}
         if loader.num_workers:
             others["collate_fn"] = Carrier(loader.collate_fn, getattr(loader.batch_sampler, "batch_size", None))
             others["worker_init_fn"] = WorkerStart(loader.worker_init_fn, {} if iterable else states)
@@ -195,7 +211,7 @@ class PlacedLoader:
             iterator = inner()
         # Not a Wrapper: the iterator would refer to itself, and its workers end when nobody refers to it.
         name = "_process_data" if loader.num_workers else "_next_data"
-        setattr(iterator, name, _Delivery(weakref.ref(iterator), name, self))
+        setattr(iterator, name, Delivery(weakref.ref(iterator), name, self))
         return iterator
 
     def _states(self, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -211,13 +227,13 @@ class PlacedLoader:
         own = saved["own"] if self._dataset_keeps_state and saved["own"] else {"dataset": None, "ended": False}
         return {0: {"batches": saved["batches"], **own}} if saved["batches"] else {}
 
-    def _begin(self, batches: int = 0, of: _Pass | None = None) -> _Pass:
+    def begin(self, batches: int = 0, of: Pass | None = None) -> Pass:
         """A pass through the order begins."""
-        of = of or _Pass(self._created, self._draws())
+        of = of or Pass(self._created, self.draws())
         tag = self._tag() if self._within() else -1
         worker, own = -1, None
-        if self._target is not None:
-            worker, own = self._target["worker"], self._target["own"]
+        if self.target is not None:
+            worker, own = self.target["worker"], self.target["own"]
         else:  # workers that stay have seen nothing of this pass
             self._workers = {number: (0, last) for number, (_, last) in self._workers.items()}
         self._places.append(_Place(tag, of, batches, worker, dict(self._workers), own, self._generators.state()))
@@ -253,102 +269,14 @@ class PlacedLoader:
 
     # --- what an order is drawn from ---------------------------------------------------------------------------------
 
-    def _draws(self) -> dict[str, Any]:
+    def draws(self) -> dict[str, Any]:
+        """What an order is drawn from, now."""
         return {"random": random_state(_CPU), "generators": self._generators.state()}
 
-    def _set_draws(self, saved: dict[str, Any]) -> None:
+    def set_draws(self, saved: dict[str, Any]) -> None:
+        """Set it."""
         set_random_state(saved["random"], _CPU)
         self._generators.set(saved["generators"])
-
-
-class _Indices:
-    """Stands in front of a loader's sampler of indices while an iterator is made."""
-
-    def __init__(self, sampler: Any, loader: PlacedLoader) -> None:
-        self.sampler_in_front_of = sampler
-        self.loader = loader
-
-    def __iter__(self) -> _Order:
-        return _Order(self.sampler_in_front_of, self.loader)
-
-    def __len__(self) -> int:
-        return len(self.sampler_in_front_of)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "sampler_in_front_of":  # not there yet: it is being copied
-            raise AttributeError(name)
-        return getattr(self.sampler_in_front_of, name)
-
-
-class _Order:
-    """Indices, batch for batch."""
-
-    def __init__(self, sampler: Any, loader: PlacedLoader) -> None:
-        self.loader = loader
-        self.keeper = loader.sampler_with_state
-        self.states: deque[Any] = deque()
-        """Of a sampler that keeps its place: behind each batch that is drawn and not delivered."""
-        saved = loader._target
-        self.waits = saved is not None
-        """Nothing is asked of the workers until it stands where it should."""
-        if saved is None:
-            self.of = loader._begin()
-        else:
-            self.of = _Pass(**saved["pass"])
-            if not loader._anew:  # with workers a loader asks twice, and draws their seed in between
-                loader._set_draws(self.of.begun)
-            loader._anew = False
-            loader._begin(saved["batches"], self.of)
-            if self.keeper is not None and saved["own"] is not None:
-                self.keeper.load_state_dict(saved["own"])
-        self.indices = iter(sampler)
-
-    def __iter__(self) -> _Order:
-        return self
-
-    def __next__(self) -> Any:
-        if self.waits:
-            raise StopIteration
-        if self.of.drawn is None:
-            self.of.drawn = self.loader._draws()
-        drawn = next(self.indices)
-        if self.keeper is not None:
-            self.states.append(self.keeper.state_dict())
-        return drawn
-
-    def go_on(self, batches: int) -> None:
-        """Skip batches that were seen; nothing of them is loaded."""
-        self.waits = False
-        if self.of.drawn is not None:
-            self.loader._set_draws(self.of.drawn)
-        if self.keeper is None:
-            for _ in range(batches):
-                next(self.indices, None)
-
-
-class _Delivery:
-    """Stands in front of the method of an iterator through which every batch goes."""
-
-    def __init__(self, iterator: weakref.ref[Any], name: str, loader: PlacedLoader) -> None:
-        self.iterator = iterator
-        self.name = name
-        self.loader = loader
-
-    def __call__(self, *args: Any) -> Any:
-        iterator: Any = self.iterator()
-        before = raw_random_state() if self.loader.is_ahead and not args else None
-        data = getattr(type(iterator), self.name)(iterator, *args)
-        return self.loader.deliver(iterator, data, args[1] if args else None, before)
-
-
-class _Held(_BaseDataLoaderIter):
-    """Has nothing yet."""
-
-    def __init__(self) -> None:
-        pass
-
-    def __next__(self) -> Any:
-        raise StopIteration
 
 
 @contextmanager
