@@ -38,8 +38,8 @@ class ExactResume(Callback):
     To the bit: weights, optimizers, values logged, the order of samples and the augmentations inside workers. With the
     checkpoint are saved, for each rank, the random generators, the place in each training loader with what its order
     was drawn from, the random states of its workers, the gradients of a window of accumulation that is not full, a
-    rank's own buffers, and the epoch's means; and where in Lightning's loops it was saved, so that a validation or an epoch's end that was
-    still to come still comes. Batches that were seen are skipped at the sampler and not loaded.
+    rank's own buffers, and the epoch's means; and where in Lightning's loops it was saved, so that a validation or an
+    epoch's end that was still to come still comes. Batches that were seen are skipped at the sampler and not loaded.
 
     A checkpoint that is saved within a batch (because of an exception, say) belongs to the end of the batch before.
 
