@@ -2,6 +2,7 @@
 
 from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
+from lightning_eff.callbacks.exact_resume import ExactResume
 from lightning_eff.callbacks.fault_injector import FaultInjector, InjectedError
 from lightning_eff.callbacks.grades import GradES
 from lightning_eff.callbacks.gradient_stats import GradientStats
@@ -28,6 +29,7 @@ __all__ = [
     "AlarmRule",
     "CheckpointAveraging",
     "CompressionMonitor",
+    "ExactResume",
     "ExplodingLoss",
     "FaultInjector",
     "GradES",

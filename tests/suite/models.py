@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
 
 BATCH = 8
 STEPS = 10  # of a full run
@@ -229,7 +230,37 @@ class Replicated(Net):
             module.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
 
 
-MODELS = {"net": Net, "backbone": Backbone, "replicated": Replicated, "gan": Gan}
+class Drawn(Net):
+    """Takes its samples from a shuffled DataLoader, noise and dropout added."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{"dropout": 0.3, **arguments})
+        self.seen: list[list[float]] = []
+
+    def train_dataloader(self) -> Any:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return DataLoader(Draws(6 * BATCH), batch_size=BATCH // ranks, shuffle=True)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> STEP_OUTPUT:
+        self.seen.append(batch.flatten().tolist())
+        indices, noise = batch[:, 0].long(), batch[:, 1, None, None]
+        return self._error(self.inputs[indices] + 0.1 * noise, self.targets[indices])
+
+
+class Draws(Dataset[Tensor]):
+    """Numbers of samples, each with a random number."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.stack([torch.tensor(float(index)), torch.rand(())])
+
+
+MODELS = {"net": Net, "backbone": Backbone, "replicated": Replicated, "drawn": Drawn, "gan": Gan}
 
 
 def under(package: str, name: str) -> Any:

@@ -17,6 +17,7 @@ from lightning_eff.callbacks import (
     MISA,
     CheckpointAveraging,
     CompressionMonitor,
+    ExactResume,
     FaultInjector,
     GradES,
     GradientStats,
@@ -458,6 +459,7 @@ ROWS = (
         refused_models={"gan": "belong to 2 optimizers"},
         exceptions={"waits_for_nothing": _MISA_WAITS, "a_snapshot_waits_for_nothing": _MISA_COPIES},
     ),
+    Row(ExactResume, changes_training=False, bad_arguments=({"iterable": "sometimes"},)),
     Row(
         Preemption,
         {"signals": ["SIGUSR2"], "every_n_steps": 2},
