@@ -10,6 +10,7 @@ from lightning_eff.training.hooks import (
     HearsAlarms,
     Order,
     ReadsWeights,
+    WritesLater,
     all_with,
     tell,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "RankState",
     "ReadsWeights",
     "TrainableChange",
+    "WritesLater",
     "all_with",
     "check_trainable_support",
     "set_trainable",

@@ -54,7 +54,7 @@ class RankState:
 
     Collectives: attaching broadcasts a few bytes; saving reduces one flag behind the checkpoint that Lightning writes;
     loading reduces one for each owner. A rank's files are written before ``save_checkpoint`` returns, also with an
-    asynchronous ``CheckpointIO``.
+    asynchronous ``CheckpointIO``; those of older checkpoints go when the newer one is on disk.
 
     Args:
         name: tells the owners apart, and finds the state again: the same in the run that resumes.
@@ -141,7 +141,7 @@ class _RankFiles:
         self.owners: dict[str, RankState] = {}
         self.run = ""
         self.saved = 0
-        self.latest: dict[str, str] = {}  # path of a checkpoint -> its id
+        self.ids: dict[str, list[str]] = {}  # path of a checkpoint -> its id, behind those that may still be on disk
         self.attempts = Attempts(
             "state beside a checkpoint", "a run that resumes from this checkpoint is without what is missing"
         )
@@ -199,14 +199,28 @@ class _RankFiles:
                     owner.saved(checkpoint, path)
             if not self.of_replicas or self.strategy.is_written(writes):  # type: ignore[attr-defined]
                 break
-        keep, before = {identity}, self.latest.get(path, "")
-        self.latest[path] = identity
-        if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
-            keep.add(before)  # the checkpoint on disk may still be the one before
         # Only when all ranks have come here is the checkpoint there, with the files of all.
         everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)
         self.attempts.note(error if error or everywhere else OSError("on another rank"))
-        self.remove_files(path, keep - {""})
+        ids = self.ids.setdefault(path, [])
+        ids.append(identity)
+        self.when_saved(partial(self.remove_older, path, ids, identity))
+
+    def when_saved(self, action: Callable[[], Any]) -> None:
+        """Do something when all saves so far are on disk: at once, unless they are written later."""
+        later = getattr(self.strategy.checkpoint_io, "after_saves", None)
+        if later is None:
+            action()
+        else:
+            later(action, here=self.strategy.is_global_zero)
+
+    def remove_older(self, path: str, ids: list[str], identity: str) -> None:
+        """The checkpoint with this id is on disk: those before it are not."""
+        first = ids.index(identity)
+        if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
+            first = max(0, first - 1)  # the checkpoint on disk may still be the one before
+        del ids[:first]
+        self.remove_files(path, {*ids} - {""})
 
     def write(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
         """Write this rank's files, each by itself: one that is too big for the disk leaves the others."""
@@ -229,7 +243,7 @@ class _RankFiles:
             return checkpoint
         check_version("RankState", entry, known=1)
         path = str(checkpoint_path)
-        self.latest[path] = entry["id"]
+        self.ids[path] = [entry["id"]]
         for owner in owners:
             state, why = self.find(path, entry, owner)
             state = self.on_all_ranks(state)
@@ -259,10 +273,17 @@ class _RankFiles:
 
     def remove_checkpoint(self, remove: Callable[..., Any], filepath: _PATH) -> None:
         remove(filepath)
-        self.remove_files(str(filepath), set())
+        path = str(filepath)
+        self.ids.pop(path, None)
+        self.when_saved(partial(self.remove_beside, path))
+
+    def remove_beside(self, path: str) -> None:
+        """The checkpoint is gone, or another has been saved in its place since."""
+        ids = self.ids.get(path, [])
+        self.remove_files(path, {*ids} - {""})
         for owner in self.owners.values():
-            if owner.removed is not None:
-                owner.removed(str(filepath))
+            if owner.removed is not None and not ids:
+                owner.removed(path)
 
     def read(self, path: str, identity: str, name: str, rank: int | None) -> dict[str, Any] | None:
         """A state, beside the checkpoint that a link points to or that this one was copied from."""

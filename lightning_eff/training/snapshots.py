@@ -157,7 +157,7 @@ class SnapshotWindow:
             return int(torch.cuda.mem_get_info(device)[0])
         if self.place == "model" and device.type != "cpu":
             return None
-        return _free_host_memory()
+        return free_host_memory()
 
 
 @dataclass(eq=False)
@@ -178,7 +178,7 @@ class HeldWindow:
         return self
 
 
-def _free_host_memory() -> int | None:
+def free_host_memory() -> int | None:
     """What the system says is available, within the limit of this process's container."""
     free = []
     try:

@@ -23,7 +23,7 @@ from lightning_eff.arguments import check, check_choice, check_count, check_flag
 from lightning_eff.callbacks.preemption.emergency import StepWatch, save_alone
 from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
-from lightning_eff.training.hooks import Order
+from lightning_eff.training.hooks import Order, WritesLater, tell
 from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
 from lightning_eff.training.wrapping import Wrapper
 
@@ -237,6 +237,7 @@ class Preemption(Callback):
                 begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
                 progress.load_state_dict({**before, "total": begun, "current": begun})
             trainer.save_checkpoint(path)
+            tell(trainer, WritesLater)
         finally:
             progress.load_state_dict(before)
         self._end(trainer, f"its state is saved in {path}, in {time.monotonic() - began:.1f} s")
