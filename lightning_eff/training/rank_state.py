@@ -133,6 +133,19 @@ def rank_state_owners(strategy: Strategy) -> dict[str, RankState]:
     return {} if files is None else files.owners
 
 
+def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
+    """The files that should be beside a checkpoint that has been loaded, of all ranks."""
+    entry = checkpoint.get(KEY)
+    if entry is None or "replicated" not in entry:  # the latter of version 0.1, which had other names
+        return []
+    names = [
+        _name(entry["id"], name, rank)
+        for name in entry["names"]
+        for rank in ([None] if name in entry["replicated"] else range(entry["world_size"]))
+    ]
+    return [os.path.join(os.path.realpath(path) + _SUFFIX, name) for name in names]
+
+
 class _RankFiles:
     """Stands in front of three methods of one strategy."""
 

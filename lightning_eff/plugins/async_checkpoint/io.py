@@ -173,7 +173,7 @@ class AsyncCheckpointIO(CheckpointIO):
 
     def warm(self, size: int, pinned: bool, buffers: int) -> None:
         """Get memory for checkpoints of so many bytes, in the thread, before the first save needs it."""
-        idle = self._stager.take_idle()[:buffers]  # the others are given up
+        idle = self._stager.take_idle(buffers)
         self._writer.submit(partial(self._stager.warm, idle, size, pinned))
 
     def _raise_error(self) -> None:

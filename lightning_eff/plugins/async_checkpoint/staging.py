@@ -146,12 +146,14 @@ class Stager:
         self._free: queue.SimpleQueue[Arena] = queue.SimpleQueue()
         for _ in range(BUFFERS):
             self._free.put(Arena())
+        self._buffers = BUFFERS
+        self._in_use: set[Staged] = set()
         self._latest: Staged | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a save would have to wait."""
-        return self._free.empty()
+        """Whether a save would have to wait until an earlier one is written."""
+        return len(self._in_use) >= self._buffers
 
     def stage(self, checkpoint: Any, late: Late = set) -> Staged:
         """Copy a checkpoint.
@@ -164,11 +166,12 @@ class Stager:
         pickled, storages = take_apart(checkpoint)
         arena = self._free.get()
         try:
-            self._latest = Staged(pickled, storages, arena, late)
+            self._latest = staged = Staged(pickled, storages, arena, late)
         except BaseException:
             self._free.put(arena)
             raise
-        return self._latest
+        self._in_use.add(staged)
+        return staged
 
     def settle(self) -> None:
         """Weights and optimizer state are about to be written."""
@@ -178,14 +181,17 @@ class Stager:
 
     def release(self, staged: Staged) -> None:
         """Its bytes are not needed any more."""
+        self._in_use.discard(staged)
         self._free.put(staged._arena)
 
-    def take_idle(self) -> list[Arena]:
-        """Arenas that nobody uses, for `warm`; a save waits until they are back."""
-        idle = []
+    def take_idle(self, buffers: int) -> list[Arena]:
+        """Arenas that nobody uses, for `warm`; a save waits until they are back. So many are kept, the others go."""
+        idle: list[Arena] = []
         while not self._free.empty():
             idle.append(self._free.get())
-        return idle
+        kept = max(0, buffers - len(self._in_use))
+        self._buffers = min(BUFFERS, len(self._in_use) + kept)
+        return idle[:kept]
 
     def warm(self, arenas: Sequence[Arena], size: int, pinned: bool) -> None:
         """Have the memory before the first save needs it; in a thread of its own."""

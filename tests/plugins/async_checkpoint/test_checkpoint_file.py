@@ -10,6 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.utils.serialization import config
 
 from lightning_eff.plugins.async_checkpoint import checkpoint_file
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import (
@@ -121,11 +122,9 @@ def test_a_cut_file_is_found(tmp_path, kept):
         check_whole(path)
 
 
-def test_a_file_without_checksums_is_not_called_damaged(tmp_path, monkeypatch):
-    from torch.utils.serialization import config
-
-    monkeypatch.setattr(config.save, "compute_crc32", False)
-    torch.save(_checkpoint(), tmp_path / "some.ckpt")
+def test_a_file_without_checksums_is_not_called_damaged(tmp_path):
+    with config.patch("save.compute_crc32", False):
+        torch.save(_checkpoint(), tmp_path / "some.ckpt")
     assert damage(tmp_path / "some.ckpt") is None
     assert not describe(tmp_path / "some.ckpt")["checksums"]
 

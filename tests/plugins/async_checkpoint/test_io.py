@@ -202,7 +202,7 @@ def test_other_file_systems(monkeypatch, saver, objects):
 def test_memory_is_got_before_the_first_save(tmp_path, saver):
     saver.warm(1_000_000, pinned=False, buffers=2)
     saver.flush()
-    arenas = saver._stager.take_idle()
+    arenas = saver._stager.take_idle(2)
     assert [arena.size for arena in arenas] == [1_000_000, 1_000_000]
     for arena in arenas:
         saver._stager._free.put(arena)
