@@ -154,13 +154,13 @@ class AsyncCheckpoint(Callback):
     def _agree(self, trainer: Trainer) -> _Report:
         """All ranks hear what the one that writes knows; they act on it together."""
         error = self._io.take_error()
-        if error is not None and self.on_error == "warn":
-            rank_zero_warn(str(error))
         mine = _Report(self._io.behind, self._io.busy, None if error is None else str(error))
         report: _Report = trainer.strategy.broadcast(mine)
         self._io.advance(report.behind)
         if report.error is not None and self.on_error == "raise":
             raise RuntimeError(report.error) from error
+        if report.error is not None:
+            rank_zero_warn(report.error)
         return report
 
     def _remove(self, inner: Callable[..., Any], filepath: Any) -> None:

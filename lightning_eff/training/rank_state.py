@@ -196,6 +196,9 @@ class _RankFiles:
             if self.of_replicas:  # each of which has begun by itself, and any may have to end what another began
                 identity = self.strategy.broadcast(identity)
             states = {name: owner.save() for name, owner in self.owners.items()}
+        # Before its files are there: those of an older checkpoint may be removed in another thread at any time.
+        self.ids.setdefault(path, []).append(identity)
+        if identity:
             if wrote:
                 error = self.write(path, identity, states)
             replicated = [name for name, owner in self.owners.items() if owner.replicated]
@@ -215,9 +218,7 @@ class _RankFiles:
         # Only when all ranks have come here is the checkpoint there, with the files of all.
         everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)
         self.attempts.note(error if error or everywhere else OSError("on another rank"))
-        ids = self.ids.setdefault(path, [])
-        ids.append(identity)
-        self.when_saved(partial(self.remove_older, path, ids, identity))
+        self.when_saved(partial(self.remove_older, path, identity, f"{self.run}-{self.saved}"))
 
     def when_saved(self, action: Callable[[], Any]) -> None:
         """Do something when all saves so far are on disk: at once, unless they are written later."""
@@ -227,13 +228,14 @@ class _RankFiles:
         else:
             later(action, here=self.strategy.is_global_zero)
 
-    def remove_older(self, path: str, ids: list[str], identity: str) -> None:
-        """The checkpoint with this id is on disk: those before it are not."""
-        first = ids.index(identity)
+    def remove_older(self, path: str, identity: str, latest: str) -> None:
+        """The checkpoint with this id is on disk, or one of weights only: those before it are not."""
+        ids = self.ids.get(path, [])
+        first = ids.index(identity) if identity in ids else len(ids)
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
             first = max(0, first - 1)  # the checkpoint on disk may still be the one before
         del ids[:first]
-        self.remove_files(path, {*ids} - {""})
+        self.remove_files(path, {*ids} - {""}, latest)
 
     def write(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
         """Write this rank's files, each by itself: one that is too big for the disk leaves the others."""
@@ -288,12 +290,12 @@ class _RankFiles:
         remove(filepath)
         path = str(filepath)
         self.ids.pop(path, None)
-        self.when_saved(partial(self.remove_beside, path))
+        self.when_saved(partial(self.remove_beside, path, f"{self.run}-{self.saved}"))
 
-    def remove_beside(self, path: str) -> None:
-        """The checkpoint is gone, or another has been saved in its place since."""
+    def remove_beside(self, path: str, latest: str) -> None:
+        """The checkpoint is gone, or another has been saved in its place since the one with the latest id."""
         ids = self.ids.get(path, [])
-        self.remove_files(path, {*ids} - {""})
+        self.remove_files(path, {*ids} - {""}, latest)
         for owner in self.owners.values():
             if owner.removed is not None and not ids:
                 owner.removed(path)
@@ -316,8 +318,8 @@ class _RankFiles:
                         return state
         return None
 
-    def remove_files(self, path: str, keep: set[str]) -> None:
-        """Remove the files of a checkpoint, but those of some ids.
+    def remove_files(self, path: str, keep: set[str], latest: str) -> None:
+        """Remove the files of a checkpoint, but those of some ids, and those that other ranks write already.
 
         Each rank removes its own, which may be on a disk that only this machine sees. Rank zero removes all, so that
         none stays of a run with more ranks, or when only rank zero is asked.
@@ -335,7 +337,8 @@ class _RankFiles:
             return
         for file in files:
             identity, _, rest = os.path.basename(file).partition(".")
-            if identity not in keep and (self.rank == 0 or rest.endswith(f"rank{self.rank}.pt")):
+            own = self.rank == 0 or rest.endswith(f"rank{self.rank}.pt")
+            if own and identity not in keep and not _is_newer(identity, latest):
                 with suppress(FileNotFoundError):  # another rank was quicker
                     fs.rm_file(file)
         if not keep:
@@ -364,6 +367,12 @@ class _RankFiles:
         """A checkpoint that is only validated or tested leaves the state of the training alone, as for callbacks."""
         module = self.strategy.lightning_module
         return module is None or module._trainer is None or module._trainer.state.fn == TrainerFn.FITTING
+
+
+def _is_newer(identity: str, than: str) -> bool:
+    """Whether it is of a later checkpoint of the same run."""
+    (run, _, number), (same, _, latest) = identity.rpartition("-"), than.rpartition("-")
+    return run == same and number.isdecimal() and int(number) > int(latest)
 
 
 def _name(identity: str, name: str, rank: int | None) -> str:
