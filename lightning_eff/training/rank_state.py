@@ -235,7 +235,8 @@ class _RankFiles:
         if isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
             first = max(0, first - 1)  # the checkpoint on disk may still be the one before
         del ids[:first]
-        self.remove_files(path, {*ids} - {""}, latest)
+        # Its removal may have been asked for already, and waits for a later save.
+        self.remove_files(path, {identity, *ids} - {""}, latest)
 
     def write(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
         """Write this rank's files, each by itself: one that is too big for the disk leaves the others."""

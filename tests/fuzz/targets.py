@@ -25,7 +25,7 @@ from lightning_eff.functional.zclip import ZClipConfig, ZClipState
 from lightning_eff.merging import Merger, open_source
 from lightning_eff.strategies import ArcTopK
 
-ROOMS = ("callbacks", "strategies", "metrics", "structure", "compression", "merging")
+ROOMS = ("callbacks", "strategies", "plugins", "metrics", "structure", "compression", "merging")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_eff.callbacks import (
     EMA,
     MISA,
+    AsyncCheckpoint,
     CheckpointAveraging,
     CompressionMonitor,
     GradES,
@@ -25,6 +26,7 @@ from lightning_eff.callbacks import (
     TrainingGuard,
     ZClip,
 )
+from lightning_eff.plugins import AsyncCheckpointIO
 from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 from tests.suite.probe import Probe
 
@@ -467,5 +469,19 @@ ROWS = (
             {"poll_seconds": 0.0},
             {"timeout": -1.0},
         ),
+    ),
+    Row(
+        AsyncCheckpoint,
+        {"when_busy": "skip", "on_error": "warn", "retries": 1, "retry_seconds": 0.0, "check_loads": False},
+        changes_training=False,
+        refused_strategies={"fsdp2": "let it save whole checkpoints"},
+        bad_arguments=(
+            {"when_busy": "never"},
+            {"on_error": "ignore"},
+            {"retries": -1},
+            {"retry_seconds": -1.0},
+            {"check_loads": "yes"},
+        ),
+        conflicts=(({"plugins": [AsyncCheckpointIO()]}, "take AsyncCheckpointIO out"),),
     ),
 )

@@ -107,9 +107,9 @@ class AsyncCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         self.flush()
         self._writer.close()
-        for _, action in self._elsewhere:
+        waiting, self._elsewhere = self._elsewhere, []
+        for _, action in () if self.agreed else waiting:  # where ranks have agreed, these wait for what was not saved
             action()
-        self._elsewhere = []
         if self.agreed or sys.exc_info()[0] is not None:  # the run ends with another exception
             if (error := self.take_error()) is not None:
                 rank_zero_warn(str(error))
