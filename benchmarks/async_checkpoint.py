@@ -205,14 +205,15 @@ def start(folder: Path, steps: int = 100_000, **settings: Any) -> subprocess.Pop
 def wrong(folder: Path) -> list[str]:
     """The checkpoints that are there and not what they say; `last` has to be one of them."""
     names = [name for name in os.listdir(folder) if name.endswith(".ckpt")]
-    faults = [] if "last.ckpt" in names else ["last.ckpt"]
-    for name in names:
-        try:
-            if not is_right(torch.load(folder / name, weights_only=True)) or damage(folder / name) is not None:
-                faults.append(name)
-        except Exception:
-            faults.append(name)
-    return faults
+    lost = [] if "last.ckpt" in names else ["last.ckpt"]
+    return lost + [name for name in names if not _is_whole(folder / name)]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return damage(path) is None and is_right(torch.load(path, weights_only=True))
+    except Exception:  # whatever torch says of it
+        return False
 
 
 def killed(folder: Path, seed: int) -> list[str]:

@@ -19,7 +19,7 @@ from lightning_eff.callbacks.async_checkpoint import AsyncCheckpoint as Same
 from lightning_eff.plugins import AsyncCheckpointIO
 from lightning_eff.training import hooks
 from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, SaveInHook, copy_late
-from tests.plugins.async_checkpoint.test_io import Gate
+from tests.plugins.async_checkpoint.gate import Gate
 from tests.suite.runs import differences
 
 HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end")
