@@ -154,8 +154,8 @@ class AsyncCheckpoint(Callback):
     def _agree(self, trainer: Trainer) -> _Report:
         """All ranks hear what the one that writes knows; they act on it together."""
         error = self._io.take_error()
-        mine = _Report(self._io.behind, self._io.busy, None if error is None else str(error))
-        report: _Report = trainer.strategy.broadcast(mine)
+        mine: Any = [self._io.behind, self._io.busy, None if error is None else str(error)]
+        report = _Report(*trainer.strategy.broadcast(mine))  # plain values: the transport of `ddp_ft` takes no others
         self._io.advance(report.behind)
         if report.error is not None and self.on_error == "raise":
             raise RuntimeError(report.error) from error

@@ -112,7 +112,8 @@ class Staged:
                 if storage.device.type in _LATE_DEVICES and storage.data_ptr() in late:
                     later.append((copy, source))
                     continue
-                copy.copy_(source, non_blocking=True)  # behind the work so far, before all that comes
+                # From a GPU behind the work so far, and before all that comes.
+                copy.copy_(source, non_blocking=storage.device.type == "cuda")
                 if storage.device.type == "cuda":
                     devices.add(storage.device)
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
@@ -124,13 +125,17 @@ class Staged:
         if self._late is not None:
             self._late.settle()
 
-    def contents(self) -> list[memoryview]:
-        """The bytes of each storage; waits until they are there."""
+    def wait(self) -> None:
+        """Until all of it is copied."""
         for event in self._events:
             event.synchronize()
         if self._late is not None:
             self._late.wait()
         self._sources = ()
+
+    def contents(self) -> list[memoryview]:
+        """The bytes of each storage; waits until they are there."""
+        self.wait()
         parts = zip(self._offsets, self._sizes, strict=True)
         return [memoryview(_bytes(self._arena, offset, size)) for offset, size in parts]
 
@@ -180,9 +185,12 @@ class Stager:
             latest.settle()
 
     def release(self, staged: Staged) -> None:
-        """Its bytes are not needed any more."""
-        self._in_use.discard(staged)
-        self._free.put(staged._arena)
+        """Its bytes are not needed any more; they may not even have come, if its file could not be opened."""
+        try:
+            staged.wait()
+        finally:
+            self._in_use.discard(staged)
+            self._free.put(staged._arena)
 
     def take_idle(self, buffers: int) -> list[Arena]:
         """Arenas that nobody uses, for `warm`; a save waits until they are back. So many are kept, the others go."""

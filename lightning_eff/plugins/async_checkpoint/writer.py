@@ -91,7 +91,7 @@ class Writer:
         try:
             job()
         except Exception as error:  # whatever it is, the next job comes, and somebody hears of this one
-            self._note(f"a checkpoint could not be linked or removed: {error}", error)
+            self._note(f"a buffer, a link or a removal of checkpoints failed: {type(error).__name__}: {error}", error)
 
     def _save(self, number: int, path: str, write: Callable[[], None]) -> None:
         self._held = [(other, action) for other, action in self._held if other != path]
