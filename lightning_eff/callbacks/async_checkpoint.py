@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -174,9 +175,12 @@ class AsyncCheckpoint(Callback):
                 self._io.link_checkpoint(filepath, linkpath)
 
     def _file_exists(self, inner: Callable[..., bool], filepath: Any, trainer: Trainer) -> bool:
-        """What is still to be written is there already, for the choice of another's name."""
+        """As the rank that writes knows it: what is still to be written is there already, and what is to go is not."""
         there = self._there.get(str(filepath))
-        return inner(filepath, trainer) if there is None else there
+        if there is None:
+            there = trainer.is_global_zero and get_filesystem(filepath).exists(str(filepath))
+        decision = trainer.strategy.reduce_boolean_decision(bool(there and trainer.is_global_zero), all=False)
+        return bool(decision)  # a replica that has just come knows less than the others: it is asked all the same
 
     # --- before anybody writes weights ------------------------------------------------------------------------------
 
