@@ -10,6 +10,8 @@ import argparse
 import json
 import os
 import random
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -185,7 +187,6 @@ def fault_worker(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
     if "file_size" in settings:  # a disk that is full: no file may be longer
         import resource
-        import signal
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (settings["file_size"], settings["file_size"]))
@@ -216,16 +217,36 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def killed(folder: Path, seed: int) -> list[str]:
-    """Kill a run while it saves; what is wrong then."""
-    process = start(folder)
-    try:
-        eventually(lambda: (folder / "last.ckpt").exists(), 120, "it has not begun to save")
-        time.sleep(random.Random(seed).uniform(0, 0.3))
-    finally:
-        process.kill()
-        process.communicate()
-    return wrong(folder)
+def kill_worker(settings: dict[str, Any]) -> None:
+    """Fork a run for each seed and kill it while it saves: what all of them share is imported once."""
+    torch.set_num_threads(1)
+    found = []
+    for seed in range(settings["kills"]):
+        folder = Path(settings["folder"], str(seed))
+        child = os.fork()
+        if child == 0:
+            try:
+                fault_worker({"folder": str(folder), "steps": 100_000})
+            finally:
+                os._exit(1)
+        try:
+            eventually(lambda folder=folder: (folder / "last.ckpt").exists(), 120, "it has not begun to save")
+            time.sleep(random.Random(seed).uniform(0, 0.3))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        found.append({"wrong": wrong(folder), "in_flight": len(list(folder.glob("*.part")))})
+        shutil.rmtree(folder)
+    Path(settings["folder"], "found.json").write_text(json.dumps(found))
+
+
+def killed(folder: Path, kills: int) -> list[dict[str, Any]]:
+    """Of each killed run: the checkpoints that are wrong, and how many files it was writing."""
+    words = json.dumps({"folder": str(folder), "kills": kills})
+    command = [sys.executable, "-m", "benchmarks.async_checkpoint", "kill-worker", words]
+    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True)
+    found: list[dict[str, Any]] = json.loads((folder / "found.json").read_text())
+    return found
 
 
 def faults(kills: int) -> None:
@@ -237,8 +258,10 @@ def faults(kills: int) -> None:
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        bad = [killed(folder / str(seed), seed) for seed in range(kills)]
-        add("kill -9 while saving", kills, sum(map(len, bad)), "nothing; `last` points to a whole checkpoint")
+        runs = killed(folder, kills)
+        writing = sum(run["in_flight"] > 0 for run in runs)
+        says = f"`last` points to a whole checkpoint in each; {writing} were killed with a file half written"
+        add("kill -9 while saving", kills, sum(len(run["wrong"]) for run in runs), says)
         full = start(folder / "full", steps=6, file_size=500_000)
         _, said = full.communicate()
         there = list((folder / "full").glob("*"))
@@ -270,7 +293,7 @@ def _sentence(said: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stall", "faults", "worker", "fault-worker"])
+    parser.add_argument("what", choices=["stall", "faults", "worker", "fault-worker", "kill-worker"])
     parser.add_argument("settings", nargs="?")
     parser.add_argument("--size", choices=list(SIZES), default="1m")
     parser.add_argument("--saves", type=int, default=10)
@@ -284,6 +307,8 @@ if __name__ == "__main__":
         stall_worker(json.loads(arguments.settings))
     elif arguments.what == "fault-worker":
         fault_worker(json.loads(arguments.settings))
+    elif arguments.what == "kill-worker":
+        kill_worker(json.loads(arguments.settings))
     elif arguments.what == "faults":
         faults(arguments.kills)
     else:

@@ -87,7 +87,7 @@ class AsyncCheckpoint(Callback):
         >>> from lightning_eff.callbacks import AsyncCheckpoint
         >>> trainer = L.Trainer(callbacks=[AsyncCheckpoint(when_busy="skip")], accelerator="cpu", logger=False)
 
-    Source: ours; the two buffers and the late copy are those of DataStates-LLM (HPDC 2024).
+    Source: ours; copying while forward and backward run is DataStates-LLM's (Maurya et al., HPDC 2024).
     """
 
     order = Order.FIRST  # what others do to the weights in a hook comes behind the end of a copy

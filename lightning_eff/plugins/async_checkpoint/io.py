@@ -91,7 +91,7 @@ class AsyncCheckpointIO(CheckpointIO):
         self, path: Any, map_location: Any = lambda storage, location: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         self.flush()
-        if self.check_loads and get_filesystem(path).exists(str(path)) and not str(path).startswith("http"):
+        if self.check_loads and not str(path).startswith("http") and get_filesystem(path).exists(str(path)):
             check_whole(path)
         return self._base.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from contextlib import contextmanager
 
@@ -18,17 +17,12 @@ def _run(folder, **settings):
     return process.returncode, said
 
 
-@pytest.mark.timeout(200)
-def test_killed_while_saving(tmp_path):
-    assert killed(tmp_path, 0) == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_a_hundred_times_while_saving(tmp_path):
-    for seed in range(100):
-        assert killed(tmp_path / str(seed), seed) == []
-        shutil.rmtree(tmp_path / str(seed))
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1800)
+def test_killed_while_saving(tmp_path, kills):
+    found = killed(tmp_path, kills)
+    assert [run["wrong"] for run in found] == [[]] * kills
+    assert kills < 100 or sum(run["in_flight"] for run in found) > 10  # it does kill in the midst of a file
 
 
 @pytest.mark.parametrize("on_error", ["raise", pytest.param("warn", marks=pytest.mark.slow)])
