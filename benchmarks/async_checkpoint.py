@@ -260,7 +260,7 @@ def faults(kills: int) -> None:
         folder = Path(place)
         runs = killed(folder, kills)
         writing = sum(run["in_flight"] > 0 for run in runs)
-        says = f"`last` points to a whole checkpoint in each; {writing} were killed with a file half written"
+        says = f"nothing; {writing} were killed with a file half written, which has another name"
         add("kill -9 while saving", kills, sum(len(run["wrong"]) for run in runs), says)
         full = start(folder / "full", steps=6, file_size=500_000)
         _, said = full.communicate()

@@ -220,13 +220,13 @@ class _RankFiles:
         self.attempts.note(error if error or everywhere else OSError("on another rank"))
         self.when_saved(partial(self.remove_older, path, identity, f"{self.run}-{self.saved}"))
 
-    def when_saved(self, action: Callable[[], Any]) -> None:
-        """Do something when all saves so far are on disk: at once, unless they are written later."""
+    def when_saved(self, action: Callable[[], Any], removed: str | None = None) -> None:
+        """Do something when all saves so far are on disk, and one is removed: at once, unless that is done later."""
         later = getattr(self.strategy.checkpoint_io, "after_saves", None)
         if later is None:
             action()
         else:
-            later(action, here=self.strategy.is_global_zero)
+            later(action, here=self.strategy.is_global_zero, while_linked=removed)
 
     def remove_older(self, path: str, identity: str, latest: str) -> None:
         """The checkpoint with this id is on disk, or one of weights only: those before it are not."""
@@ -291,7 +291,7 @@ class _RankFiles:
         remove(filepath)
         path = str(filepath)
         self.ids.pop(path, None)
-        self.when_saved(partial(self.remove_beside, path, f"{self.run}-{self.saved}"))
+        self.when_saved(partial(self.remove_beside, path, f"{self.run}-{self.saved}"), removed=path)
 
     def remove_beside(self, path: str, latest: str) -> None:
         """The checkpoint is gone, or another has been saved in its place since the one with the latest id."""

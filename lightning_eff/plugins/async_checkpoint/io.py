@@ -97,7 +97,7 @@ class AsyncCheckpointIO(CheckpointIO):
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
-        self._writer.after_saves(partial(self._base.remove_checkpoint, path), str(path))
+        self._writer.after_saves(partial(self._base.remove_checkpoint, path), str(path), str(path))
 
     def link_checkpoint(self, target: str, path: str) -> None:
         """Make a link to a checkpoint, when that is on disk."""
@@ -145,16 +145,17 @@ class AsyncCheckpointIO(CheckpointIO):
         """A save is left out: what would wait for it waits for the next one."""
         self._writer.skip()
 
-    def after_saves(self, action: Callable[[], Any], here: bool) -> None:
+    def after_saves(self, action: Callable[[], Any], here: bool, while_linked: str | None = None) -> None:
         """Do something when all saves so far are on disk.
 
         Args:
             action: without arguments. In another thread, where this process writes.
             here: whether it does. Another rank knows what is on disk when the ranks agree on it (``advance``), and
                 otherwise supposes it some saves later.
+            while_linked: a checkpoint that has to be gone first, and waits for this as long as a link points to it.
         """
         if here:
-            self._writer.after_saves(action)
+            self._writer.after_saves(action, while_linked=while_linked)
             return
         self._elsewhere.append((self._saves, action))
         while not self.agreed and len(self._elsewhere) > _ACTIONS_ELSEWHERE:

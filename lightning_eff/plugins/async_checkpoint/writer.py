@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -23,12 +23,22 @@ from lightning_eff.training.whole_files import failure_of, whole_file
 _ALL = 1 << 62
 
 
+class _Waiting(NamedTuple):
+    """What has to wait for a save."""
+
+    number: int
+    action: Callable[[], Any]
+    unless_saved: str | None
+    while_linked: str | None
+
+
 class Writer:
     """Does one thing after the other, in a thread of this process: nothing of it outlives the process.
 
     What has to wait for a save (a link to it, the removal of an older checkpoint) is done when the newest save is on
     disk. Behind one that has failed it waits for the next one that does not, so that a disk which is full never takes
-    the last checkpoint that there is.
+    the last checkpoint that there is. Nor is one removed while a link points to it: ``ModelCheckpoint`` makes ``last``
+    anew behind the removal of what it has pointed to.
 
     Args:
         retries: how often a save that failed is tried again.
@@ -40,15 +50,18 @@ class Writer:
         self.retry_seconds = retry_seconds
         self.begun = 0
         self._written = 0  # the number of the newest save on disk
-        self._held: list[tuple[str | None, Callable[[], Any]]] = []
+        self._held: list[_Waiting] = []
         self._error: RuntimeError | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
     @property
     def behind(self) -> int:
-        """How many of the latest saves are not on disk, or not yet; all there ever were, if none is."""
-        return self.begun - self._written if self._written else _ALL
+        """How many of the latest saves are not on disk with all that was asked for behind them; all there ever were,
+        if none is."""
+        if not self._written:
+            return _ALL
+        return max(self.begun - self._written, int(self._last is not None and not self._last.done()))
 
     def save(self, path: str, write: Callable[[], None]) -> None:
         """Write a file, which replaces one of that name."""
@@ -59,9 +72,17 @@ class Writer:
         """A save has been left out: what waits for it waits for the next one."""
         self.begun += 1
 
-    def after_saves(self, action: Callable[[], Any], path: str | None = None) -> None:
-        """Do something when the newest save is on disk; not at all if a file is saved as ``path`` before that."""
-        self.submit(partial(self._after, self.begun, action, path))
+    def after_saves(
+        self, action: Callable[[], Any], unless_saved: str | None = None, while_linked: str | None = None
+    ) -> None:
+        """Do something when the newest save is on disk.
+
+        Args:
+            action: without arguments.
+            unless_saved: not at all, if a file is saved under this name before.
+            while_linked: a checkpoint; not as long as a link in its folder points to it.
+        """
+        self.submit(partial(self._wait, _Waiting(self.begun, action, unless_saved, while_linked)))
 
     def submit(self, job: Callable[[], Any]) -> None:
         """Do something behind all that was asked for before, whatever comes of that."""
@@ -94,7 +115,7 @@ class Writer:
             self._note(f"a buffer, a link or a removal of checkpoints failed: {type(error).__name__}: {error}", error)
 
     def _save(self, number: int, path: str, write: Callable[[], None]) -> None:
-        self._held = [(other, action) for other, action in self._held if other != path]
+        self._held = [waiting for waiting in self._held if waiting.unless_saved != path]
         error: Exception | None = None
         for attempt in range(self.retries + 1):
             if attempt:
@@ -112,15 +133,22 @@ class Writer:
             self._note(f"{message}; checkpoints of before stay", error)
             return
         self._written = number
-        held, self._held = self._held, []
-        for _, action in held:
-            self._guarded(action)
+        self._do_what_is_due()
 
-    def _after(self, number: int, action: Callable[[], Any], path: str | None) -> None:
-        if self._written >= number:
-            action()
-        else:
-            self._held.append((path, action))
+    def _wait(self, waiting: _Waiting) -> None:
+        self._held.append(waiting)
+        self._do_what_is_due()
+
+    def _do_what_is_due(self) -> None:
+        while due := [waiting for waiting in self._held if self._is_due(waiting)]:
+            self._held = [waiting for waiting in self._held if waiting not in due]
+            for waiting in due:
+                self._guarded(waiting.action)
+
+    def _is_due(self, waiting: _Waiting) -> bool:
+        if waiting.number > self._written:
+            return False
+        return waiting.while_linked is None or not _is_linked(waiting.while_linked)
 
     def _note(self, message: str, error: Exception) -> None:
         if self._error is None:
@@ -142,6 +170,17 @@ def write_staged(staged: Staged, path: str) -> None:
         return
     with whole_file(path) as part:
         fs.pipe_file(part, content.getvalue())
+
+
+def _is_linked(path: str) -> bool:
+    """Whether a link in the folder of a local file points to it."""
+    fs, own = url_to_fs(path)
+    folder = os.path.dirname(own)
+    if not isinstance(fs, LocalFileSystem) or not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        links = [entry.path for entry in entries if entry.is_symlink()]
+    return any(link != own and os.path.realpath(link) == os.path.realpath(own) for link in links)
 
 
 def link(target: str, path: str) -> None:

@@ -38,23 +38,39 @@ class Memory(L.Callback):
 
 
 class Look(L.Callback):
-    """The files that are there at the begin of each step."""
+    """Checkpoints that are without the files of their ranks, at the begin of each step."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.seen = folder, []
+        self.folder, self.steps, self.incomplete = folder, 0, []
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         trainer.strategy.barrier()
-        self.seen.append(files(self.folder))
+        self.steps += 1
+        self.incomplete += incomplete(self.folder)
         trainer.strategy.barrier()
 
 
 def files(folder: Path) -> dict[str, list[str]]:
     """Checkpoints, and what is beside each."""
     names = [name for name in os.listdir(folder) if name.endswith(".ckpt")] if folder.exists() else []
-    beside = {name: folder / f"{name}.ranks" for name in names}
-    found = {name: sorted(os.listdir(path)) if path.exists() else [] for name, path in beside.items()}
-    return {name: those for name, those in found.items() if (folder / name).exists()}  # not removed while we looked
+    return {name: sorted(path.name for path in folder.glob(f"{name}.ranks/*")) for name in names}
+
+
+def incomplete(folder: Path) -> list[str]:
+    """Checkpoints without all of their own files; not those that were replaced or removed while we looked."""
+    found = []
+    for name, beside in files(folder).items():
+        before, beside = identity(folder / name), files(folder).get(name, beside)
+        if before == identity(folder / name) is not None:
+            found += [name] if {f"{before}.memory.rank{rank}.pt" for rank in (0, 1)} - {*beside} else []
+    return found
+
+
+def identity(path: Path) -> str | None:
+    try:
+        return str(torch.load(path, weights_only=True)["lightning_eff_rank_state"]["id"])
+    except FileNotFoundError:
+        return None
 
 
 def run(folder: Path, failures: int = 0, resume: str | None = None, **arguments: Any) -> dict[str, Any]:
@@ -86,7 +102,8 @@ def run(folder: Path, failures: int = 0, resume: str | None = None, **arguments:
     finally:
         io.write_staged = write
     return found | {
-        "seen": look.seen, "wrote": wrote, "loaded": memory.loaded, "skipped": callback.skipped, "files": files(folder),
+        "steps": look.steps, "incomplete": look.incomplete + incomplete(folder),
+        "wrote": wrote, "loaded": memory.loaded, "skipped": callback.skipped, "files": files(folder),
     }  # fmt: skip
 
 

@@ -95,6 +95,19 @@ def test_a_removal_and_a_link_wait_for_the_save_before_them(tmp_path, gate, save
     assert os.readlink(tmp_path / "last.ckpt") == "new.ckpt"
 
 
+def test_what_a_link_points_to_is_removed_when_the_link_is_made_anew(tmp_path, gate, saver):
+    names = [str(tmp_path / name) for name in ("1.ckpt", "2.ckpt")]
+    for name in names:
+        saver.save_checkpoint({"weight": torch.zeros(2)}, name)
+        saver.remove_checkpoint(names[0]) if name == names[1] else None
+        saver.flush()
+        assert os.path.exists(names[0])  # also where `last` still points to it, which a kill would leave dangling
+        saver.link_checkpoint(name, str(tmp_path / "last.ckpt"))
+        saver.flush()
+    assert sorted(os.listdir(tmp_path)) == ["2.ckpt", "last.ckpt"]
+    assert _loaded(tmp_path / "last.ckpt") == [0, 0]
+
+
 def test_behind_a_failed_save_nothing_is_removed_until_one_succeeds(tmp_path, gate, saver):
     saver.save_checkpoint({"weight": torch.zeros(2)}, tmp_path / "1.ckpt")
     saver.flush()
