@@ -1,5 +1,6 @@
 """What a user adds to the Trainer, and what its arguments take."""
 
+from lightning_eff.callbacks.async_checkpoint import AsyncCheckpoint
 from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
 from lightning_eff.callbacks.exact_resume import ExactResume
@@ -27,6 +28,7 @@ __all__ = [
     "MISA",
     "Alarm",
     "AlarmRule",
+    "AsyncCheckpoint",
     "CheckpointAveraging",
     "CompressionMonitor",
     "ExactResume",

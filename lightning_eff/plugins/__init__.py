@@ -1,3 +1,5 @@
-"""How checkpoints are written."""
+"""What a user passes as ``Trainer(plugins=[...])``."""
 
-__all__: list[str] = []
+from lightning_eff.plugins.async_checkpoint import AsyncCheckpointIO
+
+__all__ = ["AsyncCheckpointIO"]

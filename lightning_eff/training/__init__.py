@@ -11,6 +11,7 @@ from lightning_eff.training.hooks import (
     HearsOfTheEnd,
     Order,
     ReadsWeights,
+    WritesLater,
     all_with,
     tell,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "RankState",
     "ReadsWeights",
     "TrainableChange",
+    "WritesLater",
     "all_with",
     "check_trainable_support",
     "set_trainable",

@@ -61,6 +61,14 @@ class HearsOfTheEnd(Protocol):
 
 
 @runtime_checkable
+class WritesLater(Protocol):
+    """Has files that are not on disk yet (an asynchronous save); the strategy and the module too."""
+
+    def before_exit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The process is about to be ended by a callback, on all ranks: finish writing first. Collective."""
+
+
+@runtime_checkable
 class HasRunState(Protocol):
     """Has more, or other, state in the middle of a run than ``state_dict`` gives a checkpoint; all three may.
 

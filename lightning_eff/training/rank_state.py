@@ -56,7 +56,7 @@ class RankState:
 
     Collectives: attaching broadcasts a few bytes; saving reduces one flag behind the checkpoint that Lightning writes;
     loading reduces one for each owner. A rank's files are written before ``save_checkpoint`` returns, also with an
-    asynchronous ``CheckpointIO``.
+    asynchronous ``CheckpointIO``; those of older checkpoints go when the newer one is on disk.
 
     Args:
         name: tells the owners apart, and finds the state again: the same in the run that resumes.
@@ -141,6 +141,19 @@ def rank_state_owners(strategy: Strategy) -> dict[str, RankState]:
     return {} if files is None else files.owners
 
 
+def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
+    """The files that should be beside a checkpoint that has been loaded, of all ranks."""
+    entry = checkpoint.get(KEY)
+    if entry is None or "replicated" not in entry:  # the latter of version 0.1, which had other names
+        return []
+    names = [
+        _name(entry["id"], name, rank)
+        for name in entry["names"]
+        for rank in ([None] if name in entry["replicated"] else range(entry["world_size"]))
+    ]
+    return [os.path.join(os.path.realpath(path) + _SUFFIX, name) for name in names]
+
+
 class _RankFiles:
     """Stands in front of three methods of one strategy."""
 
@@ -149,7 +162,7 @@ class _RankFiles:
         self.owners: dict[str, RankState] = {}
         self.run = ""
         self.saved = 0
-        self.latest: dict[str, str] = {}  # path of a checkpoint -> its id
+        self.ids: dict[str, list[str]] = {}  # path of a checkpoint -> its id, behind those that may still be on disk
         self.attempts = Attempts(
             "state beside a checkpoint", "a run that resumes from this checkpoint is without what is missing"
         )
@@ -191,6 +204,9 @@ class _RankFiles:
             if self.of_replicas:  # each of which has begun by itself, and any may have to end what another began
                 identity = self.strategy.broadcast(identity)
             states = {name: owner.save() for name, owner in self.owners.items()}
+        # Before its files are there: those of an older checkpoint may be removed in another thread at any time.
+        self.ids.setdefault(path, []).append(identity)
+        if identity:
             if wrote:
                 error = self.write(path, identity, states)
             replicated = [name for name, owner in self.owners.items() if owner.replicated]
@@ -207,15 +223,29 @@ class _RankFiles:
                     owner.saved(checkpoint, path)
             if not self.of_replicas or self.strategy.is_written(writes):  # type: ignore[attr-defined]
                 break
-        keep, before = {identity}, self.latest.get(path, "")
-        self.latest[path] = identity
-        later = getattr(self.strategy, "saves_later", False)
-        if later or is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
-            keep.add(before)  # the checkpoint on disk may still be the one before
         # Only when all ranks have come here is the checkpoint there, with the files of all.
         everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)
         self.attempts.note(error if error or everywhere else OSError("on another rank"))
-        self.remove_files(path, keep - {""})
+        self.when_saved(partial(self.remove_older, path, identity, f"{self.run}-{self.saved}"))
+
+    def when_saved(self, action: Callable[[], Any], removed: str | None = None) -> None:
+        """Do something when all saves so far are on disk, and one is removed: at once, unless that is done later."""
+        later = getattr(self.strategy.checkpoint_io, "after_saves", None)
+        if later is None:
+            action()
+        else:
+            later(action, here=self.strategy.is_global_zero, while_linked=removed)
+
+    def remove_older(self, path: str, identity: str, latest: str) -> None:
+        """The checkpoint with this id is on disk, or one of weights only: those before it are not."""
+        ids = self.ids.get(path, [])
+        first = ids.index(identity) if identity in ids else len(ids)
+        later = getattr(self.strategy, "saves_later", False)
+        if later or is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
+            first = max(0, first - 1)  # the checkpoint on disk may still be the one before
+        del ids[:first]
+        # Its removal may have been asked for already, and waits for a later save.
+        self.remove_files(path, {identity, *ids} - {""}, latest)
 
     def write(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
         """Write this rank's files, each by itself: one that is too big for the disk leaves the others."""
@@ -238,7 +268,7 @@ class _RankFiles:
             return checkpoint
         check_version("RankState", entry, known=1)
         path = str(checkpoint_path)
-        self.latest[path] = entry["id"]
+        self.ids[path] = [entry["id"]]
         for owner in owners:
             state, why = self.find(path, entry, owner)
             state = self.on_all_ranks(state)
@@ -268,10 +298,17 @@ class _RankFiles:
 
     def remove_checkpoint(self, remove: Callable[..., Any], filepath: _PATH) -> None:
         remove(filepath)
-        self.remove_files(str(filepath), set())
+        path = str(filepath)
+        self.ids.pop(path, None)
+        self.when_saved(partial(self.remove_beside, path, f"{self.run}-{self.saved}"), removed=path)
+
+    def remove_beside(self, path: str, latest: str) -> None:
+        """The checkpoint is gone, or another has been saved in its place since the one with the latest id."""
+        ids = self.ids.get(path, [])
+        self.remove_files(path, {*ids} - {""}, latest)
         for owner in self.owners.values():
-            if owner.removed is not None:
-                owner.removed(str(filepath))
+            if owner.removed is not None and not ids:
+                owner.removed(path)
 
     def read(self, path: str, identity: str, name: str, rank: int | None) -> dict[str, Any] | None:
         """A state, beside the checkpoint that a link points to or that this one was copied from."""
@@ -291,8 +328,8 @@ class _RankFiles:
                         return state
         return None
 
-    def remove_files(self, path: str, keep: set[str]) -> None:
-        """Remove the files of a checkpoint, but those of some ids.
+    def remove_files(self, path: str, keep: set[str], latest: str) -> None:
+        """Remove the files of a checkpoint, but those of some ids, and those that other ranks write already.
 
         Each rank removes its own, which may be on a disk that only this machine sees. Rank zero removes all, so that
         none stays of a run with more ranks, or when only rank zero is asked.
@@ -310,7 +347,8 @@ class _RankFiles:
             return
         for file in files:
             identity, _, rest = os.path.basename(file).partition(".")
-            if identity not in keep and (self.rank == 0 or rest.endswith(f"rank{self.rank}.pt")):
+            own = self.rank == 0 or rest.endswith(f"rank{self.rank}.pt")
+            if own and identity not in keep and not _is_newer(identity, latest):
                 with suppress(FileNotFoundError):  # another rank was quicker
                     fs.rm_file(file)
         if not keep:
@@ -339,6 +377,12 @@ class _RankFiles:
         """A checkpoint that is only validated or tested leaves the state of the training alone, as for callbacks."""
         module = self.strategy.lightning_module
         return module is None or module._trainer is None or module._trainer.state.fn == TrainerFn.FITTING
+
+
+def _is_newer(identity: str, than: str) -> bool:
+    """Whether it is of a later checkpoint of the same run."""
+    (run, _, number), (same, _, latest) = identity.rpartition("-"), than.rpartition("-")
+    return run == same and number.isdecimal() and int(number) > int(latest)
 
 
 def _name(identity: str, name: str, rank: int | None) -> str:

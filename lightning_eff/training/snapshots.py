@@ -189,7 +189,7 @@ class SnapshotWindow:
             return int(torch.cuda.mem_get_info(device)[0])
         if self.place == "model" and device.type != "cpu":
             return None
-        return _free_host_memory()
+        return free_host_memory()
 
 
 @dataclass(eq=False)
@@ -235,7 +235,7 @@ def _power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def _free_host_memory() -> int | None:
+def free_host_memory() -> int | None:
     """What the system says is available, within the limit of this process's container."""
     free = []
     try:

@@ -49,12 +49,23 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
             with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
+            _sync_folder(os.path.dirname(path) or ".")
         else:
             fs.mv(part, path)
     except BaseException:
         with suppress(Exception):
             fs.rm_file(part)
         raise
+
+
+def _sync_folder(folder: str) -> None:
+    """The file's name reaches the disk too. Some systems open no folder, and some file systems sync none."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_whole(

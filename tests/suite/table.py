@@ -15,6 +15,7 @@ import lightning as L
 from lightning_eff.callbacks import (
     EMA,
     MISA,
+    AsyncCheckpoint,
     CheckpointAveraging,
     CompressionMonitor,
     ExactResume,
@@ -28,6 +29,7 @@ from lightning_eff.callbacks import (
     TrainingGuard,
     ZClip,
 )
+from lightning_eff.plugins import AsyncCheckpointIO
 from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
 from tests.suite.probe import Probe
 
@@ -532,5 +534,19 @@ ROWS = (
             {"exclude": []},
             {"log_details": 1},
         ),
+    ),
+    Row(
+        AsyncCheckpoint,
+        {"when_busy": "skip", "on_error": "warn", "retries": 1, "retry_seconds": 0.0, "check_loads": False},
+        changes_training=False,
+        refused_strategies={"fsdp2": "let it save whole checkpoints"},
+        bad_arguments=(
+            {"when_busy": "never"},
+            {"on_error": "ignore"},
+            {"retries": -1},
+            {"retry_seconds": -1.0},
+            {"check_loads": "yes"},
+        ),
+        conflicts=(({"plugins": [AsyncCheckpointIO()]}, "take AsyncCheckpointIO out"),),
     ),
 )

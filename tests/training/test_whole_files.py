@@ -1,4 +1,5 @@
 import errno
+import os
 
 import pytest
 import torch
@@ -74,3 +75,12 @@ def test_the_disk_s_error_behind_another_one_is_found():
     except OSError:
         with pytest.raises(ZeroDivisionError):
             attempts(lambda: 1 / 0)  # which has nothing to do with it
+
+
+def test_the_name_reaches_the_disk_behind_the_content(tmp_path, monkeypatch):
+    synced = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), sync(fd)))
+    with whole_file(tmp_path / "state") as part, open(part, "w") as file:
+        file.write("complete")
+    assert synced == [str(tmp_path / "state.part"), str(tmp_path)]

@@ -22,7 +22,7 @@ from lightning_eff.arguments import check, check_choice, check_count, check_flag
 from lightning_eff.callbacks.preemption.emergency import StepWatch, save_alone
 from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
-from lightning_eff.training.hooks import Order
+from lightning_eff.training.hooks import Order, WritesLater, tell
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
 from lightning_eff.training.wrapping import Wrapper
@@ -261,6 +261,7 @@ class Preemption(Callback):
                 begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
                 progress.load_state_dict({**before, "total": begun, "current": begun})
             trainer.save_checkpoint(path)
+            tell(trainer, WritesLater)
         finally:
             progress.load_state_dict(before)
         return f"its state is saved in {path}, in {time.monotonic() - began:.1f} s"

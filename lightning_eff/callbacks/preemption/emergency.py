@@ -46,5 +46,8 @@ def save_alone(trainer: Trainer, path: str) -> None:
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     own = f"{path}.rank{trainer.global_rank}"
     with whole_file(own) as part:
-        trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, part)
+        writer = trainer.strategy.checkpoint_io
+        writer.save_checkpoint(checkpoint, part)
+        if hasattr(writer, "flush"):  # AsyncCheckpointIO, which would write it later
+            writer.flush()
     os.replace(own, path)

@@ -320,7 +320,7 @@ def test_the_model_is_replaced_at_the_end_only_if_asked(replace, tmp_path):
 
 
 def test_a_window_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshots, "_free_host_memory", lambda: 10_000)
+    monkeypatch.setattr(snapshots, "free_host_memory", lambda: 10_000)
     with pytest.raises(MisconfigurationException, match=r"keeps 6 x [\d.]+ kB on each rank in host memory"):
         fit(tmp_path, CheckpointAveraging())
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 from tests.strategies.fault_tolerant.replica_checks import GRADES, REAL, WEIGHTS, assert_same_run, check, killed
 from tests.strategies.fault_tolerant.replica_runs import Fault, Outcome, Server, run
 
@@ -157,3 +159,16 @@ def test_averages_are_evaluated_over_the_living(server: Server, tmp_path: Path) 
     metrics = {tuple(final["metrics"][name] for name in names) for final in outcome.finals.values()}
     assert len(metrics) == 1
     assert len(set(metrics.pop())) == 3
+
+
+@pytest.mark.slow
+def test_checkpoints_that_are_written_later_outlive_their_writer(server: Server, tmp_path: Path) -> None:
+    """The save in flight may be lost with the replica that dies; none that is there is damaged, and another goes on."""
+    settings: dict[str, Any] = {"callbacks": {"AsyncCheckpoint": {}}, "checkpoint_every": 1, **REAL}
+    outcome = check(run(server, tmp_path, replicas=2, steps=20, faults=(Fault(0, 8, "backward"),), **settings), 20)
+    assert killed(outcome) == [0]
+    found = sorted((tmp_path / "checkpoints").glob("*.ckpt"))
+    assert [path for path in found if damage(path) is not None] == []
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 20
+    steps = {torch.load(path, weights_only=True)["global_step"] for path in found}
+    assert steps >= {*range(1, 21)} - {7}

@@ -1,0 +1,302 @@
+"""One device: what is saved is the state of that moment, in order, and all of it is there at the end."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO as LightningsAsyncCheckpointIO
+
+from harness.faults import InjectedError, fail_at
+from harness.runs import ddp, fit, fsdp2
+from lightning_eff.callbacks import EMA, Alarm, AsyncCheckpoint, CheckpointAveraging, Preemption, TrainingGuard, sound
+from lightning_eff.callbacks.async_checkpoint import AsyncCheckpoint as Same
+from lightning_eff.plugins import AsyncCheckpointIO
+from lightning_eff.training import hooks
+from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, SaveInHook, copy_late
+from tests.plugins.async_checkpoint.gate import Gate
+from tests.suite.runs import differences
+
+HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end")
+
+
+def _fit(folder, *callbacks, model=None, **arguments):
+    L.seed_everything(1, verbose=False)
+    arguments = {"max_epochs": 2, "val_check_interval": 3, "default_root_dir": folder, **arguments}
+    return fit(model or Model(), *callbacks, **arguments)
+
+
+def _load(path):
+    return torch.load(path, weights_only=True)
+
+
+class AlarmOnce(L.Callback):
+    sounded = False
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7 and not self.sounded:
+            self.sounded = True
+            sound(trainer, Alarm("test", trainer.global_step, "on purpose"))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_save_in_any_hook_holds_the_state_of_that_moment(tmp_path, monkeypatch, hook, manual, late):
+    if late:
+        copy_late(monkeypatch)
+    saver = SaveInHook(tmp_path, hook)
+    ema = EMA(decay=0.5, validate_with="average", save="none")
+    _fit(tmp_path, saver, ema, AsyncCheckpoint(), model=Model(manual))
+    assert len(saver.expected) == {"on_train_batch_end": 12, "on_train_epoch_end": 2, "on_train_end": 1}.get(hook, 4)
+    for name, expected in saver.expected.items():
+        found = _load(tmp_path / name)
+        found.pop("lightning_eff_rank_state", None)
+        assert differences(found, expected) == []
+    assert LatestCopy.made == (len(saver.expected) if late else 0)
+
+
+def test_a_rollback_waits_for_what_is_still_copied(tmp_path, monkeypatch):
+    copy_late(monkeypatch)
+    saver = SaveInHook(tmp_path, "on_train_batch_end")
+    guard = TrainingGuard(rules=[], every_n_steps=1, keep=5, margin=2, read_every_n_steps=1)
+    _fit(tmp_path, saver, AlarmOnce(), guard, AsyncCheckpoint(), val_check_interval=None)
+    assert guard.rollbacks == 1
+    for name, expected in saver.expected.items():
+        found = _load(tmp_path / name)
+        assert differences(found["state_dict"], expected["state_dict"]) == []
+        assert differences(found["optimizer_states"], expected["optimizer_states"]) == []
+
+
+def test_whoever_does_not_say_that_he_writes_is_seen_by_these_tests(tmp_path, monkeypatch):
+    copy_late(monkeypatch)
+
+    class Writes(L.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            with torch.no_grad():
+                module.net[0].weight += 1
+
+    saver = SaveInHook(tmp_path, "on_train_batch_end")
+    _fit(tmp_path, saver, Writes(), AsyncCheckpoint())
+    weights = [_load(tmp_path / name)["state_dict"]["net.0.weight"] for name in saver.expected]
+    expected = [saved["state_dict"]["net.0.weight"] for saved in saver.expected.values()]
+    assert not all(map(torch.equal, weights, expected))
+
+
+def _files(folder):
+    return {
+        name: os.readlink(folder / name) if (folder / name).is_symlink() else _load(folder / name)["global_step"]
+        for name in sorted(os.listdir(folder))
+        if name.endswith(".ckpt")
+    }
+
+
+@pytest.mark.parametrize("last", [True, "link"])
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_same_files_as_without(tmp_path, monkeypatch, last, slow):
+    if slow:
+        gate = Gate(monkeypatch)
+        monkeypatch.setattr(gate.open, "wait", lambda _: not threading.Event().wait(0.03))
+    found = []
+    for name, callbacks in (("plain", ()), ("ours", (AsyncCheckpoint(),))):
+        folder = tmp_path / name
+        every = {"every_n_train_steps": 2}
+        savers = [
+            ModelCheckpoint(folder, monitor="loss", save_top_k=2, save_last=last, **every),
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=1, every_n_train_steps=4),  # its names come again
+            ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_weights_only=True, every_n_train_steps=3),
+        ]
+        trainer = _fit(folder, *callbacks, CheckpointAveraging(window=2, every_n_steps=2), *savers)
+        found.append(_files(folder))
+        beside = sorted(name.replace(".ranks", "") for name in os.listdir(folder) if name.endswith(".ranks"))
+        assert beside == [name for name in _files(folder) if not _is_light(folder / name)]
+        assert type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+        assert "save_checkpoint" not in vars(trainer)
+    assert found[0] == found[1]
+
+
+def _is_light(path):
+    return path.is_symlink() or "optimizer_states" not in _load(path)
+
+
+def test_a_resume_in_the_same_process_and_the_best_in_on_train_end(tmp_path):
+    class Best(L.Callback):
+        def on_train_end(self, trainer, *_):
+            self.best = _load(trainer.checkpoint_callback.best_model_path)
+
+    best, asynchronous = Best(), AsyncCheckpoint()
+    _fit(tmp_path, best, asynchronous, ModelCheckpoint(tmp_path, monitor="loss", save_last=True), max_epochs=1)
+    assert best.best["global_step"] == 6
+    L.seed_everything(1, verbose=False)
+    resumed = fit(
+        Model(), asynchronous, ModelCheckpoint(tmp_path, monitor="loss", save_last=True), max_epochs=2,
+        ckpt_path="last", default_root_dir=tmp_path, val_check_interval=3,
+    )  # fmt: skip
+    whole = _fit(tmp_path / "whole")
+    assert differences(dict(resumed.model.state_dict()), dict(whole.model.state_dict())) == []
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="some")
+    _fit(tmp_path, AsyncCheckpoint(), saver, max_epochs=1)
+    content = bytearray((tmp_path / "some.ckpt").read_bytes())
+    weight = _load(tmp_path / "some.ckpt")["state_dict"]["net.0.weight"].numpy().tobytes()
+    content[content.find(weight) + 5] ^= 4
+    (tmp_path / "some.ckpt").write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"some\.ckpt is damaged: the checksum of its record"):
+        _fit(tmp_path, AsyncCheckpoint(), saver, ckpt_path=tmp_path / "some.ckpt")
+    _fit(tmp_path, AsyncCheckpoint(check_loads=False), saver, ckpt_path=tmp_path / "some.ckpt")
+
+
+def test_skip_leaves_a_save_out_and_removes_nothing_for_it(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+
+    class Close(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            trainer.strategy.checkpoint_io.flush() if gate.open.is_set() else None
+            if trainer.global_step == 2:
+                gate.open.clear()
+            if trainer.global_step == 8:
+                assert "step=2.ckpt" in os.listdir(tmp_path)  # the newest one that is there
+                gate.open.set()
+                trainer.strategy.checkpoint_io.flush()
+
+    callback = AsyncCheckpoint(when_busy="skip")
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=1)
+    _fit(tmp_path, Close(), callback, saver)
+    assert callback.skipped == 4
+    assert gate.wrote == [f"step={step}.ckpt" for step in (1, 2, 3, 4, 9, 10, 11, 12)]
+    assert os.listdir(tmp_path) == ["step=12.ckpt"]
+
+
+def _full(gate, times=3):
+    gate.failures = times * [OSError(28, "No space left on device")]
+
+
+def test_an_error_is_raised_inside_the_next_save(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    _full(gate)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+
+    class Flush(L.Callback):  # so that it is known by then
+        def on_train_batch_end(self, trainer, *_):
+            trainer.strategy.checkpoint_io.flush()
+
+    with pytest.raises(RuntimeError, match=r"step=3\.ckpt could not be written in 3 attempts.*No space left") as raised:
+        _fit(tmp_path, Flush(), AsyncCheckpoint(retry_seconds=0.0), saver)
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    assert saver._last_global_step_saved == 3
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_the_last_save_is_raised_at_the_end_of_the_fit(tmp_path, monkeypatch):
+    _full(Gate(monkeypatch))
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=11)
+    with pytest.raises(RuntimeError, match="No space left"):
+        _fit(tmp_path, AsyncCheckpoint(retry_seconds=0.0), saver)
+
+
+def test_on_request_an_error_is_a_warning_and_the_older_checkpoint_stays(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=1)
+
+    class Full(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 4:
+                trainer.strategy.checkpoint_io.flush()
+                _full(gate, 6)
+
+    with pytest.warns(UserWarning, match=r"\.ckpt could not be written in 3 attempts"):
+        _fit(tmp_path, Full(), AsyncCheckpoint(on_error="warn", retry_seconds=0.0), saver)
+    assert os.listdir(tmp_path) == ["step=4.ckpt"]
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_end"])
+def test_an_exception_flushes_and_what_is_saved_because_of_it_is_there(tmp_path, monkeypatch, hook):
+    gate = Gate(monkeypatch)
+    monkeypatch.setattr(gate.open, "wait", lambda _: not threading.Event().wait(0.05))
+    savers = [
+        ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=2, monitor="loss"),
+        ModelCheckpoint(tmp_path, filename="emergency", save_on_exception=True, every_n_train_steps=100),
+    ]
+    with pytest.raises(InjectedError):
+        _fit(tmp_path, AsyncCheckpoint(), fail_at(step=5).in_hook(hook), *savers)
+    files = _files(tmp_path)
+    assert "emergency.ckpt" in files
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        {*(os.path.basename(p) for p in savers[0].best_k_models), "emergency.ckpt"}
+    )
+    assert [thread.name for thread in threading.enumerate() if "checkpoint" in thread.name] == []
+
+
+def test_preemption_ends_the_process_when_its_checkpoint_is_on_disk(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    monkeypatch.setattr(gate.open, "wait", lambda _: not threading.Event().wait(0.2))
+    there = []
+    preemption = Preemption()
+
+    def agreed(trainer):
+        preemption._reason = "the test"
+        return trainer.global_step >= 4
+
+    monkeypatch.setattr(preemption, "_agreed", agreed)
+    monkeypatch.setattr(preemption, "_end", lambda trainer, what: there.append(os.listdir(tmp_path)) or _exit())
+    with pytest.raises(SystemExit):
+        _fit(tmp_path, AsyncCheckpoint(), preemption, ModelCheckpoint(tmp_path, every_n_train_steps=100))
+    assert there == [["last-preemption.ckpt"]]
+    assert _load(tmp_path / "last-preemption.ckpt")["global_step"] == 4
+
+
+def _exit():
+    raise SystemExit(143)
+
+
+@pytest.mark.filterwarnings("ignore:Preemption")
+@pytest.mark.parametrize("plugin", [False, True])
+def test_the_emergency_save_is_there_at_once(tmp_path, plugin):
+    callbacks = [Preemption(emergency=True), fail_at(step=4), ModelCheckpoint(tmp_path)]
+    arguments = {"plugins": [AsyncCheckpointIO()]} if plugin else {}
+    with pytest.raises(InjectedError):
+        _fit(tmp_path, *([] if plugin else [AsyncCheckpoint()]), *callbacks, **arguments)
+    assert _load(tmp_path / "last-emergency.ckpt")["global_step"] == 4
+
+
+def test_memory_is_stated_and_one_buffer_is_used_where_two_do_not_fit(tmp_path, monkeypatch):
+    from lightning_eff.callbacks import async_checkpoint
+
+    monkeypatch.setattr(async_checkpoint, "free_host_memory", lambda: 1000)
+    callback = AsyncCheckpoint()
+    with pytest.warns(UserWarning, match=r"1 kB of host memory are free, too little for two buffers"):
+        _fit(tmp_path, callback, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1))
+    assert len(callback._io._stager.take_idle(2)) == 1
+    assert len(os.listdir(tmp_path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "arguments", "words"),
+    [
+        ([AsyncCheckpoint(), Same()], {}, "two AsyncCheckpoint callbacks"),
+        ([AsyncCheckpoint()], {"plugins": [LightningsAsyncCheckpointIO()]}, "take AsyncCheckpointIO out"),
+        ([AsyncCheckpoint()], {"plugins": [AsyncCheckpointIO()]}, "take AsyncCheckpointIO out"),
+    ],
+)
+def test_conflicts_are_refused(tmp_path, callbacks, arguments, words):
+    with pytest.raises(MisconfigurationException, match=words):
+        _fit(tmp_path, *callbacks, **arguments)
+
+
+def test_strategies_that_save_in_shards_are_refused():
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, strategy=fsdp2())
+    with pytest.raises(MisconfigurationException, match="each rank writes its shard: let it save whole checkpoints"):
+        AsyncCheckpoint().setup(trainer, Model(), "fit")
+    assert not isinstance(ddp(), type(fsdp2()))
+
+
+def test_the_hooks_are_answered():
+    assert isinstance(AsyncCheckpoint(), hooks.ReadsWeights)
+    assert isinstance(AsyncCheckpoint(), hooks.WritesLater)
