@@ -26,7 +26,7 @@ COMMANDS = {
     "launch": Command("lightning_eff.cli.launch.run", "start a fault-tolerant run: replicas may die and come back"),
     "lighthouse": Command("lightning_eff.cli.lighthouse", "the rendezvous of a fault-tolerant run's replicas"),
     "list": Command("lightning_eff.cli.listing", "name the suite's callbacks, strategies, plugins, compressors"),
-    "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
+    "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on data"),
     "verify": Command("lightning_eff.cli.verify", "check checkpoints: cut off, flipped bytes, missing rank files"),
     "verify-resume": Command("lightning_eff.cli.verify_resume.run", "does your script go on exactly after `kill -9`?"),
 }
