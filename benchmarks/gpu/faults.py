@@ -125,8 +125,8 @@ FAULTS = {
     "environment": _environment, "smoke": _norm, "tests_kernels": _reference, "bench": _stats,
     "suite": _forgets_its_state,
     "zclip": _zclip_norm, "steps": _explodes, "syncs": _waits, "gloo": _wrong_rank, "nccl": _wrong_rank,
-    "suite_ranks": _is_another_alone, "fsdp2": _zclip_norm, "snapshots": _aliases, "big": _cut_short, "sanitizer": _norm,
-    "compile": _reference,
+    "suite_ranks": _is_another_alone, "fsdp2": _zclip_norm, "snapshots": _aliases, "big": _cut_short,
+    "sanitizer": _norm, "compile": _reference,
 }  # fmt: skip
 
 
