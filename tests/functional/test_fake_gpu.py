@@ -13,6 +13,7 @@ from lightning_eff.compression.exchange import Slot, Step, exchange_bucket
 from lightning_eff.compression.interface import AllGather, AllReduce, Collective
 from lightning_eff.functional.ema import Shadows
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_grad_norm_
+from lightning_eff.kernels.row_pack import layout
 from lightning_eff.kernels.row_sketch import reference
 from lightning_eff.training.snapshots import SnapshotWindow
 
@@ -22,9 +23,13 @@ pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is not
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LIGHTNING_EFF_KERNELS", "reference")  # a fake tensor has no address for a kernel
+    # Streams and pinned memory are of a real device.
+    monkeypatch.setattr(layout, "stream_of", lambda device: 0)
+    monkeypatch.setattr(layout, "to_device", lambda values, dtype, device: torch.as_tensor(values).to(device, dtype))
     with FakeTensorMode():
         yield
-    reference._counters.cache_clear()  # which is fake now
+    for kept in (reference._counters, layout._layout):
+        kept.cache_clear()  # which is fake now
 
 
 def test_a_tensor_of_the_cpu_is_noticed():

@@ -46,18 +46,19 @@ def _layout(
 ) -> PackLayout:
     rows = torch.tensor([shape[0] for shape in shapes], dtype=torch.int64)
     columns = torch.tensor([shape[1] for shape in shapes], dtype=torch.int64)
+    total = sum(shape[0] for shape in shapes)
     selected = torch.tensor(counts, dtype=torch.int64)
     matrices = torch.arange(len(rows))
-    slot_owners = torch.repeat_interleave(matrices, selected)
+    slot_owners = torch.repeat_interleave(matrices, selected, output_size=sum(counts))
     local_slots = torch.arange(len(slot_owners)) - (torch.cumsum(selected, 0) - selected)[slot_owners]
     first_rows = torch.cumsum(rows, 0) - rows
     sizes = selected * columns
     return PackLayout(
-        row_owners=to_device(torch.repeat_interleave(matrices, rows), torch.int32, device),
+        row_owners=to_device(torch.repeat_interleave(matrices, rows, output_size=total), torch.int32, device),
         slot_owners=to_device(slot_owners, torch.int32, device),
         local_slots=to_device(local_slots, torch.int32, device),
         first_rows=to_device(first_rows, torch.int64, device),
         buffer_offsets=to_device(torch.cumsum(sizes, 0) - sizes, torch.int64, device),
         positions=to_device(first_rows[slot_owners] + local_slots, torch.int64, device),
-        buffer_numel=int(sizes.sum()),
+        buffer_numel=sum(count * shape[1] for count, shape in zip(counts, shapes, strict=True)),
     )
