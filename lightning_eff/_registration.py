@@ -85,6 +85,14 @@ ENTRIES = (
     ),
 )
 
+OTHERS = {
+    "fsdp2": (
+        "lightning_eff.strategies.fsdp2:FSDP2Strategy",
+        "FSDP2 on any module: weights, gradients and optimizer state are sharded over all ranks",
+    )
+}
+"""Strings of strategies that are no DDP: what builds the strategy, and what it says of itself."""
+
 
 def register() -> None:
     """Make the names known, with either name of Lightning, now or when it is imported."""
@@ -112,6 +120,8 @@ def _fill(strategies: ModuleType) -> None:
                 start_method=start_method,
                 **entry.arguments,
             )
+    for name, (factory, description) in OTHERS.items():
+        registry.register(name, partial(_build, factory), description=description, override=True)
 
 
 def _build(module: str, factory: str, **arguments: Any) -> Any:

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from lightning_eff._registration import ENTRIES
+from lightning_eff._registration import ENTRIES, OTHERS
 from lightning_eff.cli import tables
 from lightning_eff.cli.parser import Parser
 
@@ -38,6 +38,7 @@ def listed() -> dict[str, list[tuple[str, str]]]:
     from lightning_eff.compression import Compressor
 
     strings = [(f"ddp_{entry.name}{entry.ending}", f"DDP, {entry.description}") for entry in ENTRIES]
+    strings += [(name, description) for name, (_, description) in OTHERS.items()]
     found = {
         "Callbacks, --trainer.callbacks+=NAME": _classes("callbacks", pl.Callback),
         "Strategies, --trainer.strategy=NAME": strings + _classes("strategies", pl.strategies.Strategy),

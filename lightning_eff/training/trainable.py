@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_eff.arguments import check, check_trainer
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.hooks import FollowsTrainable, tell
@@ -49,6 +50,7 @@ def check_trainable_support(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: for a strategy whose set of trainable parameters is fixed, with the reason.
     """
+    check_trainer(trainer)
     strategy = trainer.strategy
     # DeepSpeedStrategy is a DDPStrategy only by inheritance.
     if not is_a(strategy, *_SUPPORTED) or is_a(strategy, DeepSpeedStrategy):
@@ -99,6 +101,8 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
             changed.
     """
     check_trainable_support(trainer)
+    ok = isinstance(trainable, Mapping) and all(isinstance(trained, bool) for trained in trainable.values())
+    check("trainable", trainable, ok, "a dictionary of names of parameters, and True or False for each")
     strategy, module = trainer.strategy, trainer.lightning_module
     reshard(module)  # after a validation FSDP2 may show its gathered parameters, where a change would be lost
     parameters = clean_named_parameters(module)
@@ -155,7 +159,7 @@ def _check_names(parameters: Mapping[str, nn.Parameter], trainable: Mapping[str,
         if name not in parameters:
             close = ", ".join(get_close_matches(name, parameters)) or "; ".join(list(parameters)[:10])
             raise ValueError(
-                f"there is no parameter {name!r} (a tied one goes by its first name). Did you mean: {close}"
+                f"trainable: there is no parameter {name!r} (a tied one goes by its first name). Did you mean: {close}"
             )
         if trained and not (parameters[name].is_floating_point() or parameters[name].is_complex()):
             raise ValueError(f"parameter {name!r} of dtype {parameters[name].dtype} cannot have a gradient")

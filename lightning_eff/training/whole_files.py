@@ -39,6 +39,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
     part = f"{path}.part"
     fs = get_filesystem(path)
     fs.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if isinstance(fs, LocalFileSystem):
+        # Not written over: a process that was stopped in the midst of it goes on writing later, into what it has open.
+        with suppress(OSError):
+            os.unlink(part)
     try:
         yield part
         if isinstance(fs, LocalFileSystem):

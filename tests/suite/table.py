@@ -11,15 +11,18 @@ from importlib import import_module
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_eff.callbacks import (
     EMA,
     MISA,
     CheckpointAveraging,
     CompressionMonitor,
+    ExactResume,
+    FaultInjector,
     GradES,
+    GradientStats,
     Preemption,
+    RunHealth,
     SpectralAlignmentMonitor,
     TensorBoardLayout,
     TrainingGuard,
@@ -38,8 +41,6 @@ class Strategy:
     build: Callable[[int], Any]
     """The Trainer's `strategy` for a model with that many optimizers."""
 
-    sharded: bool = False
-
     lossy: bool = False
     """Gradients are compressed: the ranks still agree, but on something else than one device would do."""
 
@@ -56,8 +57,8 @@ def _ddp(optimizers: int) -> str:
     return "ddp" if optimizers == 1 else "ddp_find_unused_parameters_true"
 
 
-def _fsdp2(optimizers: int) -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+def _fsdp2(optimizers: int) -> str:
+    return "fsdp2"
 
 
 def _arc_topk(optimizers: int) -> CompressedDDPStrategy:
@@ -70,7 +71,7 @@ def _arc_topk(optimizers: int) -> CompressedDDPStrategy:
 
 SINGLE = Strategy("single", 1, _single)
 DDP = Strategy("ddp", 2, _ddp)
-FSDP2 = Strategy("fsdp2", 2, _fsdp2, sharded=True)
+FSDP2 = Strategy("fsdp2", 2, _fsdp2)
 ARC_TOPK = Strategy("arc_topk", 2, _arc_topk, lossy=True)
 STRATEGIES = (SINGLE, DDP, FSDP2, ARC_TOPK)
 
@@ -161,6 +162,10 @@ _MISA_WAITS = (
 _SPECTRAL_TAGS = tuple(
     f"spectral_alignment/{name}" for name in ("worst_majority", "worst_layer", "collapsed_layers", "armed_layers")
 )
+
+_GRADIENT_NUMBERS = ("norm", "max_abs", "zeros", "nonfinite")
+_GRADIENT_TAGS = tuple(f"gradients/{name}" for name in _GRADIENT_NUMBERS)
+_HEALTH_TAGS = tuple(f"run_health/{name}" for name in ("step_seconds", "data", "waiting", "spread"))
 
 ROWS = (
     Row(
@@ -454,6 +459,7 @@ ROWS = (
         refused_models={"gan": "belong to 2 optimizers"},
         exceptions={"waits_for_nothing": _MISA_WAITS, "a_snapshot_waits_for_nothing": _MISA_COPIES},
     ),
+    Row(ExactResume, changes_training=False, bad_arguments=({"iterable": "sometimes"},)),
     Row(
         Preemption,
         {"signals": ["SIGUSR2"], "every_n_steps": 2},
@@ -469,6 +475,62 @@ ROWS = (
             {"emergency": "yes"},
             {"poll_seconds": 0.0},
             {"timeout": -1.0},
+        ),
+    ),
+    Row(
+        RunHealth,
+        {"every_n_steps": 1, "weights_every_n_steps": 2, "gc_every_n_steps": 3},
+        changes_training=False,
+        tags=_HEALTH_TAGS,
+        tags_two_optimizers=_HEALTH_TAGS,
+        bad_arguments=(
+            {"every_n_steps": 0},
+            {"slow": 0.0},
+            {"patience": 0},
+            {"hang_seconds": -1.0},
+            {"hang_factor": 1.0},
+            {"first_seconds": 0.0},
+            {"action": "panic"},
+            {"exit_code": 0},
+            {"folder": ""},
+            {"weights_every_n_steps": 0},
+            {"gc_every_n_steps": 0},
+            {"log_details": "yes"},
+        ),
+    ),
+    Row(
+        FaultInjector,
+        {"fault": "corrupt", "step": 1000},
+        changes_training=False,
+        bad_arguments=(
+            {"fault": "explode"},
+            {"step": -1},
+            {"rank": -1},
+            {"hook": "on_lunch"},
+            {"slowdown": 0.0},
+            {"seconds": 0.0},
+            {"parameter": ""},
+        ),
+    ),
+    Row(
+        GradientStats,
+        {"every_n_steps": 2},
+        changes_training=False,
+        tags=(
+            *_GRADIENT_TAGS,
+            *(f"gradients/{role}/{name}" for role in ("attention", "ffn", "other") for name in _GRADIENT_NUMBERS),
+        ),
+        tags_two_optimizers=tuple(
+            f"gradients/{index}{group}/{name}"
+            for index in (0, 1)
+            for group in ("", "/other")
+            for name in _GRADIENT_NUMBERS
+        ),
+        bad_arguments=(
+            {"every_n_steps": 0},
+            {"include": "*weight"},
+            {"exclude": []},
+            {"log_details": 1},
         ),
     ),
 )

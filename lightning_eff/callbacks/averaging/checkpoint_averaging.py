@@ -140,7 +140,7 @@ class CheckpointAveraging(AveragedWeights):
         self.window.folder = self.folder or trainer.default_root_dir
         super().on_train_start(trainer, pl_module)
         tensors = self._tensors.of(pl_module)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = self.window.bytes_of(tensors)
         missing = self.window.length - len(self.window.steps) + 1  # the one more is that of an evaluation
         # The ranks of this machine share its memory, and not a device's.
         sharing = 1 if self.window.place == "model" else max(1, trainer.num_devices)

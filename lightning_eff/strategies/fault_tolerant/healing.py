@@ -12,6 +12,7 @@ import hashlib
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.structure import clean_named_parameters
@@ -115,3 +116,12 @@ def layout(trainer: Trainer) -> int:
     trained, parameters = trainable(module), clean_named_parameters(module)
     words = [f"{name} {trained[name]} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
     return int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:7], "big")
+
+
+def size(trainer: Trainer) -> int:
+    """Bytes of weights, buffers and optimizer state: about what a peer's state has."""
+    module = trainer.lightning_module
+    states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+    held = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    tensors = (*module.parameters(), *module.buffers(), *held)
+    return sum(tensor.nbytes for tensor in tensors)

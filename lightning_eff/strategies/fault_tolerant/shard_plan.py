@@ -28,6 +28,9 @@ from torch.utils.data import (
 from lightning_eff.arguments import check_count, check_flag
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
 
+_MOST_RANKS = 1_000_000
+"""Each shard and process has at least one sample, and what is missing is repeated."""
+
 
 def seed_of(*parts: int | str) -> int:
     """A seed of 63 bits from what it is for, such as ``(seed, epoch, shard, index)``; the same on every machine.
@@ -98,9 +101,9 @@ class ShardPlan:
         group_size: int = 1,
         shuffle: bool | None = None,
     ) -> None:
-        check_count("shards", shards)
+        check_count("shards", shards, most=_MOST_RANKS)
         check_count("seed", seed, least=0)
-        check_count("group_size", group_size)
+        check_count("group_size", group_size, most=_MOST_RANKS // shards)
         check_count("group_rank", group_rank, least=0, most=group_size - 1)
         if shuffle is not None:
             check_flag("shuffle", shuffle)
@@ -133,7 +136,7 @@ class ShardPlan:
     def _read(self, loader: DataLoader[Any], shuffle: bool | None) -> None:
         if not isinstance(loader, DataLoader):
             raise MisconfigurationException(
-                f"training data come from a {type(loader).__name__}, which cannot be cut into shards: give a"
+                f"training data (loader) come from a {type(loader).__name__}, which cannot be cut into shards: give a"
                 " torch.utils.data.DataLoader over a dataset with __getitem__ and __len__"
             )
         if isinstance(loader.dataset, IterableDataset):

@@ -95,7 +95,7 @@ def fit(
     **arguments: Any,
 ) -> tuple[L.Trainer, Any]:
     """Train a model of the contract suite, or another one, with these callbacks."""
-    module = Net(optimizer="sgd", sharded=strategy.sharded) if module is None else module
+    module = Net(optimizer="sgd") if module is None else module
     if not hasattr(module, "optimizer_count"):
         module.optimizer_count = 1
     trainer = build_trainer(folder, strategy, [], callbacks, module, steps, arguments)

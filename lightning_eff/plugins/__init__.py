@@ -1,0 +1,3 @@
+"""How checkpoints are written."""
+
+__all__: list[str] = []
