@@ -219,14 +219,16 @@ def run(package: Package, make: Any, acts: Any, folder: Path, more: dict[str, An
     return row
 
 
-def measure(name: str) -> Iterator[dict[str, Any]]:
-    """The rows of one package that this environment has."""
+def measure(name: str, only: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of one package that this environment has; ``only`` those whose name has this in it."""
     package = PACKAGES[name]
     version = importlib.metadata.version(name)
     cases: dict[str, tuple[Any, Any, dict[str, Any]]] = {"none": (None, None, {})}
     cases |= {title: (make, acts, {}) for title, (make, acts) in CALLBACKS.items()}
     cases[f"strategy {package.strategy}"] = (None, None, {"strategy": package.strategy})
     for title, (make, acts, more) in cases.items():
+        if only is not None and only not in title:
+            continue
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             row = run(package, make, acts, Path(folder), more)
@@ -236,6 +238,7 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, help="a folder in which to make an environment for each package")
+    parser.add_argument("--only", help="rows whose name has this in it, such as MISA or strategy")
     parser.add_argument("packages", nargs="*", default=list(PACKAGES), help="some of them")
     args = parser.parse_args()
     for name in args.packages:
@@ -245,11 +248,11 @@ def main() -> None:
                 subprocess.run([sys.executable, "-m", "venv", args.environments / name], check=True)
                 wanted = [PACKAGES[name].requirement, f"lightning=={L.__version__}", f"{ROOT}[tensorboard]", "rich"]
                 subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted], check=True)
-            command = [python, "-m", "benchmarks.packages", name]
+            command = [python, "-m", "benchmarks.packages", name, *(["--only", args.only] if args.only else [])]
             subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
             continue
         rows = []
-        for row in measure(name):  # each at once: who stops here has those before
+        for row in measure(name, args.only):  # each at once: who stops here has those before
             rows.append(row)
             write_rows("packages", [row], key=("package", "with"))
         show(f"{name}: {STEPS} steps with each, and resumed at {SAVED_AT}", rows, [*list(rows[0])[3:]])

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -42,6 +41,7 @@ from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.alarms import Alarm, sound
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, replicas_are_equal, sort_callbacks
 
 Action = Literal["warn", "abort"]

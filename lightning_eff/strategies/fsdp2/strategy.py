@@ -7,7 +7,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -22,6 +21,7 @@ from lightning_eff.arguments import check, check_flag, check_globs, check_text
 from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
 from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights, lightning_base
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.optimizer_state import allow_absent_states
 
 # Lightning asks an instance of ModelParallelStrategy, but no string.
