@@ -166,6 +166,17 @@ class FSDP2(_Base):
         return state
 
     @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self.saves_later:
+            return super().optimizer_state(optimizer)  # type: ignore[no-any-return]
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        assert self.model is not None
+        inner = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner)
+        return state
+
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         if not self.saves_later or storage_options is not None:  # which Lightning refuses
             super().save_checkpoint(checkpoint, filepath, storage_options)
