@@ -2,6 +2,8 @@
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
 VENV ?= .venv
+# Test modules that run side by side; a module is one process's, so that what it sets up is set up once.
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -23,7 +25,7 @@ demo: install ## Train a small GPT on real text with the suite's callbacks
 	$(BIN)/python -m examples.gpt.demo
 
 test: install ## The test suite (CPU)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-all: install ## The test suite with soaks, shaped networks and kill matrices
 	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
@@ -34,7 +36,7 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 	@touch $@
 
 test-oldest: $(VENV)-oldest/.installed ## The test suite with the oldest Python, PyTorch and Lightning that are accepted
-	$(VENV)-oldest/bin/python -m pytest $(ARGS)
+	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 $(VENV)-architectures/.installed: pyproject.toml constraints-architectures.txt
 	test -x $(VENV)-architectures/bin/python || $(PYTHON) -m venv $(VENV)-architectures

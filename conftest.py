@@ -1,4 +1,4 @@
-"""What must happen before anything imports Triton.
+"""What must happen before anything imports Triton, and the option `--device`.
 
 Triton decides at import, by TRITON_INTERPRET, whether its kernels are compiled or run by its interpreter on the CPU,
 and Lightning imports Triton. So on a machine without a GPU the variable is set here, for the whole run. It reaches
@@ -7,7 +7,26 @@ nothing but the tests that force the kernels: CPU tensors take the reference.
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--device`."""
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where the contract suite trains, two ranks of it on one card; the kernels take a GPU where there is one",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell it to the contract suite, and to the workers that it starts."""
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch finds no CUDA or HIP device here")
+    os.environ["LIGHTNING_EFF_TEST_DEVICE"] = device  # see tests/suite/device.py

@@ -1,7 +1,6 @@
 """What averaging weights costs, and what it is worth.
 
     python -m benchmarks.checkpoint_averaging cost   # step time and memory against none and against Lightning's EMA
-    python -m benchmarks.checkpoint_averaging small  # Python work a step with 1,000 small tensors
     python -m benchmarks.checkpoint_averaging worth  # averages along a run at a constant high rate, and real decays
 
 Rows go to benchmarks/results/checkpoint_averaging_<part>.csv, the curves to docs/images/checkpoint_averaging.png.
@@ -21,7 +20,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from benchmarks.checkpoint_averaging_small import many_small_tensors
 from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, step_times, text, train, validation_loss
 from benchmarks.rows import CONSOLE, show, write_rows
 from examples.gpt.data import TextDataModule
@@ -249,8 +247,8 @@ def plot(curves: list[dict[str, Any]], seeds: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "small", "worth"))
-    parser.add_argument("--rounds", type=int, default=7, help="cost, small: how often each variant is measured")
+    parser.add_argument("part", choices=("cost", "worth"))
+    parser.add_argument("--rounds", type=int, default=7, help="cost: how often each variant is measured")
     parser.add_argument("--batch-size", type=int, default=4, help="cost: sequences of 256 bytes a step")
     parser.add_argument("--steps", type=int, default=800, help="worth: steps of the constant run")
     parser.add_argument("--lr", type=float, default=6e-3, help="worth: the constant rate")
@@ -262,8 +260,6 @@ def main() -> None:
     quiet_lightning(UNSAID)
     if arguments.part == "cost":
         cost(arguments.rounds, arguments.batch_size, arguments.tiny)
-    elif arguments.part == "small":
-        many_small_tensors(arguments.rounds, 20 if arguments.tiny else 1000, arguments.tiny)
     else:
         worth(arguments.steps, arguments.seeds, arguments.workers, arguments.lr, arguments.warmup, arguments.tiny)
 

@@ -1,7 +1,8 @@
 """What ddp_ft costs, how quickly a run is back after a death, and whether it stays the same run.
 
     python -m benchmarks.fault_tolerance steady       # no failure: a step of ddp_ft against one of ddp, in turn
-    python -m benchmarks.fault_tolerance recovery     # kill -9: until the next step by phase, until it is back
+    python -m benchmarks.fault_tolerance recovery     # 20 times kill -9, by phase of the step: until the next step
+    python -m benchmarks.fault_tolerance heal         # memory, bytes and CPU time of handing a state over
     python -m benchmarks.fault_tolerance restart      # the same under Lightning's ddp and torchrun
     python -m benchmarks.fault_tolerance alarms       # is anybody taken for dead who lives?
     python -m benchmarks.fault_tolerance consistency  # the loss curve with kills against the one without
@@ -13,106 +14,19 @@ Rows go to benchmarks/results/fault_tolerance_<part>.csv. The replicas run bench
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from benchmarks.fault_tolerance_heal import heal
+from benchmarks.fault_tolerance_runs import CORES, MIDDLE, SMALL, TINY, launched, medians
+from benchmarks.fault_tolerance_worker import PHASES
 from benchmarks.rows import CONSOLE, publish, show, write_rows
-from harness import json_lines
-from harness.processes import environment
 from harness.timing import in_turn, ratio
-
-WORKER = "benchmarks.fault_tolerance_worker"
-CORES = len(os.sched_getaffinity(0))  # that all replicas share
-TINY = {"block_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 32}  # 0.03 M: what is left is the recovery itself
-SMALL = {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 128}  # 0.85 M parameters
-MIDDLE = {"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}  # 10.8 M
-
-
-class Run:
-    """A launched run, and what its replicas have written so far."""
-
-    def __init__(self, folder: Path, replicas: int, settings: dict[str, Any]) -> None:
-        self.folder, self.replicas, self.settings = folder, replicas, settings
-        if settings["strategy"] == "ddp_ft":
-            command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas)]
-            command += ["--nproc-per-node", str(settings.get("processes", 1))]
-            command += ["--max-restarts", "1000", "-m", WORKER]
-        else:
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicas)]
-            command += ["--max-restarts", "1000", "--standalone", "-m", WORKER]
-        self.log = (folder / "output.log").open("w")
-        told = environment(FAULT_TOLERANCE_BENCHMARK=json.dumps({**settings, "folder": str(folder)}))
-        self.process = subprocess.Popen(
-            command, env=told, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-    def lines(self, replica: int | None = None) -> list[dict[str, Any]]:
-        """Of one replica, or of all by time."""
-        found = []
-        for index in range(self.replicas) if replica is None else [replica]:
-            lines = json_lines.read(self.folder / f"steps-{index}.jsonl")
-            found += [{"replica": index, **line} for line in lines]
-        return sorted(found, key=lambda line: line["time"])
-
-    def steps(self, replica: int | None = None) -> list[dict[str, Any]]:
-        return [line for line in self.lines(replica) if line["event"] == "step"]
-
-    def wait_for(self, condition: Any, limit: float = 180.0) -> None:
-        deadline = time.monotonic() + limit
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the run did not get there:\n{(self.folder / 'output.log').read_text()[-3000:]}")
-            time.sleep(0.02)
-
-    def kill(self, replica: int) -> float:
-        """`kill -9` its present process; the time at which."""
-        pid = [line["pid"] for line in self.lines(replica)][-1]
-        now = time.time()
-        os.kill(pid, signal.SIGKILL)
-        return now
-
-    def end(self) -> None:
-        if self.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.process.pid, signal.SIGINT)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-        self.log.close()
-
-
-@contextmanager
-def launched(replicas: int, **settings: Any) -> Iterator[Run]:
-    with tempfile.TemporaryDirectory(prefix="fault-tolerance-") as folder:
-        run = Run(Path(folder), replicas, {"model": SMALL, "batch_size": 4, "steps": 100, **settings})
-        try:
-            yield run
-        finally:
-            run.end()
-
-
-def _median(values: list[float]) -> dict[str, Any]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "least": round(min(values), 4),
-        "most": round(max(values), 4),
-        "repeats": len(values),
-    }
-
 
 # --- (1) steady cost ------------------------------------------------------------------------------------------------
 
@@ -136,7 +50,7 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
         row = {"model": name, "cores": CORES}
         for arm, seconds in figures.items():
             about = {"strategy": arm, "replicas": arms[arm], "quantity": "step_seconds"}
-            rows.append({**row, **about, **_median(seconds)})
+            rows.append({**row, **about, **medians(seconds)})
         for arm in list(arms)[1:]:
             middle, low, high = (round(value, 4) for value in ratio(figures, arm, "ddp"))
             about = {"strategy": f"{arm} / ddp", "replicas": arms[arm], "quantity": "ratio"}
@@ -148,7 +62,7 @@ def steady(rounds: int, steps: int, models: list[str]) -> None:
 
 
 def recovery(kills: int, name: str) -> None:
-    """Kills of replicas 1 and 2 in turn; what replica 0 sees of it."""
+    """Kills of replicas 1 and 2 in turn, in each phase of a step; what replica 0 sees of it."""
     model = {"0.03M": TINY, "0.85M": SMALL, "10.8M": MIDDLE}[name]
     quantities: dict[tuple[str, str], list[float]] = {}
 
@@ -157,12 +71,12 @@ def recovery(kills: int, name: str) -> None:
 
     with launched(3, strategy="ddp_ft", steps=1_000_000, model=model) as run:
         for kill in range(kills):
-            victim = 1 + kill % 2
+            phase, victim = PHASES[kill % len(PHASES)], 1 + kill // len(PHASES) % 2
             at = len(run.steps(0))
             run.wait_for(lambda at=at: len(run.steps(0)) >= at + 15 and run.steps(0)[-1]["members"] == [0, 1, 2])
             usual = [line["time"] for line in run.steps(0)][-12:]
             usual_step = statistics.median(b - a for a, b in pairwise(usual))
-            killed = run.kill(victim)
+            killed = run.kill_in(phase, victim)
 
             def without(killed: float = killed, victim: int = victim) -> dict[str, Any] | None:
                 steps = (line for line in run.steps(0) if line["time"] > killed)
@@ -173,6 +87,7 @@ def recovery(kills: int, name: str) -> None:
             assert after is not None
             asked, answered = after["quorum"]
             note("kill_to_commit", after["time"] - killed)
+            note(f"kill_to_commit, killed in {phase}", after["time"] - killed)
             note("kill_to_noticed", asked - killed)
             note("noticed_to_quorum", answered - asked)
             note("quorum_to_commit", after["time"] - answered)
@@ -254,7 +169,7 @@ def _write_recovery(quantities: dict[tuple[str, str], list[float]], model: str =
             "cores": CORES,
             "load_average": round(os.getloadavg()[1], 1),
             "quantity": quantity,
-            **_median(values),
+            **medians(values),
         }
         for (strategy, quantity), values in quantities.items()
     ]
@@ -367,7 +282,7 @@ def soak(steps: int, every: float, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["steady", "recovery", "restart", "alarms", "consistency", "soak"])
+    parser.add_argument("part", choices=["steady", "recovery", "heal", "restart", "alarms", "consistency", "soak"])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int)
@@ -379,6 +294,8 @@ def main() -> None:
         steady(args.rounds, args.steps or 24, args.models)
     elif args.part == "recovery":
         recovery(args.kills, args.models[0])
+    elif args.part == "heal":
+        heal()
     elif args.part == "restart":
         restart(args.rounds)
     elif args.part == "alarms":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from harness import json_lines
 from harness.memory import resident
 from harness.runs import begin
 from lightning_eff.strategies import FaultTolerantDDPStrategy
+
+PHASES = ["forward", "backward", "update", "between steps"]
+"""Where a replica may be killed."""
 
 MALLINFO2 = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
 
@@ -47,7 +52,10 @@ class WithDropout(GPTModule):
                 block.mlp = nn.Sequential(block.mlp, nn.Dropout(dropout))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.model.loss(batch)
+        loss: Tensor = self.model.loss(batch)
+        diary = next(callback for callback in self.trainer.callbacks if isinstance(callback, Diary))
+        diary.die_in("forward")
+        loss.register_hook(lambda _: diary.die_in("backward"))
         self.log("train_loss", loss, batch_size=len(batch), sync_dist=True)
         return loss
 
@@ -73,6 +81,7 @@ class Diary(L.Callback):
 
     def __init__(self, settings: dict[str, Any], replica: int) -> None:
         self.path = Path(settings["folder"]) / f"steps-{replica}.jsonl"
+        self.death = Path(settings["folder"]) / f"die-{replica}"
         self.quorum: tuple[float, float] = (0.0, 0.0)
         """When the replica last asked for one, and when it had it."""
         self.write(event="start")
@@ -93,6 +102,17 @@ class Diary(L.Callback):
     def write(self, **line: Any) -> None:
         json_lines.append(self.path, {"time": time.time(), "pid": os.getpid(), **line})
 
+    def die_in(self, phase: str) -> None:
+        """If that was asked for."""
+        with suppress(OSError):
+            if self.death.read_text() == phase:
+                self.death.unlink()
+                self.write(event="death")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.die_in("update")
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
@@ -111,6 +131,7 @@ class Diary(L.Callback):
             resident=resident(),
             in_use=memory_in_use(),
         )
+        self.die_in("between steps")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         total = sum(float(p.double().abs().sum()) for p in module.parameters())

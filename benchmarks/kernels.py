@@ -155,27 +155,33 @@ def measure(case: Case, provider: Provider, device: torch.device, copy: float) -
 
 
 def time_all(
-    sizes: Iterable[str], dtypes: Iterable[str], ops: Iterable[str], device: torch.device
-) -> list[dict[str, Any]]:
-    """One row for each op, size, dtype and provider."""
+    sizes: Iterable[str],
+    dtypes: Iterable[str],
+    ops: Iterable[str],
+    device: torch.device,
+    compiled: bool | None = None,
+) -> Iterator[dict[str, Any]]:
+    """One row for each op, size, dtype and provider; ``compiled``: of torch.compile alone, or of all the others."""
     copy = copy_bandwidth(device)
     print(f"copy bandwidth {copy / 1e9:.0f} GB/s")
-    rows = []
+    with_compile = device.type == "cuda" if compiled is None else compiled
     for size in sizes:
         for dtype in dtypes:
-            for case in cases(SIZES[size], DTYPES[dtype], device, compiled=device.type == "cuda"):
+            for case in cases(SIZES[size], DTYPES[dtype], device, compiled=with_compile):
                 if not any(case.op.startswith(op) for op in ops):
                     continue
                 for name, provider in case.providers.items():
+                    if compiled and name != "torch.compile":
+                        continue
                     # On the CPU our ops are their references, and are not to pass for kernels.
                     name = "reference" if name == "ours" and device.type == "cpu" else name
                     figures = measure(case, provider, device, copy)
                     row = {"op": case.op, "size": size, "dtype": dtype, "provider": name, **figures}
                     print("  ".join(str(value) for value in row.values()), flush=True)
-                    rows.append({**row, "copy_gb_per_s": f"{copy / 1e9:.1f}", **versions()})
+                    row |= {"copy_gb_per_s": f"{copy / 1e9:.1f}", **versions()}
                     if device.type == "cuda":  # at once: what comes later may end the process
-                        write_rows("kernels", rows[-1:], key=("op", "size", "dtype", "provider"))
-    return rows
+                        write_rows("kernels", [row], key=("op", "size", "dtype", "provider"))
+                    yield row
 
 
 def resources() -> None:
@@ -206,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         resources()
         return 0
     device = torch.device("cuda" if on_gpu else "cpu")
-    rows = time_all(given.sizes, given.dtypes, given.ops, device)
+    rows = list(time_all(given.sizes, given.dtypes, given.ops, device))
     if not on_gpu:
         print("No GPU here: these are times of the references on the CPU. GPU figures are not measured.")
     return 1 if any(row["gate"] != "ok" for row in rows) else 0

@@ -13,13 +13,18 @@ from typing import Any
 
 import lightning
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import lightning_eff
 
-CONSOLE = Console()
 RESULTS = Path(__file__).parent / "results"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "CONSOLE":
+        raise AttributeError(name)
+    from rich.console import Console  # where it is asked for: rows are written without extras, too
+
+    return Console()
 
 
 def provenance() -> dict[str, str]:
@@ -96,14 +101,17 @@ def read_rows(name: str) -> list[dict[str, str]]:
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """Print rows, or some of their columns, as a table, the provenance below."""
+    from rich.console import Console
+    from rich.table import Table
+
     columns = columns or list(rows[0])
     table = Table(*columns, title=title, caption=", ".join(provenance().values()))
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))
-    CONSOLE.print(table)
+    Console().print(table)
 
 
 def publish(title: str, name: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
     """Show rows and write all of them to ``benchmarks/results/<name>.csv``."""
     show(title, rows, columns)
-    CONSOLE.print(write_rows(name, rows))
+    print(write_rows(name, rows))

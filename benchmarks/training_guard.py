@@ -37,7 +37,7 @@ from lightning_eff.callbacks import (
     TrainingGuard,
 )
 from lightning_eff.callbacks.training_guard.rollback import capture, restore
-from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
+from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots
 
 # --- rescue ----------------------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class TimesATake(L.Callback):
         snapshots, self.seconds = RunSnapshots(2), []
         for step in range(7):
             self.seconds.append(seconds_of(lambda step=step: snapshots.take(step, capture(trainer))))
-        self.bytes = tensor_bytes(capture(trainer))
+        self.bytes = RunSnapshots(1).bytes_of(capture(trainer))
         self.restore_seconds = seconds_of(lambda: restore(trainer, snapshots.read(6), number=1))
 
 

@@ -1,7 +1,6 @@
 """What ZClip costs, and what it is worth.
 
     python -m benchmarks.zclip cost     # step time against Lightning's clipping and none, side by side
-    python -m benchmarks.zclip small    # the same, and GradES and MISA, for a thousand tensors of 4 x 4: Python's time
     python -m benchmarks.zclip worth    # training at a rate at which the example GPT spikes, three seeds
     python -m benchmarks.zclip plot     # the curves of the last `worth`, as docs/images/zclip_worth.png
     python -m benchmarks.zclip lock-in  # the streams of norms on which the authors' code clips every step
@@ -12,11 +11,8 @@ Rows go to benchmarks/results/zclip_<part>.csv.
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +20,16 @@ import lightning as L
 import torch
 
 from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, text, train, validation_loss
-from benchmarks.rows import CONSOLE, publish, read_rows, show, write_rows
+from benchmarks.rows import CONSOLE, publish, read_rows, write_rows
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
 from harness.operators import OperatorCounter
 from harness.plots import IMAGES, by_step, mean_and_range, panels, save
 from harness.processes import spawned
 from harness.recorders import Losses
-from harness.runs import QUIET, begin, quiet_lightning
-from harness.timing import StepTimes, in_turn, over, ratio
-from lightning_eff.callbacks import MISA, GradES, ZClip
+from harness.runs import begin, quiet_lightning
+from harness.timing import StepTimes, in_turn, over
+from lightning_eff.callbacks import ZClip
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -97,95 +93,6 @@ def operators(clip: str, fused: bool) -> tuple[float, float]:
         counts.append((counter.host_syncs, counter.calls))
     (syncs, calls), (more_syncs, more_calls) = counts
     return (more_syncs - syncs) / 4, (more_calls - calls) / 4
-
-
-# --- many small tensors ----------------------------------------------------------------------------------------------
-
-
-class Small(L.LightningModule):
-    """Blocks of four matrices of 4 x 4: a step is all Python and operator calls, and no arithmetic."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.blocks = torch.nn.ModuleList(
-            torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(4))) for _ in range(blocks)
-        )
-
-    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            batch = batch + block(batch)
-        return batch.square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-5)
-
-
-class CpuTimes(L.Callback):
-    """CPU time of the whole process for each step."""
-
-    def __init__(self, warmup: int) -> None:
-        self.warmup, self.marks = warmup, []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.marks.append(time.process_time())
-
-    on_train_end = on_train_batch_start
-
-    @property
-    def least(self) -> float:
-        """Of a step: what other processes take from the caches only adds to it."""
-        return min(after - before for before, after in itertools.pairwise(self.marks[self.warmup :]))
-
-
-_NEVER = dict(every_n_steps=10**6)
-
-SMALL: dict[str, Callable[[], dict[str, Any]]] = {
-    "none": dict,
-    "lightning norm": lambda: dict(gradient_clip_val=1.0, gradient_clip_algorithm="norm"),
-    "ZClip": lambda: dict(callbacks=[ZClip()]),
-    # All matrices are watched or sampled, and none is ever frozen.
-    "GradES": lambda: dict(callbacks=[GradES(tau=1e-9, alpha=0.0, max_events=None)]),
-    "MISA": lambda: dict(callbacks=[MISA(budget=1.0, momentum_step=False, **_NEVER)]),
-}
-
-
-def small(steps: int, rounds: int, tensors: int) -> None:
-    """CPU time of a step over a bare one, one thread, in turn; the least of each run, medians over the rounds."""
-    torch.set_num_threads(1)
-    data = torch.utils.data.DataLoader([torch.randn(1, 4)] * (steps + 10), batch_size=None)  # type: ignore[arg-type]
-
-    def run(arm: str) -> float:
-        times = CpuTimes(warmup=10)
-        arguments = SMALL[arm]()
-        callbacks = [*arguments.pop("callbacks", ()), times]
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_epochs=1, callbacks=callbacks, log_every_n_steps=50, **QUIET, **arguments
-        )
-        trainer.fit(Small(tensors // 4), data)
-        return times.least
-
-    figures = in_turn({arm: lambda arm=arm: run(arm) for arm in SMALL}, rounds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    rows = []
-    for arm in SMALL:
-        middle, low, high = ratio(figures, arm, "none")
-        rows.append(
-            {
-                "commit": commit.stdout.strip(),
-                "what": "many small tensors",
-                "tensors": tensors,
-                "elements_each": 16,
-                "arm": arm,
-                "rounds": rounds,
-                "steps_per_round": steps,
-                "least_cpu_ms_of_a_step": round(statistics.median(figures[arm]) * 1e3, 2),
-                "over_none": round(middle, 3),
-                "over_none_q1": round(low, 3),
-                "over_none_q3": round(high, 3),
-            }
-        )
-    show("Many small tensors: CPU time of a step", rows)
-    CONSOLE.print(write_rows("zclip_small", rows, key=("commit", "arm")))
 
 
 # --- worth -----------------------------------------------------------------------------------------------------------
@@ -300,10 +207,9 @@ def lock_in() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cost", "small", "worth", "plot", "lock-in"))
-    parser.add_argument("--steps", type=int, help="training steps of a run (cost: 5, small: 100, worth: 300)")
-    parser.add_argument("--rounds", type=int, default=9, help="cost, small: how often each variant is measured")
-    parser.add_argument("--tensors", type=int, default=1000, help="small: how many there are")
+    parser.add_argument("part", choices=("cost", "worth", "plot", "lock-in"))
+    parser.add_argument("--steps", type=int, help="training steps of a run (cost: 5, worth: 300)")
+    parser.add_argument("--rounds", type=int, default=9, help="cost: how often each variant is measured")
     parser.add_argument("--batch-size", type=int, default=4, help="cost: sequences of 256 bytes a step")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.1, 0.3], help="worth: learning rates")
     parser.add_argument("--seeds", type=int, default=3, help="worth: number of seeds")
@@ -312,8 +218,6 @@ def main() -> None:
     quiet_lightning("the mean gradient norm")
     if arguments.part == "cost":
         cost(arguments.steps or 5, arguments.rounds, arguments.batch_size)
-    elif arguments.part == "small":
-        small(arguments.steps or 100, arguments.rounds, arguments.tensors)
     elif arguments.part == "worth":
         worth(arguments.steps or 300, arguments.rates, arguments.seeds, arguments.workers)
     elif arguments.part == "plot":

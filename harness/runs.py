@@ -37,10 +37,13 @@ def begin(seed: int, *messages: str) -> None:
     L.seed_everything(seed, verbose=False)
 
 
-def quiet_trainer(*callbacks: L.Callback, **arguments: Any) -> L.Trainer:
-    """A Trainer that prints nothing and writes what its checkpoint callbacks do, unless ``arguments`` say otherwise."""
+def quiet_trainer(*callbacks: L.Callback, trainer: type[L.Trainer] = L.Trainer, **arguments: Any) -> L.Trainer:
+    """A Trainer that prints nothing and writes what its checkpoint callbacks do, unless ``arguments`` say otherwise.
+
+    ``trainer`` is its class, for that of ``pytorch_lightning``.
+    """
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    return L.Trainer(callbacks=list(callbacks), **{**QUIET, "enable_checkpointing": saves, **arguments})
+    return trainer(callbacks=list(callbacks), **{**QUIET, "enable_checkpointing": saves, **arguments})
 
 
 def fit(

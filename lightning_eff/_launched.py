@@ -41,6 +41,8 @@ class Progress:
     """Most steps that a process of this replica has seen."""
     over: bool = False
     """Whether it has come to the end of the training."""
+    left: bool = False
+    """Whether it leaves the others on purpose, and is not to be started again here."""
     anew: bool = False
     """Whether it ends only to start anew, since it has lost the others."""
 

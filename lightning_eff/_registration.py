@@ -1,7 +1,8 @@
-"""Strategy strings, registered without importing Lightning.
+"""Strategy strings, and short names for a LightningCLI of the user's own, registered without importing Lightning.
 
 ``import lightning_eff`` must stay quick, and `lightning-eff doctor` must run where Lightning cannot be imported. So the
-names are registered at once if Lightning is loaded, else right after it has made its registry.
+names are registered at once if Lightning is loaded, else right after it has made its registry. Without that import none
+is known: Lightning has entry points for callbacks, which it asks for after it has looked up the strategy.
 """
 
 from __future__ import annotations
@@ -13,10 +14,18 @@ from functools import partial
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
-_REGISTRY = "lightning.pytorch.strategies"
+# Lightning goes by two names, each with a registry and strategies of its own: its module -> where ours are.
+_REGISTRIES = {
+    "lightning.pytorch.strategies": "lightning_eff.strategies",
+    "pytorch_lightning.strategies": "lightning_eff.pytorch_lightning.strategies",
+}
+
+# LightningCLI knows a class by its short name once it is imported.
+_CLI = "lightning.pytorch.cli"
 
 
 # As Lightning names its own.
@@ -24,13 +33,13 @@ START_METHODS = {"ddp": "popen", "ddp_spawn": "spawn", "ddp_fork": "fork", "ddp_
 
 
 class Entry(NamedTuple):
-    """A family of strings: the function that builds the strategy, by its module, and what it says of itself."""
+    """A family of strings: what builds the strategy, and what it says of itself."""
 
     name: str
     """Without "ddp_"."""
 
     factory: str
-    """module:function; called with ``start_method`` and ``arguments``."""
+    """In the module of strategies, a class or its class method; called with ``start_method`` and ``arguments``."""
 
     arguments: dict[str, Any]
     description: str
@@ -41,7 +50,7 @@ class Entry(NamedTuple):
     """Of the string, as Lightning names its own: "_find_unused_parameters_true"."""
 
 
-_COMPRESSED = "lightning_eff.strategies.compressed_ddp:build"
+_COMPRESSED = "CompressedDDPStrategy.by_string"
 
 _COMPRESSORS = {
     "arc_topk": ("ArcTopK", "which reduces the rows of each gradient that matter (ARC-Top-K)"),
@@ -69,7 +78,7 @@ ENTRIES = (
     ),
     Entry(
         "ft",
-        "lightning_eff.strategies.fault_tolerant.strategy:FaultTolerantDDPStrategy",
+        "FaultTolerantDDPStrategy",
         {},
         "which outlives its replicas",
         {"ddp": "popen"},  # a replica is started by `lightning-eff launch`
@@ -86,20 +95,26 @@ OTHERS = {
 
 
 def register() -> None:
-    """Register the strategy strings now, or when Lightning is imported."""
-    if _REGISTRY in sys.modules:
-        _fill(sys.modules[_REGISTRY])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    """Make the names known, with either name of Lightning, now or when it is imported."""
+    for name, act in {**dict.fromkeys(_REGISTRIES, _fill), _CLI: _import_all}.items():
+        if name in sys.modules:
+            act(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _WhenImported(name, act))
+
+
+def _import_all(cli: ModuleType) -> None:
+    for room in ("callbacks", "strategies"):
+        import_module(f"lightning_eff.{room}")
 
 
 def _fill(strategies: ModuleType) -> None:
-    registry = strategies.StrategyRegistry
+    registry, ours = strategies.StrategyRegistry, _REGISTRIES[strategies.__name__]
     for entry in ENTRIES:
         for prefix, start_method in entry.start_methods.items():
             registry.register(
                 f"{prefix}_{entry.name}{entry.ending}",
-                partial(_build, entry.factory),
+                partial(_build, ours, entry.factory),
                 description=f"DDP, {entry.description}, with `start_method` '{start_method}'",
                 override=True,
                 start_method=start_method,
@@ -109,20 +124,23 @@ def _fill(strategies: ModuleType) -> None:
         registry.register(name, partial(_build, factory), description=description, override=True)
 
 
-def _build(factory: str, **arguments: Any) -> Any:
+def _build(module: str, factory: str, **arguments: Any) -> Any:
     """Import the strategy when somebody asks for it."""
-    module, name = factory.split(":")
-    build: Callable[..., Any] = getattr(import_module(module), name)
+    build: Callable[..., Any] = attrgetter(factory)(import_module(module))
     return build(**arguments)
 
 
 class _WhenImported(MetaPathFinder):
-    """Lets the usual finders find Lightning's strategies, and fills the registry behind them; then it is gone."""
+    """Lets the usual finders find a module, and acts when it has been executed; then it is gone."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.act = act
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -130,9 +148,9 @@ class _WhenImported(MetaPathFinder):
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_fill(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            _fill(module)
+            self.act(module)
 
-        spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

@@ -20,9 +20,24 @@ def check(name: str, value: Any, ok: bool, allowed: str) -> None:
         refuse(name, value, allowed)
 
 
-def is_count(value: Any) -> bool:
-    """Whether a value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer of at least 1, or of another bound."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number: no bool, and no number in a string."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that is larger than every float
+        return False
+
+
+def are_numbers(value: Any) -> bool:
+    """Whether a value is a sequence, maybe an empty one, of finite numbers."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(is_number, value))
 
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:
@@ -63,13 +78,25 @@ def check_number(
     """
     if value is None and optional:
         return
-    bounds = (("above", above), ("of at least", least), ("below", below), ("at most", most))
-    words = " and ".join(f"{word} {bound:.6g}" for word, bound in bounds if bound is not None)
+    if is_number(value) and _within(value, above, least, below, most):
+        return
+    words = _bounds(above, least, below, most)
     allowed = " ".join(filter(None, ["a", "" if words else "finite", "number", unit and f"of {unit}", words]))
-    ok = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    ok = ok and (above is None or value > above) and (least is None or value >= least)
-    ok = ok and (below is None or value < below) and (most is None or value <= most)
-    check(name, value, ok, f"{allowed}, or None" if optional else allowed)
+    refuse(name, value, f"{allowed}, or None" if optional else allowed)
+
+
+def _within(value: Any, above: float | None, least: float | None, below: float | None, most: float | None) -> bool:
+    return (
+        (above is None or value > above)
+        and (least is None or value >= least)
+        and (below is None or value < below)
+        and (most is None or value <= most)
+    )
+
+
+def _bounds(above: float | None, least: float | None, below: float | None, most: float | None) -> str:
+    bounds = (("above", above), ("of at least", least), ("below", below), ("at most", most))
+    return " and ".join(f"{word} {bound:.6g}" for word, bound in bounds if bound is not None)
 
 
 def check_count(
@@ -84,10 +111,36 @@ def check_count(
     """
     if value is None and optional:
         return
+    if is_count(value, least) and (most is None or value <= most):
+        return
     words = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least and (most is None or value <= most)
     allowed = f"{words} ({unit})" if unit else words
-    check(name, value, ok, f"{allowed}, or None" if optional else allowed)
+    refuse(name, value, f"{allowed}, or None" if optional else allowed)
+
+
+def check_counts(name: str, value: Any, *, least: int = 1) -> None:
+    """A sequence of integers that is not empty.
+
+    Example:
+        >>> check_counts("owners", [0, 1.0], least=0)
+        Traceback (most recent call last):
+        ValueError: owners=[0, 1.0] is not allowed: it must be a list of integers of at least 0, at least one
+    """
+    ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    ok = ok and all(is_count(each, least) for each in value)
+    check(name, value, ok, f"a list of integers of at least {least}, at least one")
+
+
+def check_rank(name: str, value: Any) -> None:
+    """A rank: a number of singular vectors, or a fraction of all.
+
+    Example:
+        >>> check_rank("rank", 1.5)
+        Traceback (most recent call last):
+        ValueError: rank=1.5 is not allowed: it must be an integer of at least 1, or a fraction above 0 and at most 1
+    """
+    ok = is_count(value) or (isinstance(value, float) and 0 < value <= 1)
+    check(name, value, ok, "an integer of at least 1, or a fraction above 0 and at most 1")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -118,8 +171,8 @@ def check_choice(name: str, value: Any, choices: Any, *, optional: bool = False)
     check(name, value, ok, f"{allowed}, or None" if optional else allowed)
 
 
-def check_globs(name: str, value: Any) -> None:
-    """None, or a list of shell-style patterns that is not empty.
+def check_globs(name: str, value: Any, *, or_one: bool = False) -> None:
+    """None, or a list of shell-style patterns that is not empty; with ``or_one`` also a pattern by itself.
 
     Example:
         >>> check_globs("include", "*.weight")
@@ -129,7 +182,8 @@ def check_globs(name: str, value: Any) -> None:
     ok = value is None or (
         isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(p, str) and p for p in value)
     )
-    check(name, value, ok, "a list of patterns, such as ['*.weight'], or None")
+    ok = ok or (or_one and isinstance(value, str) and value != "")
+    check(name, value, ok, f"{'a pattern, or ' if or_one else ''}a list of patterns, such as ['*.weight'], or None")
 
 
 def check_text(name: str, value: Any, *, optional: bool = False) -> None:
@@ -161,17 +215,47 @@ def check_address(name: str, value: Any) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def check_numbers(name: str, value: Any) -> None:
-    """A sequence of finite numbers that is not empty.
+def check_numbers(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """A sequence of finite numbers within bounds that is not empty. The bounds are those of :func:`check_number`.
 
     Example:
         >>> check_numbers("weights", [0.5, float("nan")])
         Traceback (most recent call last):
         ValueError: weights=[0.5, nan] is not allowed: it must be a list of finite numbers, at least one
+        >>> check_numbers("losses", [0.5, 0], above=0)
+        Traceback (most recent call last):
+        ValueError: losses=[0.5, 0] is not allowed: it must be a list of finite numbers above 0, at least one
     """
-    ok = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    ok = ok and all(isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) for x in value)
-    check(name, value, ok, "a list of finite numbers, at least one")
+    if are_numbers(value) and len(value) > 0 and all(_within(each, above, least, below, most) for each in value):
+        return
+    words = _bounds(above, least, below, most)
+    refuse(name, value, f"a list of finite numbers{words and ' ' + words}, at least one")
+
+
+def check_instance(name: str, value: Any, kind: type | tuple[type, ...], what: str, *, optional: bool = False) -> None:
+    """An instance of a class.
+
+    Example:
+        >>> check_instance("model", "GPT", int, "an nn.Module")
+        Traceback (most recent call last):
+        ValueError: model='GPT' is not allowed: it must be an nn.Module
+    """
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    refuse(name, value, f"{what}, or None" if optional else what)
+
+
+def check_trainer(value: Any) -> None:
+    """The argument ``trainer``: a Trainer of either of Lightning's two packages, told by what is asked of it."""
+    check("trainer", value, hasattr(value, "strategy"), "a Trainer")
 
 
 def check_instances(name: str, value: Any, kind: type, what: str) -> None:

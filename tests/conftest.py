@@ -23,6 +23,9 @@ torch.set_num_threads(1)
 # Helpers that assert: their messages show the values, as those of tests do.
 pytest.register_assert_rewrite("tests.suite.runs", "tests.strategies.fault_tolerant.replica_checks")
 
+# Lightning keeps its messages to itself where it is imported before pytest listens, as with pytest 8.0.
+logging.getLogger("lightning.pytorch").propagate = True
+
 # Dynamo's trace for its own tools: tens of thousands of records in the report of a failed test.
 logging.getLogger("torch.__trace").propagate = False
 

@@ -14,6 +14,7 @@ PACKAGE = "lightning_eff"
 # Each room may import from itself and from the rooms of a lower number; rooms of one number from each other.
 LEVELS = {
     "cli": 5,
+    "pytorch_lightning": 5,
     "callbacks": 4,
     "strategies": 4,
     "plugins": 4,

@@ -2,9 +2,13 @@
 
 from lightning_eff.callbacks.averaging import EMA, CheckpointAveraging
 from lightning_eff.callbacks.compression_monitor import CompressionMonitor
+from lightning_eff.callbacks.exact_resume import ExactResume
+from lightning_eff.callbacks.fault_injector import FaultInjector, InjectedError
 from lightning_eff.callbacks.grades import GradES
+from lightning_eff.callbacks.gradient_stats import GradientStats
 from lightning_eff.callbacks.misa import MISA
 from lightning_eff.callbacks.preemption import Preemption
+from lightning_eff.callbacks.run_health import RunHealth
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_eff.callbacks.training_guard import (
@@ -25,11 +29,16 @@ __all__ = [
     "AlarmRule",
     "CheckpointAveraging",
     "CompressionMonitor",
+    "ExactResume",
     "ExplodingLoss",
+    "FaultInjector",
     "GradES",
     "GradientSpikes",
+    "GradientStats",
+    "InjectedError",
     "NonFiniteLoss",
     "Preemption",
+    "RunHealth",
     "SpectralAlignmentMonitor",
     "TensorBoardLayout",
     "TrainingDivergedError",

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check
 from lightning_eff.training.hooks import HasCharts
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of
 
@@ -74,7 +75,7 @@ class TensorBoardLayout(Callback):
         """Collect the charts of this Trainer, ``{category: {chart title: chart}}``."""
         training: Charts = {"loss": ["Multiline", _LOSS_TAGS]}
         callbacks = callbacks_of(trainer)
-        if any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+        if any(is_a(callback, LearningRateMonitor) for callback in callbacks):
             training["learning rate"] = ["Multiline", ["lr-.*"]]
         layout = {"training": training}
         for callback in callbacks:
@@ -91,7 +92,7 @@ class TensorBoardLayout(Callback):
         # Here and not earlier: the charts may depend on the optimizers and on state that was restored.
         if not trainer.is_global_zero:
             return
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        loggers = [logger for logger in trainer.loggers if is_a(logger, TensorBoardLogger)]
         if not loggers:
             found = "" if find_spec("tensorboard") else ", which needs: pip install 'lightning-eff[tensorboard]'"
             rank_zero_info(f"TensorBoardLayout: the Trainer has no TensorBoardLogger{found}. No layout is written.")

@@ -6,7 +6,6 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -17,6 +16,7 @@ from lightning_eff.arguments import check_choice, check_flag
 from lightning_eff.functional.gradients import Gradients, is_dtensor
 from lightning_eff.functional.zclip import ClipOption, ZClipConfig, ZClipState, zclip_update
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import TrainableChange
 from lightning_eff.training.trainer import (

@@ -27,6 +27,7 @@ COMMANDS = {
     "lighthouse": Command("lightning_eff.cli.lighthouse", "the rendezvous of a fault-tolerant run's replicas"),
     "list": Command("lightning_eff.cli.listing", "name the suite's callbacks, strategies, plugins, compressors"),
     "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on validation data"),
+    "verify-resume": Command("lightning_eff.cli.verify_resume.run", "does your script go on exactly after `kill -9`?"),
 }
 
 # The methods of the Trainer that LightningCLI offers; it parses their arguments itself.
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     def lines(commands: dict[str, str]) -> str:
-        return "\n".join(f"  {name:<10} {text}" for name, text in commands.items())
+        return "\n".join(f"  {name:<13} {text}" for name, text in commands.items())
 
     return _HELP.format(
         description="PyTorch Lightning callbacks and strategies that make training stable, cheap and\nhard to kill.",

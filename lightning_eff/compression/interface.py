@@ -27,17 +27,25 @@ def kept_count(number: int, ratio: float) -> int:
 
 def all_reduce_bytes(payload: float, world_size: int) -> float:
     """What one rank sends in a ring all-reduce of ``payload`` bytes."""
+    _check_sent(payload, world_size)
     return 2 * (world_size - 1) / world_size * payload
 
 
 def all_gather_bytes(payload: float, world_size: int) -> float:
     """What one rank sends in a ring all-gather of ``payload`` bytes from each rank."""
+    _check_sent(payload, world_size)
     return (world_size - 1) * payload
 
 
 def all_to_all_bytes(payload: float, world_size: int) -> float:
     """What one rank sends of its ``payload`` bytes in an all-to-all: all but its own part."""
+    _check_sent(payload, world_size)
     return (world_size - 1) / world_size * payload
+
+
+def _check_sent(payload: float, world_size: int) -> None:
+    check_number("payload", payload, least=0, unit="bytes")
+    check_count("world_size", world_size)
 
 
 @dataclass(frozen=True)

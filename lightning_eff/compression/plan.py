@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check_count
+from lightning_eff.arguments import check, check_count, check_instance, is_count
 from lightning_eff.compression.interface import Compressor, all_reduce_bytes
 
 WORTH = 0.9
@@ -97,7 +98,7 @@ def predict(
         dtype: of the gradients.
 
     Raises:
-        ValueError: ``world_size`` is no integer of at least 1.
+        ValueError: an argument of a wrong type or out of its range.
 
     Example:
         >>> from lightning_eff.compression import ArcTopK
@@ -105,7 +106,11 @@ def predict(
         >>> predict(ArcTopK(ratio=0.2), shapes, world_size=2)
         Prediction(bytes_sent=820000.0, dense_bytes=4004000.0, compressed=('weight',), dense=('bias',))
     """
+    check_instance("compressor", compressor, Compressor, "a Compressor, such as ArcTopK()")
+    ok = isinstance(shapes, Mapping) and all(isinstance(name, str) and _is_shape(shapes[name]) for name in shapes)
+    check("shapes", shapes, ok, "a dictionary of names and shapes, such as {'weight': (64, 64)}")
     check_count("world_size", world_size)
+    check_instance("dtype", dtype, torch.dtype, "a torch.dtype")
     itemsize = torch.empty((), dtype=dtype).element_size()
     units: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {name: ((name,), shapes[name]) for name in shapes}
     if compressor.whole_buckets:
@@ -127,6 +132,10 @@ def predict(
         tuple(name for name in shapes if name in compressed),
         tuple(name for name in shapes if name not in compressed),
     )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(is_count(size, 0) for size in value)
 
 
 def bucket_names(shapes: Mapping[str, Sequence[int]], bucket_mb: float | None, itemsize: int) -> list[list[str]]:

@@ -21,12 +21,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import (
+    are_numbers,
+    check,
+    check_choice,
+    check_instance,
+    check_number,
+    check_numbers,
+    refuse,
+)
 from lightning_eff.functional.gradients import statistics_dtype
 
 Scheme = Literal["uniform", "linear", "exponential", "wsm", "loss", "step"]
@@ -83,7 +91,7 @@ def exponential_weights(steps: Sequence[float], alpha: float = 0.2) -> list[floa
         [0.25, 0.25, 0.5]
     """
     _check_steps(steps)
-    check("alpha", alpha, 0 < alpha <= 1, "in (0, 1]")
+    check_number("alpha", alpha, above=0, most=1)
     n = len(steps)
     return [(1 - alpha) ** (n - 1), *(alpha * (1 - alpha) ** (n - i) for i in range(2, n + 1))]
 
@@ -113,8 +121,7 @@ def wsm_weights(steps: Sequence[float], decay: Decay = "1-sqrt") -> list[float]:
         [0.5, 0.2071, 0.1589, 0.134]
     """
     _check_steps(steps)
-    if isinstance(decay, str) and decay not in CURVES:
-        raise ValueError(f"decay={decay!r} is not allowed: it must be one of {tuple(CURVES)} or a function of [0, 1]")
+    _check_decay(decay)
     curve = CURVES[decay] if isinstance(decay, str) else decay
     k = len(steps) - 1
     if k == 0:
@@ -137,10 +144,9 @@ def weights_from_decay(factors: Sequence[float]) -> list[float]:
     Raises:
         ValueError: a factor rises, or leaves [0, 1].
     """
-    factors = [1.0, *factors, 0.0]
-    if not all(a >= b for a, b in pairwise(factors)):  # false for a NaN, too
-        raise ValueError(f"decay factors {factors[1:-1]} are not allowed: they must fall within [0, 1], never rise")
-    return [a - b for a, b in pairwise(factors)]
+    falling = are_numbers(factors) and all(a >= b for a, b in pairwise([1.0, *factors, 0.0]))
+    check("factors", factors, falling, "a list of decay factors that fall within [0, 1] and never rise")
+    return [a - b for a, b in pairwise([1.0, *factors, 0.0])]
 
 
 def decay_from_weights(weights: Sequence[float]) -> list[float]:
@@ -150,6 +156,7 @@ def decay_from_weights(weights: Sequence[float]) -> list[float]:
         >>> decay_from_weights([0.25, 0.25, 0.25, 0.25])
         [0.75, 0.5, 0.25]
     """
+    check_numbers("weights", weights)
     return [math.fsum(weights[i:]) for i in range(1, len(weights))]
 
 
@@ -170,8 +177,8 @@ def loss_weights(losses: Sequence[float], penalty: float = 1.0) -> list[float]:
         >>> [round(weight, 4) for weight in loss_weights([2.0, 1.0, 1.0], penalty=1.0)]
         [0.2, 0.4, 0.4]
     """
-    _check_values("losses", losses)
-    _check_penalty(penalty)
+    check_numbers("losses", losses, above=0)
+    check_number("penalty", penalty, least=0)
     smallest = min(losses)  # only ratios count, and they do not overflow
     return _normalised([(loss / smallest) ** -penalty for loss in losses])
 
@@ -193,9 +200,9 @@ def step_weights(steps: Sequence[float], penalty: float = 1.0) -> list[float]:
         >>> step_weights([100, 300], penalty=1.0)
         [0.25, 0.75]
     """
+    check_numbers("steps", steps, above=0)
     _check_steps(steps)
-    _check_values("steps", steps)
-    _check_penalty(penalty)
+    check_number("penalty", penalty, least=0)
     return _normalised([(step / steps[-1]) ** penalty for step in steps])
 
 
@@ -208,7 +215,7 @@ def scheme_weights(
     decay: Decay = "1-sqrt",
     penalty: float = 1.0,
 ) -> list[float]:
-    """The weights of a scheme by its name; arguments of the other schemes have no effect.
+    """The weights of a scheme by its name; arguments of the other schemes have no effect, but are checked too.
 
     Args:
         scheme: ``"uniform"``, ``"linear"``, ``"exponential"``, ``"wsm"``, ``"loss"`` or ``"step"``.
@@ -221,6 +228,13 @@ def scheme_weights(
     Raises:
         ValueError: no such scheme, or an argument that it does not allow.
     """
+    check_choice("scheme", scheme, Scheme)
+    _check_steps(steps)
+    if losses is not None:
+        check_numbers("losses", losses)
+    check_number("alpha", alpha, above=0, most=1)
+    _check_decay(decay)
+    check_number("penalty", penalty, least=0)
     if scheme == "uniform":
         return uniform_weights(steps)
     if scheme == "linear":
@@ -231,8 +245,6 @@ def scheme_weights(
         return wsm_weights(steps, decay)
     if scheme == "step":
         return step_weights(steps, penalty)
-    if scheme != "loss":
-        raise ValueError(f"scheme={scheme!r} is not allowed: it must be one of {get_args(Scheme)}")
     if losses is None or len(losses) != len(steps):
         found = "none" if losses is None else f"{len(losses)} of them"
         raise ValueError(f"losses: scheme 'loss' needs one for each of the {len(steps)} checkpoints, found {found}")
@@ -260,6 +272,8 @@ def weighted_average(tensors: Iterable[Tensor], weights: Sequence[float], dtype:
         >>> weighted_average([torch.zeros(2), torch.ones(2)], [0.25, 0.75])
         tensor([0.7500, 0.7500])
     """
+    check_numbers("weights", weights)
+    check_instance("dtype", dtype, torch.dtype, "a torch.dtype", optional=True)
     total: Tensor | None = None
     flat = torch.empty(0)
     shape = torch.Size()
@@ -292,19 +306,12 @@ def _normalised(values: Sequence[float]) -> list[float]:
     return [value / total for value in values]
 
 
-def _check_steps(steps: Sequence[float]) -> None:
-    if not steps:
-        raise ValueError("steps: there is no checkpoint to average")
+def _check_steps(steps: Any) -> None:
+    check_numbers("steps", steps)
     if not all(a < b for a, b in pairwise(steps)):
-        raise ValueError(f"steps={list(steps)} is not allowed: the checkpoints must come oldest first, none twice")
+        refuse("steps", list(steps), "the steps of the checkpoints, oldest first, none twice")
 
 
-def _check_values(name: str, values: Sequence[float]) -> None:
-    if not values:
-        raise ValueError(f"{name}: there is no checkpoint to average")
-    if not all(0 < value < math.inf for value in values):
-        raise ValueError(f"{name}={list(values)} is not allowed: each must be positive and finite")
-
-
-def _check_penalty(penalty: float) -> None:
-    check("penalty", penalty, 0 <= penalty < math.inf, "at least 0 and finite")
+def _check_decay(decay: Any) -> None:
+    ok = callable(decay) or (isinstance(decay, str) and decay in CURVES)
+    check("decay", decay, ok, f"one of {tuple(CURVES)} or a function of [0, 1]")

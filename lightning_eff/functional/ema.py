@@ -15,15 +15,17 @@ long that is. From snapshots of two of them, an average of any other width can b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check
+from lightning_eff.arguments import check, check_count, check_number, check_numbers
 
 _SMALL = 1 << 12  # elements of a tensor whose operator costs more than its arithmetic
+
+_GROUP = 1 << 24  # elements that are cast at a time: 64 MB in float32, large enough to hide the launches
 
 MAX_WIDTH = 1 / math.sqrt(12)
 """Upper bound of ``sigma_rel``: that of the uniform average over the whole run, gamma = 0."""
@@ -37,7 +39,11 @@ def float32_copies(tensors: Iterable[Tensor], device: torch.device | str | None 
     Args:
         tensors: floating-point tensors, e.g. parameters.
         device: where the copies are kept; by default each where its tensor is.
+
+    Raises:
+        ValueError: ``device`` names none.
     """
+    _check_device(device)
     return [
         tensor.detach().to(device or tensor.device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
         for tensor in tensors
@@ -50,7 +56,8 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
 
     Args:
         shadows: of :func:`float32_copies`.
-        tensors: the weights now, on the devices of the shadows, with their shapes; bfloat16 and float16 too.
+        tensors: the weights now, with the shapes of the shadows; bfloat16 and float16 too. Those of another dtype or
+            device than theirs are cast or copied in groups of up to 64 MB.
         decay: weight of the past, in [0, 1]; 0 copies.
 
     Raises:
@@ -62,16 +69,37 @@ def ema_update_(shadows: Sequence[Tensor], tensors: Iterable[Tensor], decay: flo
         >>> shadow
         [tensor([0.2500, 0.2500])]
     """
-    check("decay", decay, 0 <= decay <= 1, "in [0, 1]")
+    check_number("decay", decay, least=0, most=1)
     shadows, tensors = list(shadows), list(tensors)
     if not shadows:
         return
-    if len(shadows) == len(tensors) and all(s.dtype == t.dtype for s, t in zip(shadows, tensors, strict=True)):
+    pairs = zip(shadows, tensors, strict=True)
+    if len(shadows) == len(tensors) and all((s.dtype, s.device) == (t.dtype, t.device) for s, t in pairs):
         torch._foreach_lerp_(shadows, tensors, 1 - decay)
         return
     # lerp takes one dtype. Cast beside the shadows, since the difference is what must not be rounded to bfloat16.
-    wide = [tensor.to(shadow.dtype) for shadow, tensor in zip(shadows, tensors, strict=True)]
-    torch._foreach_lerp_(shadows, wide, 1 - decay)
+    for group in _groups(shadows, tensors):
+        wide = [tensor.to(shadow.device).to(shadow.dtype) for shadow, tensor in group]
+        torch._foreach_lerp_([shadow for shadow, _ in group], wide, 1 - decay)
+
+
+def _groups(shadows: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Pairs of up to ``_GROUP`` elements together: what is cast at a time, and not all weights at once."""
+    group: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for shadow, tensor in zip(shadows, tensors, strict=True):
+        pairs = [(shadow, tensor)]
+        if tensor.numel() > _GROUP:
+            rows = max(1, _GROUP * len(tensor) // tensor.numel())
+            pairs = list(zip(torch.split(shadow, rows), torch.split(tensor, rows), strict=True))
+        for pair in pairs:
+            if group and size + pair[1].numel() > _GROUP:
+                yield group
+                group, size = [], 0
+            group.append(pair)
+            size += pair[1].numel()
+    if group:
+        yield group
 
 
 class Shadows:
@@ -125,9 +153,7 @@ class Shadows:
         """What :func:`ema_update_` does, for tensors from ``sort``; they may be on another device."""
         for (_, piece), group in zip(self._pieces, tensors[:-1], strict=True):
             piece.lerp_(torch.cat(group).to(piece), 1 - decay)
-        alone = self._alone
-        current = zip(alone, tensors[-1], strict=True)
-        ema_update_(alone, [t if t.device == shadow.device else t.to(shadow.device) for shadow, t in current], decay)
+        ema_update_(self._alone, tensors[-1], decay)
 
 
 def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:
@@ -144,8 +170,8 @@ def half_life_decay(half_life: float, every_n_steps: int = 1) -> float:
         >>> half_life_decay(100, every_n_steps=100)
         0.5
     """
-    check("half_life", half_life, 0 < half_life < math.inf, "positive and finite")
-    _check_every(every_n_steps)
+    check_number("half_life", half_life, above=0, unit="steps")
+    check_count("every_n_steps", every_n_steps)
     return float(0.5 ** (every_n_steps / half_life))
 
 
@@ -165,11 +191,10 @@ def warmup_decay(update: int, decay: float, inv_gamma: float = 1.0, power: float
         >>> [round(warmup_decay(update, decay=0.999), 4) for update in (1, 2, 11, 1001)]
         [0.0, 0.37, 0.7978, 0.99]
     """
-    if update < 1:
-        raise ValueError(f"update={update!r} is not allowed: updates are counted from 1")
-    check("decay", decay, 0 <= decay <= 1, "in [0, 1]")
-    if inv_gamma <= 0 or power <= 0:
-        raise ValueError(f"inv_gamma={inv_gamma!r}, power={power!r}: both must be positive")
+    check_count("update", update, unit="updates are counted from 1")
+    check_number("decay", decay, least=0, most=1)
+    check_number("inv_gamma", inv_gamma, above=0)
+    check_number("power", power, above=0)
     return float(min(decay, 1 - (1 + (update - 1) / inv_gamma) ** -power))
 
 
@@ -189,7 +214,7 @@ def power_from_width(sigma_rel: float) -> float:
         >>> round(power_from_width(0.10), 6)
         6.937204
     """
-    check("sigma_rel", sigma_rel, 0 < sigma_rel < MAX_WIDTH, "in (0, 1 / sqrt(12) = 0.288675)")
+    check_number("sigma_rel", sigma_rel, above=0, below=MAX_WIDTH)
     inverse = sigma_rel**-2
     # Newton from the right: the polynomial is convex for x > 0 and sigma_rel < 1 / (gamma + 2), so that it falls
     # monotonically on the largest root.
@@ -209,7 +234,7 @@ def width_from_power(gamma: float) -> float:
         >>> round(width_from_power(6.937204), 6)
         0.1
     """
-    check("gamma", gamma, gamma > -1, "above -1")
+    check_number("gamma", gamma, above=-1)
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
@@ -218,7 +243,7 @@ def power_decay(step: int, gamma: float, every_n_steps: int = 1) -> float:
 
     Args:
         step: the optimizer step after which this is, counted from 1; up to ``every_n_steps`` it copies (decay 0).
-        gamma: of :func:`power_from_width`.
+        gamma: of :func:`power_from_width`, above -1.
         every_n_steps: steps since the update before.
 
     Raises:
@@ -228,9 +253,9 @@ def power_decay(step: int, gamma: float, every_n_steps: int = 1) -> float:
         >>> round(power_decay(10, gamma=6.937204), 6)
         0.433325
     """
-    _check_every(every_n_steps)
-    if step < 1:
-        raise ValueError(f"step={step!r} is not allowed: steps are counted from 1")
+    check_count("step", step, unit="steps are counted from 1")
+    check_number("gamma", gamma, above=-1)
+    check_count("every_n_steps", every_n_steps)
     return float(max(0.0, 1 - every_n_steps / step) ** (gamma + 1))
 
 
@@ -282,16 +307,18 @@ def posthoc_error(
 def _posthoc_arguments(
     steps: Sequence[float], sigma_rels: Sequence[float], sigma_rel: float, step: float | None
 ) -> tuple[list[float], float, float]:
-    if not steps or len(steps) != len(sigma_rels):
+    check_numbers("steps", steps, above=0)
+    check_numbers("sigma_rels", sigma_rels, above=0, below=MAX_WIDTH)
+    check_number("sigma_rel", sigma_rel, above=0, below=MAX_WIDTH)
+    check_number("step", step, above=0, optional=True)
+    if len(steps) != len(sigma_rels):
         raise ValueError(
-            f"sigma_rels: {len(sigma_rels)} widths for {len(steps)} stored averages; one for each is needed"
+            f"sigma_rels: {len(sigma_rels)} widths for {len(steps)} stored averages (steps); one for each is needed"
         )
-    if not all(0 < stored < math.inf for stored in steps):
-        raise ValueError(f"steps={list(steps)} is not allowed: each must be positive and finite")
     if len(set(zip(steps, sigma_rels, strict=True))) != len(steps):
         raise ValueError(f"steps={list(steps)}: an average of the same step and width is there twice")
     step = max(steps) if step is None else step
-    check("step", step, 0 < step <= max(steps), f"in (0, {max(steps)}], up to the last stored step")
+    check("step", step, step <= max(steps), f"in (0, {max(steps)}], up to the last stored step")
     return [power_from_width(stored) for stored in sigma_rels], power_from_width(sigma_rel), step
 
 
@@ -304,5 +331,11 @@ def _correlations(ta: Sequence[float], ga: Sequence[float], tb: Sequence[float],
     return scale * (time_a / time_b) ** exponent
 
 
-def _check_every(every_n_steps: int) -> None:
-    check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
+def _check_device(device: Any) -> None:
+    if device is None or isinstance(device, torch.device):
+        return
+    try:
+        known = isinstance(device, str) and torch.device(device) is not None
+    except RuntimeError:
+        known = False
+    check("device", device, known, "a torch.device, the name of one, such as 'cuda:0', or None")

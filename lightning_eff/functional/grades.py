@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check_choice, check_count, check_number
+from lightning_eff.arguments import check_choice, check_count, check_flag, check_number
 from lightning_eff.functional.gradients import (
     Sharding,
     as_real,
@@ -139,6 +139,7 @@ def grades_update(metric: Tensor, state: GradESState, *, armed: bool) -> Tensor:
     Returns:
         The metric over its threshold, of shape (units,): below 1 is converged; NaN without an observation or threshold.
     """
+    check_flag("armed", armed)
     state.to(metric.device)
     metric = metric.to(state.values.dtype)
     level, count = state["level"], state["count"]

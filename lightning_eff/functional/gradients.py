@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check, check_instance
 from lightning_eff.kernels import grad_norm
 from lightning_eff.kernels.tables import to_device
 from lightning_eff.kernels.tensor_stats import tensor_stats
@@ -31,6 +32,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """Dtype of statistics kept on ``device``: float64, or float32 where there is no float64 (MPS)."""
+    check_instance("device", device, torch.device, "a torch.device")
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -184,6 +186,7 @@ def sharding_of(parameter: Tensor) -> Sharding | None:
 def sum_over_ranks_(numbers: Tensor, sharding: Sharding | None) -> Tensor:
     """Add up in place what each rank has for its shards; collective for each dimension that is sharded."""
     if sharding is not None:
+        check("sharding", sharding, type(sharding) is tuple and len(sharding) == 2, "of `sharding_of`, or None")
         mesh, dims = sharding
         for dim in dims:
             torch.distributed.all_reduce(numbers, group=mesh.get_group(dim))
@@ -223,6 +226,7 @@ def sparse_gradients(module: nn.Module) -> dict[str, Tensor]:
         >>> list(sparse_gradients(nn.Sequential(nn.Embedding(3, 2, sparse=True), nn.Linear(2, 3))))
         ['0.weight']
     """
+    check_instance("module", module, nn.Module, "an nn.Module")
     return {
         f"{name}.weight" if name else "weight": part.weight
         for name, part in module.named_modules()

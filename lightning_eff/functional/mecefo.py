@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lightning_eff.arguments import check, check_count, check_globs
+from lightning_eff.arguments import check_count, check_counts, check_globs, check_instance, check_rank
 from lightning_eff.functional.mecefo_skipped import SkippedParameters
 from lightning_eff.structure.parts import BlockParts, find_block_parts
 
@@ -56,6 +56,7 @@ def divisors(owners: Sequence[int]) -> Divisors:
         >>> divisors([0, 1, 2, 2])  # replica 3 is dead, 2 is its neighbour
         Divisors(skipped=2, others=4)
     """
+    check_counts("owners", owners, least=0)
     shards = Counter(owners)
     return Divisors(sum(shards[owner] == 1 for owner in owners), len(owners))
 
@@ -69,7 +70,11 @@ def leading_right_singular_vectors(weight: Tensor, rank: int) -> Tensor:
 
     Returns:
         (in, rank), orthonormal columns, in the dtype of the weight.
+
+    Raises:
+        ValueError: ``rank`` is out of its range.
     """
+    check_count("rank", rank, most=min(weight.shape))
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     rows, columns = matrix.shape
     if columns <= rows:
@@ -122,13 +127,6 @@ class _LowRankLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None
 
 
-def check_rank(name: str, value: Any) -> None:
-    """The argument ``rank`` of `MeCeFO`."""
-    ok = isinstance(value, float) and 0 < value <= 1
-    ok = ok or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-    check(name, value, ok, "an integer of at least 1, or a fraction above 0 and at most 1")
-
-
 class MeCeFO:
     """A model's cheap passes.
 
@@ -163,10 +161,11 @@ class MeCeFO:
         attention: str | Sequence[str] | None = None,
         ffn: str | Sequence[str] | None = None,
     ) -> None:
+        check_instance("model", model, nn.Module, "an nn.Module")
         check_rank("rank", rank)
         check_count("every_n_steps", every_n_steps, unit="steps")
-        for name, globs in (("attention", attention), ("ffn", ffn)):
-            check_globs(name, [globs] if isinstance(globs, str) else globs)
+        check_globs("attention", attention, or_one=True)
+        check_globs("ffn", ffn, or_one=True)
         self.rank = rank
         self.every_n_steps = every_n_steps
         self.parts: list[BlockParts] = find_block_parts(model, attention, ffn)

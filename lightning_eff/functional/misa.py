@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check_choice, check_count, check_flag, check_number
+from lightning_eff.arguments import check_choice, check_count, check_counts, check_flag, check_instance, check_number
 
 Variant = Literal["paper", "official"]
 Sampling = Literal["importance", "uniform", "cyclic"]
@@ -45,6 +45,9 @@ def importance(previous: Tensor, measured: Tensor, *, beta: float, variant: Vari
         variant: see above.
         interval: k, the number of this interval, from 1; not used by ``"paper"``.
     """
+    check_number("beta", beta, least=0, below=1)
+    check_choice("variant", variant, Variant)
+    check_count("interval", interval)
     mixed = beta * previous + (1 - beta) * measured
     if variant == "official":
         mixed = mixed / (1 - beta**interval)
@@ -53,6 +56,7 @@ def importance(previous: Tensor, measured: Tensor, *, beta: float, variant: Vari
 
 def debiased(values: Tensor, turns: Tensor, beta: float) -> Tensor:
     """The paper's G without its bias towards 0: divided by 1 - beta^n after n turns; a constant x gives x at once."""
+    check_number("beta", beta, least=0, below=1)
     return values / (1 - beta ** turns.clamp(min=1).to(values.dtype))
 
 
@@ -66,6 +70,8 @@ def probabilities(values: Tensor, *, eta: float, variant: Variant) -> Tensor:
         >>> probabilities(torch.tensor([0.0, 1.0]), eta=1.0, variant="paper")
         tensor([0.2689, 0.7311])
     """
+    check_number("eta", eta, least=0)
+    check_choice("variant", variant, Variant)
     exponent = eta * values if variant == "paper" else (eta * values.square()).clamp(max=CLIP)
     return torch.softmax(exponent, dim=0)
 
@@ -121,7 +127,7 @@ class Sampler:
         total: number of elements that ``budget`` is a fraction of; None: the sum of ``sizes``.
 
     Raises:
-        ValueError: no module fits the budget.
+        ValueError: an argument of a wrong type or out of its range, or no module fits the budget.
 
     Attributes:
         importance: G, float64 tensor of shape (n,).
@@ -136,6 +142,9 @@ class Sampler:
     """
 
     def __init__(self, sizes: Sequence[int], config: SamplerConfig, total: int | None = None) -> None:
+        check_counts("sizes", sizes, least=0)
+        check_instance("config", config, SamplerConfig, "a SamplerConfig")
+        check_count("total", total, optional=True)
         self.sizes, self.config = list(sizes), config
         self.total = sum(sizes) if total is None else total
         count = len(self.sizes)
@@ -148,8 +157,8 @@ class Sampler:
         if not any(self.fits(size) for size in self.sizes):
             smallest = min(self.sizes, default=0)
             raise ValueError(
-                f"budget={config.budget!r} of {self.total:,} parameters is less than the smallest module, which has "
-                f"{smallest:,}: it must be at least {smallest / max(1, self.total):.3g}"
+                f"budget={config.budget!r} of {self.total:,} parameters in total is less than the smallest module, "
+                f"which has {smallest:,}: it must be at least {smallest / max(1, self.total):.3g}"
             )
 
     def fits(self, size: int) -> bool:

@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 
+_MOST_ITERATIONS = 1_000_000
+
+
 class SingularPair(NamedTuple):
     """A leading singular value with its vectors, as far as they are known; float32 (float64 for a float64 weight).
 
@@ -68,10 +71,10 @@ def leading_singular_pair(weight: Tensor, v: Tensor, iterations: int = 1) -> Sin
         weight: (out, in), floating. Two products with it are taken in its own dtype for each iteration; no copy is
             made of it.
         v: (in,), the vector to begin with, of any length but 0.
-        iterations: at least 1.
+        iterations: from 1 to 1,000,000.
 
     Raises:
-        ValueError: shapes that do not fit, or ``iterations`` below 1.
+        ValueError: shapes that do not fit, or ``iterations`` out of its range.
 
     Example:
         >>> pair = leading_singular_pair(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.ones(2), iterations=8)
@@ -80,7 +83,7 @@ def leading_singular_pair(weight: Tensor, v: Tensor, iterations: int = 1) -> Sin
     """
     if weight.ndim != 2 or v.shape != weight.shape[1:]:
         raise ValueError(f"weight of shape {tuple(weight.shape)} and v of shape {tuple(v.shape)} are not 2-d and (in,)")
-    check_count("iterations", iterations)
+    check_count("iterations", iterations, most=_MOST_ITERATIONS)
     exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
     v = _unit(v.to(exact), v)
     for _ in range(iterations):

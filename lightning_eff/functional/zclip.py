@@ -180,11 +180,12 @@ def zclip_update(norm: Tensor, state: ZClipState, *, on_nonfinite: float = 0.0) 
     Args:
         norm: 0-d tensor, the global L2 norm of a step's gradients.
         state: changed in place.
-        on_nonfinite: the coefficient for a non-finite norm.
+        on_nonfinite: the coefficient for a non-finite norm, >= 0.
 
     Returns:
         The coefficient, a 0-d tensor: 1 for a step that is not clipped. Shares memory with ``state.values``.
     """
+    check_number("on_nonfinite", on_nonfinite, least=0)
     state.to(norm.device)
     norm = norm.to(state.values.dtype)
     if state.since is None:

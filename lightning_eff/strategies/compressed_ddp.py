@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import atexit
 import inspect
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_eff import compression
 from lightning_eff.arguments import check, check_flag, check_number
@@ -23,6 +22,7 @@ from lightning_eff.compression.comm_hook import CompressedReduction, Traffic, ho
 from lightning_eff.compression.exchange import Memory
 from lightning_eff.compression.plan import bucket_cap_mb, in_memory_order
 from lightning_eff.structure import clean_named_parameters
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import TrainableChange
@@ -38,27 +38,14 @@ _ALLOWED = {
 } - {"self", "module", *_REFUSED}
 
 
-class CompressedDDPStrategy(DDPStrategy):
-    """DDP that averages gradients with a compressor, on gloo and on NCCL.
+if TYPE_CHECKING:
+    _Base = DDPStrategy
+else:
+    _Base = object
 
-    Everything else is as in Lightning's ``DDPStrategy``: clipping, ZClip and GradScalers see the reduced gradients,
-    and an accumulated gradient is compressed once, when it is complete.
 
-    Args:
-        compressor: what is sent; None for ``ArcTopK()``.
-        bucket_cap_mb: size of DDP's buckets in MiB; None chooses it from the model, such that communication begins
-            early and overlaps with the backward pass.
-        kwargs: of ``DDPStrategy`` and ``DistributedDataParallel``.
-
-    Raises:
-        ValueError: an argument out of its range or of neither of the two; a communication hook or model averaging
-            beside the compressor; ``find_unused_parameters`` with error feedback, since what is fed back to a parameter
-            that no rank has used would be lost.
-
-    Example:
-        >>> CompressedDDPStrategy(compressor=ArcTopK(ratio=0.1)).compressor.ratio
-        0.1
-    """
+class CompressedDDP(_Base):
+    """What :class:`CompressedDDPStrategy` does, to be put before the ``DDPStrategy`` of either name of Lightning."""
 
     def __init__(self, compressor: Compressor | None = None, bucket_cap_mb: float | None = None, **kwargs: Any) -> None:
         for name in _REFUSED:
@@ -214,6 +201,42 @@ class CompressedDDPStrategy(DDPStrategy):
         """What a memory can be used with."""
         return f"{type(self.compressor).__name__}(error_feedback={self.compressor.error_feedback!r})"
 
+    @classmethod
+    def by_string(
+        cls,
+        compressor: str,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"],
+        find_unused_parameters: bool = False,
+    ) -> Self:
+        """What a string stands for: a compressor with its defaults, but for error feedback with unused parameters."""
+        chosen: Compressor = getattr(compression, compressor)()
+        if find_unused_parameters and chosen.error_feedback != "none":
+            chosen = getattr(compression, compressor)(error_feedback="none")
+        return cls(chosen, start_method=start_method, find_unused_parameters=find_unused_parameters)
+
+
+class CompressedDDPStrategy(CompressedDDP, DDPStrategy):
+    """DDP that averages gradients with a compressor, on gloo and on NCCL.
+
+    Everything else is as in Lightning's ``DDPStrategy``: clipping, ZClip and GradScalers see the reduced gradients,
+    and an accumulated gradient is compressed once, when it is complete.
+
+    Args:
+        compressor: what is sent; None for ``ArcTopK()``.
+        bucket_cap_mb: size of DDP's buckets in MiB; None chooses it from the model, such that communication begins
+            early and overlaps with the backward pass.
+        kwargs: of ``DDPStrategy`` and ``DistributedDataParallel``.
+
+    Raises:
+        ValueError: an argument out of its range or of neither of the two; a communication hook or model averaging
+            beside the compressor; ``find_unused_parameters`` with error feedback, since what is fed back to a parameter
+            that no rank has used would be lost.
+
+    Example:
+        >>> CompressedDDPStrategy(compressor=ArcTopK(ratio=0.1)).compressor.ratio
+        0.1
+    """
+
 
 def _leave_group() -> None:
     """At the end of the process: gloo's threads must be joined before the libraries go, or it aborts now and then.
@@ -222,18 +245,6 @@ def _leave_group() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def build(
-    compressor: str,
-    start_method: Literal["popen", "spawn", "fork", "forkserver"],
-    find_unused_parameters: bool = False,
-) -> CompressedDDPStrategy:
-    """What a strategy string stands for: a compressor with its defaults, but for error feedback with unused ones."""
-    chosen: Compressor = getattr(compression, compressor)()
-    if find_unused_parameters and chosen.error_feedback != "none":
-        chosen = getattr(compression, compressor)(error_feedback="none")
-    return CompressedDDPStrategy(chosen, start_method=start_method, find_unused_parameters=find_unused_parameters)
 
 
 def _move(memory: Memory, device: torch.device) -> None:

@@ -4,7 +4,6 @@ from lightning_eff.structure.blocks import Block, Matrix, find_blocks
 from lightning_eff.structure.flops import backward_flops
 from lightning_eff.structure.matrices import coverage, describe_selection, select_matrices
 from lightning_eff.structure.parts import BlockParts, find_block_parts
-from lightning_eff.structure.select import listed, select
 from lightning_eff.structure.tree import clean_named_modules, clean_named_parameters
 
 __all__ = [
@@ -18,7 +17,5 @@ __all__ = [
     "describe_selection",
     "find_block_parts",
     "find_blocks",
-    "listed",
-    "select",
     "select_matrices",
 ]

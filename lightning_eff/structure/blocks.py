@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_eff.arguments import check_instance
 from lightning_eff.structure.roles import Role, roles_of
 from lightning_eff.structure.tree import children, join, unwrap, walk
 from lightning_eff.structure.weights import once, weights_of, with_adapters, without_tables
@@ -76,6 +77,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         layers.0.linear1.weight ffn
         layers.0.linear2.weight ffn
     """
+    check_instance("model", model, nn.Module, "an nn.Module")
     root = unwrap(model)
     families = _families("", root) or _stacks_of_one(root)
     order = {id(module): place for place, (_, module) in enumerate(walk("", root))}

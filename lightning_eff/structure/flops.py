@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_eff.arguments import check_instance
+
 _NO_PRODUCT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -25,6 +27,7 @@ def backward_flops(model: nn.Module) -> int:
         >>> backward_flops(model)
         0
     """
+    check_instance("model", model, nn.Module, "an nn.Module")
     total = 0
     trained_before = False
     for module in model.modules():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
+from lightning_eff.arguments import check, check_globs, check_instance
 from lightning_eff.structure.blocks import Matrix, find_blocks
 from lightning_eff.structure.select import listed, select
 from lightning_eff.structure.tree import clean_named_parameters, unwrap, walk
@@ -38,6 +40,9 @@ def select_matrices(
         >>> [matrix.name for matrix in select_matrices(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))]
         ['0.weight']
     """
+    check_instance("model", model, nn.Module, "an nn.Module")
+    check_globs("include", include, or_one=True)
+    check_globs("exclude", exclude, or_one=True)
     in_blocks = [matrix for block in find_blocks(model) for matrix in block.matrices]
     everything = _all_matrices(model, in_blocks)
     included = _by_default(model, in_blocks) if include is None else _matching(everything, include, "include")
@@ -58,6 +63,7 @@ def describe_selection(model: nn.Module, matrices: Collection[Matrix]) -> str:
         >>> describe_selection(model, select_matrices(model))
         '1 matrix, 67 % of the trained weights; outside: 2.weight'
     """
+    _check_selection(model, matrices)
     share, outside = coverage(model, matrices)
     count = f"{len(matrices)} matri{'x' if len(matrices) == 1 else 'ces'}"
     beside = f"; outside: {listed(outside, 5)}" if outside else ""
@@ -66,11 +72,18 @@ def describe_selection(model: nn.Module, matrices: Collection[Matrix]) -> str:
 
 def coverage(model: nn.Module, matrices: Collection[Matrix]) -> tuple[float, list[str]]:
     """The share of matrices in the trained weights of at least two dimensions, and the names of the others."""
+    _check_selection(model, matrices)
     chosen = {name for matrix in matrices for name in matrix.parameters}
     sizes = {n: p.numel() for n, p in clean_named_parameters(model).items() if p.requires_grad and p.ndim >= 2}
     total = sum(sizes.values())
     inside = sum(size for name, size in sizes.items() if name in chosen)
     return (inside / total if total else 0.0), [name for name in sizes if name not in chosen]
+
+
+def _check_selection(model: Any, matrices: Any) -> None:
+    check_instance("model", model, nn.Module, "an nn.Module")
+    ok = isinstance(matrices, Collection) and all(isinstance(each, Matrix) for each in matrices)
+    check("matrices", matrices, ok, "a list of Matrix, as from select_matrices")
 
 
 def _by_default(model: nn.Module, in_blocks: list[Matrix]) -> list[Matrix]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_eff.arguments import check_globs, check_instance
 from lightning_eff.structure.blocks import find_blocks
 from lightning_eff.structure.roles import Role
 from lightning_eff.structure.select import select
@@ -58,6 +59,9 @@ def find_block_parts(
         layers.0 ['layers.0.self_attn'] ['layers.0.linear1', 'layers.0.linear2']
         layers.1 ['layers.1.self_attn'] ['layers.1.linear1', 'layers.1.linear2']
     """
+    check_instance("model", model, nn.Module, "an nn.Module")
+    check_globs("attention", attention, or_one=True)
+    check_globs("ffn", ffn, or_one=True)
     modules = clean_named_modules(model)
     blocks = find_blocks(model)
     roles = {matrix.name: matrix.role for block in blocks for matrix in block.matrices}

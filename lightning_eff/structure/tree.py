@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_eff.arguments import check_instance
+
 
 def clean_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by clean name, in the order of ``model.named_parameters()``, tied ones once, under their first name.
@@ -23,6 +25,7 @@ def clean_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(clean_named_parameters(model))
         ['0.weight']
     """
+    check_instance("model", model, nn.Module, "an nn.Module")
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in walk("", unwrap(model)):
         for name, parameter in module._parameters.items():
@@ -39,6 +42,7 @@ def clean_named_modules(model: nn.Module) -> dict[str, nn.Module]:
         >>> list(clean_named_modules(nn.Sequential(torch.compile(nn.Linear(2, 2)))))
         ['', '0']
     """
+    check_instance("model", model, nn.Module, "an nn.Module")
     return dict(walk("", unwrap(model)))
 
 

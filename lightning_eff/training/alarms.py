@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightning.pytorch import Trainer
 
-from lightning_eff.arguments import check_count, check_number, check_text
+from lightning_eff.arguments import check_count, check_instance, check_number, check_text, check_trainer
 from lightning_eff.training.hooks import HearsAlarms, tell
 
 
@@ -50,5 +50,10 @@ def sound(trainer: Trainer, alarm: Alarm) -> bool:
 
     Returns:
         Whether anybody listens. If not, the monitor warns by itself.
+
+    Raises:
+        ValueError: ``trainer`` is no Trainer, or ``alarm`` no `Alarm`.
     """
+    check_trainer(trainer)
+    check_instance("alarm", alarm, Alarm, "an Alarm")
     return tell(trainer, HearsAlarms, alarm) > 0

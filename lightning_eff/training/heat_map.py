@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_eff.arguments import check, check_count
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.trainer import tensorboards
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class HeatMap:
         Returns:
             The PNG file on rank zero, None where none was written.
         """
-        if not self.steps or all(isinstance(logger, DummyLogger) for logger in trainer.loggers):
+        if not self.steps or all(is_a(logger, DummyLogger) for logger in trainer.loggers):
             return None  # a run without a logger, or a tuner's
         folder = trainer.log_dir  # a broadcast
         if not trainer.is_global_zero:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from lightning_eff.arguments import check_instance, check_trainer
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -48,6 +50,14 @@ class ReadsWeights(Protocol):
         Whoever writes them tells it, on every rank that does: averages that take the weights' place, a rollback, a
         heal (both by ``run_parts.load_training_state``). The old weights are still there when it is called.
         """
+
+
+@runtime_checkable
+class HearsOfTheEnd(Protocol):
+    """Is told when all replicas of ``ddp_ft`` have been asked to leave at once, so that the run would be lost."""
+
+    def on_all_leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, between two steps; on all replicas together, and their processes end behind it."""
 
 
 @runtime_checkable
@@ -128,6 +138,9 @@ class EqualReplicas(Protocol):
     def is_written(self, here: bool) -> bool:
         """Whether any living replica has written something; if not, who should have died over it. Collective."""
 
+    def leave(self, status: int = 0) -> None:
+        """Take this replica out of the run: some steps later its process ends with this status, and others go on."""
+
 
 @runtime_checkable
 class CompressesGradients(Protocol):
@@ -166,6 +179,8 @@ def all_with(trainer: Trainer, hook: type[_Hook]) -> Iterator[_Hook]:
         >>> list(all_with(trainer, HearsAlarms))
         []
     """
+    check_trainer(trainer)
+    check_instance("hook", hook, type, "a class of lightning_eff.training, such as HearsAlarms")
     # `lightning_module` and not the property of the Trainer: a strategy may have none yet.
     listeners = (trainer.strategy, *trainer.callbacks, trainer.strategy.lightning_module)  # type: ignore[attr-defined]
     return (listener for listener in listeners if isinstance(listener, hook))
@@ -177,6 +192,7 @@ def tell(trainer: Trainer, hook: type[Any], *args: Any) -> int:
     Returns:
         How many there are.
     """
+    check_instance("hook", hook, type, "a class of lightning_eff.training, such as HearsAlarms")
     (name,) = (name for name in vars(hook) if name.startswith(("on_", "before_")))
     listeners = list(all_with(trainer, hook))
     for listener in listeners:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -11,6 +12,28 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_eff.training.run_parts import is_last_batch
+
+
+def accumulators(trainer: Trainer) -> _ResultCollection:
+    """In which the loop of training adds up what ``self.log`` gets."""
+    return trainer.fit_loop.epoch_loop._results
+
+
+def set_accumulators(trainer: Trainer, results: _ResultCollection | None) -> None:
+    """Let it add up in these; None for new ones."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._results = type(loop._results)(training=True) if results is None else results
+
+
+@contextmanager
+def nothing_logged(trainer: Trainer) -> Iterator[None]:
+    """Around what is not to be logged."""
+    results = accumulators(trainer)
+    set_accumulators(trainer, None)
+    try:
+        yield
+    finally:
+        set_accumulators(trainer, results)
 
 
 def logged_values(results: _ResultCollection, module: nn.Module) -> dict[str, Any]:
@@ -48,7 +71,7 @@ def set_hook_in_hand(trainer: Trainer, name: str | None) -> None:
 
 def epoch_means(trainer: Trainer) -> dict[str, Any]:
     """Of what the present epoch has logged, for `set_epoch_means`."""
-    values = logged_values(trainer.fit_loop.epoch_loop._results, trainer.lightning_module)
+    values = logged_values(accumulators(trainer), trainer.lightning_module)
     return {"epoch": trainer.current_epoch, **values}
 
 
@@ -58,7 +81,7 @@ def set_epoch_means(trainer: Trainer, saved: dict[str, Any]) -> None:
     What the step in hand has shown stays, since loggers do not go back.
     """
     same_epoch = saved["epoch"] == trainer.current_epoch
-    for key, result in _numbers(trainer.fit_loop.epoch_loop._results):
+    for key, result in _numbers(accumulators(trainer)):
         if not result.meta.on_epoch:
             continue
         shown = result._forward_cache

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from lightning_eff.functional.gradients import is_dtensor
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.wrapping import Wrapper
 
 _ATTRIBUTE = "_lightning_eff_absent_states"
@@ -98,7 +98,7 @@ def allow_absent_states(strategy: Strategy) -> None:
     ``ModelParallelStrategy`` (FSDP2) needs it. There PyTorch fills up what is missing, on saving with a step of zero
     gradients where the optimizer has no state at all yet, on loading for every parameter that can be trained, or fails.
     """
-    if isinstance(strategy, ModelParallelStrategy) and not hasattr(strategy, _ATTRIBUTE):
+    if is_a(strategy, ModelParallelStrategy) and not hasattr(strategy, _ATTRIBUTE):
         setattr(strategy, _ATTRIBUTE, _AbsentStates(strategy))
 
 

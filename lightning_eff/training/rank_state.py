@@ -31,6 +31,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_eff.arguments import check, check_flag, check_text
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
 from lightning_eff.training.whole_files import Attempts, failure_of, whole_file
@@ -94,6 +96,12 @@ class RankState:
         recover: Callable[[dict[str, Any], str], dict[str, Any] | None] | None = None,
         replicated: bool = False,
     ) -> None:
+        check_text("name", name)
+        for argument, function in {"save": save, "load": load}.items():
+            check(argument, function, callable(function), "a function")
+        for argument, optional in {"saved": saved, "removed": removed, "recover": recover}.items():
+            check(argument, optional, optional is None or callable(optional), "a function, or None")
+        check_flag("replicated", replicated)
         self.name = name
         self.save = save
         self.load = load
@@ -202,7 +210,7 @@ class _RankFiles:
         keep, before = {identity}, self.latest.get(path, "")
         self.latest[path] = identity
         later = getattr(self.strategy, "saves_later", False)
-        if later or isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO):
+        if later or is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
             keep.add(before)  # the checkpoint on disk may still be the one before
         # Only when all ranks have come here is the checkpoint there, with the files of all.
         everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)

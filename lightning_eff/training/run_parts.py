@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 from torch import Tensor, nn
 
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import local, reshard
 from lightning_eff.training.hooks import HasRunState, ReadsWeights, tell
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.random_state import random_state, set_random_state
 from lightning_eff.training.trainable import set_trainable
 from lightning_eff.training.trainer import callbacks_of, gradient_scaler
@@ -291,7 +292,7 @@ def epochs_ended(trainer: Trainer) -> int:
 def _all_loops(loop: _Loop) -> list[_Loop]:
     found = [loop]
     for value in vars(loop).values():
-        if isinstance(value, _Loop):
+        if is_a(value, _Loop):
             found += _all_loops(value)
     return found
 
@@ -304,7 +305,7 @@ def _listeners(trainer: Trainer, on_their_own: tuple[type, ...]) -> Iterator[tup
     seen: Counter[str] = Counter()
     for callback in callbacks_of(trainer):
         key, seen[callback.state_key] = callback.state_key, seen[callback.state_key] + 1
-        if not isinstance(callback, on_their_own):
+        if not is_a(callback, *on_their_own):
             yield (key if seen[key] == 1 else f"{key} {seen[key]}"), callback
     for name, listener in (("strategy", trainer.strategy), ("module", trainer.lightning_module)):
         if isinstance(listener, HasRunState):
@@ -323,7 +324,6 @@ def _put_back(trainer: Trainer, listener: Any, state: dict[str, Any] | None, wit
     if isinstance(listener, HasRunState):
         listener.load_run_state(trainer, module, state, within_step=within_step)
         return
-    assert isinstance(listener, Callback)
     listener.load_state_dict(state)
     if begin:
         listener.on_train_start(trainer, module)

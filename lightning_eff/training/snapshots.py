@@ -16,13 +16,19 @@ from torch import Tensor
 
 Place = Literal["cpu", "disk", "model"]
 
+_PIECE = 1 << 26
+"""Bytes of memory that small tensors share: 64 MiB."""
+
 
 class SnapshotWindow:
     """The last snapshots of named tensors; real copies, never aliases.
 
     Taking one does not wait: copies from a GPU go into pinned memory behind the step that has made the weights, and
-    are waited for where the window is read. On disk a snapshot is a mapped file without a name, which the system
+    are waited for where the window is read. On disk a snapshot is mapped files without a name, which the system
     writes when it has time and frees when the process ends, however it ends. A full window writes into its oldest.
+
+    In host memory and on disk the tensors of a snapshot lie side by side in a few pieces: each of its own would be a
+    mapping of its own on disk, and pinned it would take up to twice its size.
 
     Args:
         length: snapshots that are kept, >= 1.
@@ -49,7 +55,6 @@ class SnapshotWindow:
         self._held: weakref.WeakSet[HeldWindow] = weakref.WeakSet()
         self._copied: Any = None  # a CUDA event behind the latest copies
 
-    @torch.no_grad()
     def take(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy the tensors, in place of the oldest snapshot if the window is full."""
         slot: dict[str, Tensor] = {}
@@ -59,18 +64,20 @@ class SnapshotWindow:
         elif self._spare:
             slot = self._spare.pop()
         used = [*self._snapshots, *(snapshot for held in self._held for snapshot in held.snapshots)]
-        with torch.inference_mode(False):
-            snapshot = {}
+        with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
+            memory = {}
             for name, tensor in tensors.items():
                 old = slot.get(name)
                 fits = old is not None and (old.shape, old.dtype) == (tensor.shape, tensor.dtype)
-                shared = fits and any(other.get(name) is old for other in used)  # see `add` and `hold`
-                new = old if fits and not shared and old is not None else self._allocate(tensor)
-                snapshot[name] = new.copy_(tensor, non_blocking=True)
+                if old is not None and fits and not any(other.get(name) is old for other in used):
+                    memory[name] = old  # nobody else has it, see `add` and `hold`
+            memory |= self._allocate({name: tensor for name, tensor in tensors.items() if name not in memory})
+            snapshot = {name: memory[name].copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
         self._snapshots.append(snapshot)
         self.steps.append(step)
-        if self.place != "model" and any(tensor.is_cuda for tensor in tensors.values()):
-            self._copied = torch.cuda.current_stream().record_event()
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        if self.place != "model" and device is not None:
+            self._copied = torch.cuda.current_stream(device).record_event()
 
     def read(self) -> list[dict[str, Tensor]]:
         """The snapshots, oldest first; not to be changed."""
@@ -83,7 +90,7 @@ class SnapshotWindow:
         """Give every snapshot a tensor that has not changed since the first of them, held once."""
         if self._snapshots:
             with torch.inference_mode(False), torch.no_grad():
-                copy = self._allocate(tensor).copy_(tensor)
+                copy = self._allocate({name: tensor})[name].copy_(tensor)
             for snapshot in self._snapshots:
                 snapshot[name] = copy
 
@@ -125,26 +132,51 @@ class SnapshotWindow:
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        self.read()  # an event cannot be pickled
-        return {**vars(self), "_held": (), "_spare": []}
+        memo: dict[int, Tensor] = {}  # what is held once stays so; and each view would be pickled with all of its piece
+        snapshots = [
+            {name: memo.setdefault(id(tensor), tensor.clone()) for name, tensor in snapshot.items()}
+            for snapshot in self.read()  # which waits: an event cannot be pickled
+        ]
+        return {**vars(self), "_snapshots": snapshots, "_held": (), "_spare": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _held=weakref.WeakSet())
 
-    def _allocate(self, tensor: Tensor) -> Tensor:
+    def _allocate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Memory for the values of each tensor; not written yet."""
         if self.place == "model":
-            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if self.place == "cpu" or tensor.numel() == 0:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            contiguous = torch.contiguous_format
+            return {name: torch.empty_like(tensor, memory_format=contiguous) for name, tensor in tensors.items()}
+        memory = {}
+        for names in _pieces(tensors):
+            first = tensors[names[0]]
+            counts = [tensors[name].numel() for name in names]
+            piece = self._piece(sum(counts), first.dtype, pinned=first.is_cuda)
+            for name, part in zip(names, torch.split(piece, counts), strict=True):
+                memory[name] = part.view(tensors[name].shape)
+        return memory
+
+    def _piece(self, numel: int, dtype: torch.dtype, pinned: bool) -> Tensor:
+        if self.place == "cpu" or numel == 0:
+            return torch.empty(numel, dtype=dtype, device="cpu", pin_memory=pinned)
         if self.folder is not None:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
         descriptor, path = tempfile.mkstemp(prefix=".snapshot-", dir=self.folder)
         os.close(descriptor)
         try:
-            mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            return torch.from_file(path, shared=True, size=numel, dtype=dtype)
         finally:
             os.unlink(path)  # the mapping holds on to the file, so that a killed process leaves none behind
-        return mapped.view(tensor.shape)
+
+    def bytes_of(self, tensors: Mapping[str, Tensor]) -> int:
+        """What one snapshot of such tensors takes in the window's place."""
+        if self.place == "model":
+            return sum(tensor.nbytes for tensor in tensors.values())
+        taken = 0
+        for names in _pieces(tensors):
+            size = sum(tensors[name].nbytes for name in names)
+            taken += _power_of_two(size) if self.place == "cpu" and tensors[names[0]].is_cuda else size
+        return taken
 
     def free_bytes(self, device: torch.device) -> int | None:
         """What is free in the window's place now; None where it cannot be known."""
@@ -176,6 +208,31 @@ class HeldWindow:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldWindow:
         return self
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names of the tensors that share a piece of memory: those of one dtype, as many as fill it.
+
+    The host allocator rounds each piece of pinned memory up to a power of two, so the largest tensors come first, and
+    smaller ones fill what they leave. One dtype, since ``torch.save`` refuses a memory that is viewed as two.
+    """
+    pieces: list[list[str]] = []
+    rooms: dict[tuple[torch.dtype, bool], dict[int, int]] = {}  # bytes that are left in the pieces
+    for name in sorted(tensors, key=lambda name: -tensors[name].nbytes):
+        tensor = tensors[name]
+        size, alike = tensor.nbytes, rooms.setdefault((tensor.dtype, tensor.is_cuda), {})
+        index = next((index for index, room in alike.items() if size <= room), None)
+        if index is None:
+            index = len(pieces)
+            pieces.append([])
+            alike[index] = max(_PIECE, _power_of_two(size))
+        alike[index] -= size
+        pieces[index].append(name)
+    return pieces
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _free_host_memory() -> int | None:

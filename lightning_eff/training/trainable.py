@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_eff.arguments import check, check_trainer
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.hooks import FollowsTrainable, tell
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.trainer import callbacks_of, ranks_agree
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
@@ -49,9 +50,10 @@ def check_trainable_support(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: for a strategy whose set of trainable parameters is fixed, with the reason.
     """
+    check_trainer(trainer)
     strategy = trainer.strategy
     # DeepSpeedStrategy is a DDPStrategy only by inheritance.
-    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):
+    if not is_a(strategy, *_SUPPORTED) or is_a(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"{type(strategy).__name__} does not support freezing and unfreezing parameters during a run, because it "
             "flattens or partitions them: use a single device, DDP or ModelParallelStrategy (FSDP2)"
@@ -61,7 +63,7 @@ def check_trainable_support(trainer: Trainer) -> None:
         raise MisconfigurationException(
             f"{type(strategy).__name__} does not support freezing and unfreezing parameters during a run: {reason}"
         )
-    if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+    if is_a(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
         raise MisconfigurationException(
             "DDPStrategy(static_graph=True) promises that the set of trained parameters never changes, and freezing "
             "and unfreezing parameters changes it: remove static_graph"
@@ -99,6 +101,8 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
             changed.
     """
     check_trainable_support(trainer)
+    ok = isinstance(trainable, Mapping) and all(isinstance(trained, bool) for trained in trainable.values())
+    check("trainable", trainable, ok, "a dictionary of names of parameters, and True or False for each")
     strategy, module = trainer.strategy, trainer.lightning_module
     reshard(module)  # after a validation FSDP2 may show its gathered parameters, where a change would be lost
     parameters = clean_named_parameters(module)
@@ -119,7 +123,7 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
         parameter.requires_grad_(wanted[name])
     for parameter in change.frozen.values():
         parameter.grad = None
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
+    if is_a(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         _wrap_anew(strategy)
     tell(trainer, FollowsTrainable, change)
     return change
@@ -142,7 +146,7 @@ def refuse_other_deciders(trainer: Trainer, callback: Callback) -> None:
         MisconfigurationException: it has ``changes_trainable``, or is Lightning's BaseFinetuning.
     """
     for other in callbacks_of(trainer):
-        decides = getattr(other, "changes_trainable", False) or isinstance(other, BaseFinetuning)
+        decides = getattr(other, "changes_trainable", False) or is_a(other, BaseFinetuning)
         if decides and other is not callback:
             raise MisconfigurationException(
                 f"{type(callback).__name__} and {type(other).__name__} would both decide which parameters are trained: "
@@ -155,7 +159,7 @@ def _check_names(parameters: Mapping[str, nn.Parameter], trainable: Mapping[str,
         if name not in parameters:
             close = ", ".join(get_close_matches(name, parameters)) or "; ".join(list(parameters)[:10])
             raise ValueError(
-                f"there is no parameter {name!r} (a tied one goes by its first name). Did you mean: {close}"
+                f"trainable: there is no parameter {name!r} (a tied one goes by its first name). Did you mean: {close}"
             )
         if trained and not (parameters[name].is_floating_point() or parameters[name].is_complex()):
             raise ValueError(f"parameter {name!r} of dtype {parameters[name].dtype} cannot have a gradient")

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_eff.functional.gradients import sparse_gradients
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ def sort_callbacks(trainer: Trainer) -> None:
     """Sort the callbacks by their ``order`` (see ``hooks.Order``); in ``setup``, as often as one likes."""
 
     def key(callback: Callback) -> tuple[bool, int]:
-        return isinstance(callback, Checkpoint), getattr(callback, "order", Order.USUAL)
+        return is_a(callback, Checkpoint), getattr(callback, "order", Order.USUAL)
 
     # A new list: the Trainer is iterating over the old one.
     trainer.callbacks = sorted(callbacks_of(trainer), key=key)  # type: ignore[attr-defined]
@@ -61,7 +61,7 @@ def tensorboards(trainer: Trainer) -> Iterator[Any]:
     """The ``SummaryWriter`` of each TensorBoard logger, on the rank that writes."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
+            if is_a(logger, TensorBoardLogger):
                 yield logger.experiment
 
 
@@ -115,7 +115,7 @@ def refuse_flattened(trainer: Trainer, who: str, why: str) -> None:
     Raises:
         MisconfigurationException: with the mend.
     """
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+    if is_a(trainer.strategy, FSDPStrategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"{who} does not support {type(trainer.strategy).__name__}, which {why}: use ModelParallelStrategy (FSDP2) "
             "in its place"

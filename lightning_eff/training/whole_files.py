@@ -18,6 +18,8 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_eff.training.namespaces import both
+
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
@@ -37,6 +39,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
     part = f"{path}.part"
     fs = get_filesystem(path)
     fs.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    if isinstance(fs, LocalFileSystem):
+        # Not written over: a process that was stopped in the midst of it goes on writing later, into what it has open.
+        with suppress(OSError):
+            os.unlink(part)
     try:
         yield part
         if isinstance(fs, LocalFileSystem):
@@ -65,7 +71,7 @@ def write_whole(
     Lightning writes to a temporary folder and moves the file, which is a copy where that is another file system.
     Plugins of other kinds (asynchronous, sharded) and remote file systems save as they do.
     """
-    if type(io) is not TorchCheckpointIO or not isinstance(get_filesystem(path), LocalFileSystem):
+    if type(io) not in both(TorchCheckpointIO) or not isinstance(get_filesystem(path), LocalFileSystem):
         if last_look is not None:
             last_look()
         io.save_checkpoint(checkpoint, path, storage_options=storage_options)

@@ -36,7 +36,7 @@ if "raises" in sys.argv:
     raise ValueError("a bug")
 if "progress" in sys.argv:
     with open(os.environ["LIGHTNING_EFF_PROGRESS"], "w") as file:
-        json.dump({"step": 57, "furthest": 57}, file)
+        json.dump({"step": 57, "furthest": 57, "left": "leaves" in sys.argv and me == "0.0"}, file)
 if "spawns" in sys.argv:  # in a session of its own
     subprocess.Popen(["sleep", "300"], start_new_session=True)
 print(f"hello from {me}")
@@ -279,6 +279,20 @@ def test_an_early_end_with_status_0_is_said(launch):
     run.tell("0.0")
     assert run.wait() == 0
     assert "[launch] replica 0 ended with exit status 0 after 57 steps, before the training was over" in run.text
+
+
+def test_who_leaves_is_not_started_again_and_the_others_go_on(launch):
+    """Whatever its exit status: 143 by default with Preemption."""
+    run = launch("--replicas", "2", script=("progress", "leaves"))
+    run.actor("0.0")
+    other = run.actor("1.0")
+    run.tell("0.0", 143)
+    eventually(lambda: "[launch] replica 0 has left the run after 57 steps, as it was told to" in run.text)
+    assert not Path(other["environ"]["LIGHTNING_EFF_FINISHED"]).exists()
+    assert not (run.folder / "0.1.json").exists()
+    run.tell("1.0")
+    assert run.wait() == 0
+    assert "restart 1" not in run.text
 
 
 @pytest.mark.parametrize(

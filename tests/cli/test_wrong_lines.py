@@ -6,10 +6,12 @@ import shlex
 import sys
 
 import pytest
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_eff.cli import main
 
-MODEL = "--seed_everything 1 --model lightning.pytorch.demos.boring_classes.BoringModel"
+# Imported above, for a guess knows the classes that there are: with the test of `BoringModl` alone there was none.
+MODEL = f"--seed_everything 1 --model {BoringModel.__module__}.BoringModel"
 MOST_LINES = 3  # with Lightning's "Seed set to 0", where a constructor refuses
 
 FILES = {

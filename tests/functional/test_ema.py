@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.operators import OperatorCounter
+from lightning_eff.functional import ema
 from lightning_eff.functional.averaging import weighted_average
 from lightning_eff.functional.ema import (
     Shadows,
@@ -51,6 +53,35 @@ def test_one_call_for_float32_and_no_sync():
         ema_update_(shadows, weights, decay=0.5)
     assert counter.operators == {"aten::_foreach_lerp_": 1}
     assert counter.host_syncs == 0
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["many", "one"])
+def test_weights_of_16_bits_are_cast_in_groups(small, monkeypatch):
+    """In place of float32 copies of all of them at once, which would be twice the weights."""
+    monkeypatch.setattr(ema, "_GROUP", 1000)
+    shapes = [(7, 30)] * 20 if small else [(140, 30), (), (1, 1700), (3,)]
+    weights = [torch.randn(shape).bfloat16() for shape in shapes]
+    shadows = float32_copies([torch.randn(shape) for shape in shapes])
+    whole = [torch.lerp(s, w.float(), 0.25) for s, w in zip(shadows, weights, strict=True)]
+    with _LargestCast() as largest:
+        ema_update_(shadows, weights, decay=0.75)
+    assert all(torch.equal(s, w) for s, w in zip(shadows, whole, strict=True))
+    assert largest.elements == (840 if small else 1700)  # four of 210, or a row that cannot be cut
+
+
+class _LargestCast(TorchDispatchMode):
+    """The most elements that one step of the averages has cast."""
+
+    elements = 0
+    _cast = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self._cast += result.numel()
+        if func is torch.ops.aten._foreach_lerp_.Scalar:
+            self.elements, self._cast = max(self.elements, self._cast), 0
+        return result
 
 
 def test_decay_0_copies_and_1_keeps_exactly():
@@ -168,22 +199,26 @@ def test_the_error_tells_good_material_from_poor():
     [
         (
             lambda: ema_update_([torch.ones(1)], [torch.ones(1)], 1.5),
-            r"decay=1.5 is not allowed: .* in \[0, 1\]",
+            "decay=1.5 is not allowed: it must be a number of at least 0 and at most 1",
         ),
+        (lambda: float32_copies([torch.ones(1)], "gpu"), "device='gpu' is not allowed: it must be a torch.device"),
         (lambda: ema_update_([torch.ones(1)], [torch.ones(1)], math.nan), "decay=nan"),
         (lambda: ema_update_([torch.ones(1)], [], 0.5), "shorter"),
         (lambda: half_life_decay(0), "half_life=0 is not allowed"),
         (lambda: half_life_decay(10, every_n_steps=0), "every_n_steps=0"),
         (lambda: warmup_decay(0, 0.9), "counted from 1"),
         (lambda: warmup_decay(1, 2.0), "decay=2.0"),
-        (lambda: warmup_decay(1, 0.9, power=0), "both must be positive"),
+        (lambda: warmup_decay(1, 0.9, power=0), "power=0 is not allowed: it must be a number above 0"),
         (lambda: power_from_width(0.3), "sigma_rel=0.3 is not allowed"),
         (lambda: power_from_width(0.0), "sigma_rel=0.0"),
         (lambda: width_from_power(-1), "gamma=-1"),
         (lambda: power_decay(0, 6.9), "step=0"),
-        (lambda: posthoc_weights([], [], 0.1), "0 widths for 0"),
+        (
+            lambda: posthoc_weights([], [], 0.1),
+            r"steps=\[\] is not allowed: .* above 0, at least one",
+        ),
         (lambda: posthoc_weights([1, 2], [0.1], 0.1), "1 widths for 2"),
-        (lambda: posthoc_weights([0], [0.1], 0.1), "must be positive"),
+        (lambda: posthoc_weights([0], [0.1], 0.1), r"steps=\[0\] is not allowed: .* above 0"),
         (lambda: posthoc_weights([1, 1], [0.1, 0.1], 0.1), "is there twice"),
         (lambda: posthoc_weights([100], [0.1], 0.1, step=200), "up to the last stored step"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -126,7 +127,10 @@ def test_a_neighbours_pass_is_the_reference(rank):
     """Attention: none. All else: the gradient behind detached attentions, low-rank in the feed-forward matrices."""
     model, tokens = gpt(), batch()
     mecefo = MeCeFO(model, rank=rank)
-    vectors = {name: leading_right_singular_vectors(layer.weight, rank) for name, layer in mecefo.linears.items()}
+    vectors = {
+        name: leading_right_singular_vectors(layer.weight, min(rank, *layer.weight.shape))
+        for name, layer in mecefo.linears.items()
+    }
     with mecefo.neighbour(0):
         loss = model.loss(tokens)
         loss.backward()
@@ -398,17 +402,24 @@ def test_activations_that_are_kept():
     mecefo = MeCeFO(model, rank=2)
 
     def kept() -> int:
-        held: dict[int, int] = {}
+        # The graph holds what the hook returns. A tensor saved by an operation that ends within the forward (the
+        # neighbour's detached branches) is gone by its end, and its memory may be another's: what lives is counted.
+        packed: weakref.WeakSet[Packed] = weakref.WeakSet()
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+        class Packed:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor = tensor
+                packed.add(self)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(Packed, lambda held: held.tensor):
             loss = model.loss(tokens)
+        storages = {
+            held.tensor.untyped_storage().data_ptr(): held.tensor.untyped_storage()
+            for held in packed
+            if not isinstance(held.tensor, nn.Parameter)
+        }
         loss.backward()
-        return sum(held.values())
+        return sum(storage.nbytes() for storage in storages.values())
 
     exact = kept()
     with mecefo.neighbour(0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def outcomes(target: Target, argument: str, folder: Path) -> Iterator[tuple[Any,
             outcome: Outcome = "accepted" if allowed is False else "fine"
         except (ValueError, TypeError, MisconfigurationException) as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
-            outcome = "named" if argument in str(error) else "unnamed"
+            outcome = "named" if re.search(rf"\b{argument}\b", str(error)) else "unnamed"
         except (FileNotFoundError, FileExistsError) as error:  # a path that is none: its text is the name
             said, outcome = str(error), "named" if allowed else "unnamed"
         except _HangError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 import typing
@@ -11,21 +12,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_eff
 from examples.gpt import GPT, GPTConfig
-from harness.runs import quiet_trainer
+from harness.runs import fit, quiet_trainer
 from lightning_eff.callbacks import Alarm
 from lightning_eff.functional.grades import GradESConfig, GradESState
 from lightning_eff.functional.misa import SamplerConfig
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState
 from lightning_eff.merging import Merger, open_source
 from lightning_eff.strategies import ArcTopK
+from lightning_eff.training import HearsAlarms
 
-ROOMS = ("callbacks", "strategies", "metrics", "structure", "compression", "merging")
+NO_ROOMS = ("kernels",)
+"""Whose exports are the house's own: no page of the reference has them."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,10 @@ def targets() -> Iterator[Target]:
 
 
 def _exported() -> Iterator[tuple[Any, list[str]]]:
-    for room in ROOMS:
-        module = import_module(f"lightning_eff.{room}")
-        yield module, list(module.__all__)
+    for found in pkgutil.iter_modules(lightning_eff.__path__):
+        if found.ispkg and found.name not in NO_ROOMS:
+            module = import_module(f"lightning_eff.{found.name}")
+            yield module, list(getattr(module, "__all__", ()))
     # `functional` is public by its modules.
     folder = Path(lightning_eff.__file__).with_name("functional")
     for found in pkgutil.iter_modules([str(folder)]):
@@ -75,7 +81,7 @@ def _is_no_door(found: Any) -> bool:
 
 def _target(name: str, call: Callable[..., Any]) -> Target:
     function = call.__init__ if inspect.isclass(call) else call  # type: ignore[misc]
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, localns={"Trainer": L.Trainer})
     parameters = [
         each
         for each in inspect.signature(call).parameters.values()
@@ -92,6 +98,7 @@ def _target(name: str, call: Callable[..., Any]) -> Target:
 # Made by the suite, read by users.
 RECORDS = (
     *("AllGather", "AllReduce", "AllToAll", "Alarm", "Block", "BlockParts", "Bucket", "Divisors", "Exchange"),
+    *("Order", "TrainableChange"),
     *("CollapseState", "GradESState", "Matrix", "Prediction", "SkippedParameters", "ZClipState"),
 )
 
@@ -112,6 +119,11 @@ def given(name: str, folder: Path) -> dict[str, Any]:
     return {key: value(folder) if inspect.isfunction(value) else value for key, value in made.items()}
 
 
+@functools.cache
+def _trained() -> L.Trainer:
+    return fit(BoringModel(), max_steps=1)
+
+
 def _score(weights: Any) -> float:
     return float(sum(abs(weight) for weight in weights))
 
@@ -122,6 +134,7 @@ def _grades(folder: Path) -> GradESState:
 
 _GIVEN: dict[str, dict[str, Any]] = {
     "CompressedDDPStrategy": {"compressor": lambda folder: ArcTopK()},
+    "FaultInjector": {"fault": "raise", "step": 0},
     "FaultTolerantDDPStrategy": {"max_replicas": 2, "replica": 0, "lighthouse": "127.0.0.1:29510"},
     "GradESConfig": {"tau": 0.5},
     "MatrixMetric": {"units": [{"w": nn.Parameter(torch.ones(2, 2))}], "metric": "grad"},
@@ -130,17 +143,19 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "Sampler": {"sizes": [4, 4, 8], "config": SamplerConfig(budget=0.5)},
     "Shadows": {"tensors": [torch.ones(2)]},
     "ShardedLoader": {"loader": lambda folder: DataLoader(range(8), batch_size=2), "shards": 2},  # type: ignore[arg-type]
-    "check_rank": {"name": "rank", "value": 1},
     "coverage": {"model": lambda folder: _model(), "matrices": []},
     "describe_selection": {"model": lambda folder: _model(), "matrices": []},
-    "listed": {"names": ["one"]},
-    "select": {"candidates": ["one"], "patterns": ["o*"], "argument": "include"},
     "sound": {"trainer": lambda folder: quiet_trainer(accelerator="cpu"), "alarm": Alarm("fuzz", 0, "none")},
     "sparse_gradients": {"module": lambda folder: _model()},
     "sum_over_ranks_": {"numbers": torch.ones(2), "sharding": None},
     "all_gather_bytes": {"payload": 8.0, "world_size": 2},
     "all_reduce_bytes": {"payload": 8.0, "world_size": 2},
     "all_to_all_bytes": {"payload": 8.0, "world_size": 2},
+    "RankState": {"name": "fuzz", "save": dict, "load": print},
+    "all_with": {"trainer": lambda folder: _trained(), "hook": HearsAlarms},
+    "check_trainable_support": {"trainer": lambda folder: _trained()},
+    "set_trainable": {"trainer": lambda folder: _trained(), "trainable": {"layer.bias": True}},
+    "tell": {"trainer": lambda folder: _trained(), "hook": HearsAlarms},
     "alignment": {"x": torch.ones(3, 4), "v": torch.ones(4)},
     "backward_flops": {"model": lambda folder: _model()},
     "clean_named_modules": {"model": lambda folder: _model()},

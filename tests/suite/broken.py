@@ -226,6 +226,12 @@ class LogsNothing(Probe):
         pass
 
 
+class KnowsOneName(Probe):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if isinstance(trainer.strategy, L.pytorch.strategies.Strategy):
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+
 class HidesTheValue(Probe):
     def __init__(self, slope: float = 0.01) -> None:
         if slope < 0:

@@ -8,6 +8,7 @@ Some samples are outliers, so that gradients spike.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
 
 BATCH = 8
 STEPS = 10  # of a full run
@@ -81,8 +85,8 @@ def _stream() -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-class _Fed(L.LightningModule):
-    """Takes its samples from the stream."""
+class _Fed:
+    """Takes its samples from the stream. A base for a LightningModule of either name of Lightning."""
 
     validation_loaders = 1
 
@@ -99,7 +103,11 @@ class _Fed(L.LightningModule):
         start = self.skip_steps * BATCH + self.trainer.fit_loop.epoch_loop.total_batch_idx * size
         mine = slice(start + rank * size // ranks, start + (rank + 1) * size // ranks)
         indices = torch.arange(mine.start, mine.stop) % len(self.inputs)
-        return self.inputs[indices], self.targets[indices]
+        return self.placed(indices)
+
+    def placed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples, where the weights are."""
+        return self.inputs[indices].to(self.device), self.targets[indices].to(self.device)
 
     def train_dataloader(self) -> Any:
         return Indices(6 * self.micro_batches)  # a run does not end with an epoch
@@ -114,13 +122,13 @@ class _Fed(L.LightningModule):
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val_loss", self._error(self.inputs[:4], self.targets[:4]), sync_dist=True)
+        self.log("val_loss", self._error(*self.placed(torch.arange(4))), sync_dist=True)
 
     def _error(self, inputs: Tensor, targets: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-class Net(_Fed):
+class _Net(_Fed):
     """Two transformer blocks, automatic optimization."""
 
     optimizer_count = 1
@@ -156,7 +164,7 @@ class Net(_Fed):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-class Gan(_Fed):
+class _Gan(_Fed):
     """A generator and a discriminator: manual optimization with two optimizers."""
 
     optimizer_count = 2
@@ -193,4 +201,70 @@ class Gan(_Fed):
         return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (self.generator, self.discriminator)], []
 
 
-MODELS = {"net": Net, "gan": Gan}
+class Net(_Net, L.LightningModule):
+    pass
+
+
+class Gan(_Gan, L.LightningModule):
+    pass
+
+
+class Backbone(Net):
+    """The blocks are a backbone, which Lightning's BackboneFinetuning freezes and unfreezes."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.blocks
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+class Replicated(Net):
+    """Shards itself into two replicas of two shards: HSDP."""
+
+    def configure_model(self) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        for module in (self.blocks[0], self.blocks[2], self.head):
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
+
+
+class Drawn(Net):
+    """Takes its samples from a shuffled DataLoader, noise and dropout added."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{"dropout": 0.3, **arguments})
+        self.seen: list[list[float]] = []
+
+    def train_dataloader(self) -> Any:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return DataLoader(Draws(6 * BATCH), batch_size=BATCH // ranks, shuffle=True)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> STEP_OUTPUT:
+        self.seen.append(batch.flatten().tolist())
+        indices, noise = batch[:, 0].long(), batch[:, 1, None, None]
+        return self._error(self.inputs[indices] + 0.1 * noise, self.targets[indices])
+
+
+class Draws(Dataset[Tensor]):
+    """Numbers of samples, each with a random number."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.stack([torch.tensor(float(index)), torch.rand(())])
+
+
+MODELS = {"net": Net, "backbone": Backbone, "replicated": Replicated, "drawn": Drawn, "gan": Gan}
+
+
+def under(package: str, name: str) -> Any:
+    """The model's class, a LightningModule of that name of Lightning."""
+    if package == "lightning.pytorch":
+        return MODELS[name]
+    return type(name, ({"net": _Net, "gan": _Gan}[name], import_module(package).LightningModule), {})

@@ -49,6 +49,8 @@ class Probe(L.Callback):
         if len(self.steps) != len(trainer.optimizers):
             self.steps = [torch.zeros(()) for _ in trainer.optimizers]
             self.norms = [torch.zeros(()) for _ in trainer.optimizers]
+        device = trainer.strategy.root_device
+        self.steps, self.norms = ([value.to(device) for value in values] for values in (self.steps, self.norms))
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:

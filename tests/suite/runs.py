@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from harness.pool import Pool
 from harness.runs import quiet_trainer
 from lightning_eff.structure import clean_named_parameters
-from tests.suite.models import MODELS, STEPS, Gan, Net
+from tests.suite.device import accelerator, generator_state
+from tests.suite.models import STEPS, Gan, Net, under
 from tests.suite.table import SINGLE, Row, Strategy
 
 
@@ -86,7 +88,7 @@ def fit(
     """Train with the row's callback (or with `callback`, or without one) for `steps` batches that step."""
     if callback is None and row is not None:
         callback = row.build()
-    module = MODELS[model](**(model_arguments or {}))
+    module = under(strategy.package, model)(**(model_arguments or {}))
     trainer = build_trainer(folder, strategy, [callback] if callback else [], around, module, steps, trainer_arguments)
     trainer.fit(module, data, ckpt_path=resume)
     return Run(trainer, module, callback)
@@ -103,7 +105,7 @@ def build_trainer(
 ) -> L.Trainer:
     """A quiet Trainer. Validation runs every third batch, where the arguments do not say otherwise."""
     defaults = {
-        "accelerator": "cpu",
+        "accelerator": accelerator(),
         "strategy": strategy.build(module.optimizer_count),
         "devices": strategy.ranks,
         "max_steps": steps * module.optimizer_count,
@@ -111,7 +113,8 @@ def build_trainer(
         "log_every_n_steps": 2,
         "default_root_dir": folder,
     }
-    return quiet_trainer(*callbacks, *around, **(defaults | arguments))
+    trainer = import_module(strategy.package).Trainer
+    return quiet_trainer(*callbacks, *around, trainer=trainer, **(defaults | arguments))
 
 
 def assert_equal(weights: dict[str, Tensor], others: dict[str, Tensor]) -> None:
@@ -137,7 +140,7 @@ def differences(one: Any, other: Any, where: str = "", rtol: float = 0.0, atol: 
         one, other = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
     if isinstance(one, Tensor):
         try:
-            torch.testing.assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
+            torch.testing.assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True, check_device=False)
         except AssertionError as error:
             return [f"{where}: {' '.join(str(error).split())}"]
         return []
@@ -147,8 +150,12 @@ def differences(one: Any, other: Any, where: str = "", rtol: float = 0.0, atol: 
 def random_states() -> dict[str, Any]:
     """The user's random number generators."""
     kind, keys, *rest = numpy.random.get_state()
-    return {"torch": torch.get_rng_state(), "numpy": [kind, torch.tensor(keys.astype("int64")), *rest],
-            "random": list(random.getstate()[1])}  # fmt: skip
+    return {
+        "torch": torch.get_rng_state(),
+        "dropout": generator_state(),
+        "numpy": [kind, torch.tensor(keys.astype("int64")), *rest],
+        "random": list(random.getstate()[1]),
+    }
 
 
 @dataclass
@@ -171,17 +178,17 @@ def expect(kind: type[BaseException], reason: str) -> Iterator[Caught]:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters, under names without wrappers, with sharded ones put together."""
+    """Copies of the parameters on the CPU, under names without wrappers, with sharded ones put together."""
     return full(clean_named_parameters(module))
 
 
 def full(value: Any) -> Any:
-    """Detached copies, with sharded tensors put together."""
+    """Detached copies on the CPU, with sharded tensors put together."""
     if isinstance(value, dict):
         return {key: full(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(full(entry) for entry in value)
     if isinstance(value, Tensor):
         value = value.detach()
-        return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+        return (value.full_tensor() if hasattr(value, "full_tensor") else value).to("cpu", copy=True)
     return value

@@ -17,8 +17,12 @@ from lightning_eff.callbacks import (
     MISA,
     CheckpointAveraging,
     CompressionMonitor,
+    ExactResume,
+    FaultInjector,
     GradES,
+    GradientStats,
     Preemption,
+    RunHealth,
     SpectralAlignmentMonitor,
     TensorBoardLayout,
     TrainingGuard,
@@ -39,6 +43,9 @@ class Strategy:
 
     lossy: bool = False
     """Gradients are compressed: the ranks still agree, but on something else than one device would do."""
+
+    package: str = "lightning.pytorch"
+    """Or `pytorch_lightning`: whose Trainer, module and strategy they are."""
 
 
 def _single(optimizers: int) -> str:
@@ -155,6 +162,10 @@ _MISA_WAITS = (
 _SPECTRAL_TAGS = tuple(
     f"spectral_alignment/{name}" for name in ("worst_majority", "worst_layer", "collapsed_layers", "armed_layers")
 )
+
+_GRADIENT_NUMBERS = ("norm", "max_abs", "zeros", "nonfinite")
+_GRADIENT_TAGS = tuple(f"gradients/{name}" for name in _GRADIENT_NUMBERS)
+_HEALTH_TAGS = tuple(f"run_health/{name}" for name in ("step_seconds", "data", "waiting", "spread"))
 
 ROWS = (
     Row(
@@ -448,6 +459,7 @@ ROWS = (
         refused_models={"gan": "belong to 2 optimizers"},
         exceptions={"waits_for_nothing": _MISA_WAITS, "a_snapshot_waits_for_nothing": _MISA_COPIES},
     ),
+    Row(ExactResume, changes_training=False, bad_arguments=({"iterable": "sometimes"},)),
     Row(
         Preemption,
         {"signals": ["SIGUSR2"], "every_n_steps": 2},
@@ -463,6 +475,62 @@ ROWS = (
             {"emergency": "yes"},
             {"poll_seconds": 0.0},
             {"timeout": -1.0},
+        ),
+    ),
+    Row(
+        RunHealth,
+        {"every_n_steps": 1, "weights_every_n_steps": 2, "gc_every_n_steps": 3},
+        changes_training=False,
+        tags=_HEALTH_TAGS,
+        tags_two_optimizers=_HEALTH_TAGS,
+        bad_arguments=(
+            {"every_n_steps": 0},
+            {"slow": 0.0},
+            {"patience": 0},
+            {"hang_seconds": -1.0},
+            {"hang_factor": 1.0},
+            {"first_seconds": 0.0},
+            {"action": "panic"},
+            {"exit_code": 0},
+            {"folder": ""},
+            {"weights_every_n_steps": 0},
+            {"gc_every_n_steps": 0},
+            {"log_details": "yes"},
+        ),
+    ),
+    Row(
+        FaultInjector,
+        {"fault": "corrupt", "step": 1000},
+        changes_training=False,
+        bad_arguments=(
+            {"fault": "explode"},
+            {"step": -1},
+            {"rank": -1},
+            {"hook": "on_lunch"},
+            {"slowdown": 0.0},
+            {"seconds": 0.0},
+            {"parameter": ""},
+        ),
+    ),
+    Row(
+        GradientStats,
+        {"every_n_steps": 2},
+        changes_training=False,
+        tags=(
+            *_GRADIENT_TAGS,
+            *(f"gradients/{role}/{name}" for role in ("attention", "ffn", "other") for name in _GRADIENT_NUMBERS),
+        ),
+        tags_two_optimizers=tuple(
+            f"gradients/{index}{group}/{name}"
+            for index in (0, 1)
+            for group in ("", "/other")
+            for name in _GRADIENT_NUMBERS
+        ),
+        bad_arguments=(
+            {"every_n_steps": 0},
+            {"include": "*weight"},
+            {"exclude": []},
+            {"log_details": 1},
         ),
     ),
 )

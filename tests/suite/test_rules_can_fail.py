@@ -59,6 +59,7 @@ CASES = [
     ("logs_to_tensorboard", _row(broken.LogsNothing), r"\['probe/norm'\] missing"),
     ("logs_to_tensorboard", _row(broken.LogsMore), r"\['probe/more'\] are logged and not in the row"),
     ("logs_to_any_logger", _row(broken.LogsNothing), r"\['probe/norm'\] missing"),
+    ("does_the_same_under_pytorch_lightning", _row(broken.KnowsOneName), "rank 0: .*parameters"),
     ("refuses_bad_arguments", _row(bad_arguments=({"slope": 3.0},)), "slope=3.0 was accepted"),
     ("refuses_bad_arguments", _row(broken.HidesTheValue), "does not give the value"),
     ("refuses_conflicts", _row(conflicts=(({"accumulate_grad_batches": 2}, "?"),)), "was accepted"),

@@ -16,6 +16,17 @@ def test_a_failure_leaves_the_file_of_before_and_nothing_beside(tmp_path):
     assert [found.name for found in path.parent.iterdir()] == ["state"]
 
 
+def test_who_slept_while_it_wrote_does_not_write_into_what_another_has_written(tmp_path):
+    path = tmp_path / "state"
+    sleeper = open(f"{path}.part", "w")  # noqa: SIM115
+    sleeper.write("half of it")
+    with whole_file(path) as part, open(part, "w") as file:
+        file.write("whole")
+    with sleeper:
+        sleeper.write(", and the rest, which is longer")
+    assert path.read_text() == "whole"
+
+
 def test_remote_file_systems_too(tmp_path):
     with whole_file("memory://whole/state") as part:
         import fsspec

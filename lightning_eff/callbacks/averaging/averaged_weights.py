@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -23,6 +22,7 @@ from lightning_eff.callbacks.averaging.restored import in_parts, of_files
 from lightning_eff.callbacks.averaging.stand_in import StandIn
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
 from lightning_eff.training.dtensor import local
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import TrainableChange
@@ -116,7 +116,7 @@ class AveragedWeights(Callback):
                 "set validate_with='both' or 'current' for the others"
             )
         if stage == "fit":
-            self._files.replicated = not isinstance(trainer.strategy, ModelParallelStrategy)
+            self._files.replicated = not is_a(trainer.strategy, ModelParallelStrategy)
             self._files.attach(trainer.strategy)
             self._beside.attach(trainer)
         self._evaluations.attach(trainer, stage)

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
+
+from lightning_eff.training.namespaces import MisconfigurationException
 
 
 def statistics(module: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_eff.callbacks.averaging.files import (
+    KEY as AVERAGE,
+)
+from lightning_eff.callbacks.averaging.files import (
+    as_saved,
     averaged_paths,
     averaged_state,
     link_averaged,
@@ -19,6 +23,7 @@ from lightning_eff.callbacks.averaging.files import (
     write_averaged,
 )
 from lightning_eff.callbacks.averaging.stand_in import StandIn
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.rank_state import KEY
 from lightning_eff.training.trainer import callbacks_of
 from lightning_eff.training.whole_files import Attempts
@@ -45,11 +50,12 @@ class BesideCheckpoints:
         self._attempts = Attempts(
             f"{name!r}, the averaged weights beside a checkpoint,", "what was written before stays"
         )
-        self._links: list[Wrapper] = []
+        self._wrappers: list[Wrapper] = []
 
     def attach(self, trainer: Trainer) -> None:
-        """Follow the links to checkpoints that ``ModelCheckpoint(save_last="link")`` makes."""
+        """Follow the links to checkpoints that ``ModelCheckpoint(save_last="link")`` makes, and what a fit loads."""
         self.detach()
+        self._wrappers.append(Wrapper(trainer.strategy, "load_checkpoint", _refuse_average))
 
         def link(make: Callable[..., None], trainer: Trainer, filepath: str, linkpath: str) -> None:
             if self.save != "none" and trainer.is_global_zero and filepath != linkpath:
@@ -58,14 +64,14 @@ class BesideCheckpoints:
             make(trainer, filepath, linkpath)  # and then waits for rank zero
 
         for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
-                self._links.append(Wrapper(callback, "_link_checkpoint", link))
+            if is_a(callback, ModelCheckpoint) and callback.save_last == "link":
+                self._wrappers.append(Wrapper(callback, "_link_checkpoint", link))
 
     def detach(self) -> None:
         """Leave them."""
-        for wrapper in self._links:
+        for wrapper in self._wrappers:
             wrapper.remove()
-        self._links = []
+        self._wrappers = []
 
     def write(self, trainer: Trainer, checkpoint: dict[str, Any], path: str, step: int) -> None:
         """Write the averages beside a checkpoint after ``step`` updates. Collective."""
@@ -88,6 +94,7 @@ class BesideCheckpoints:
                 safe, lightning = averaged_paths(path, name)
                 paths = (safe if self.save != "ckpt" else None, lightning if self.save != "safetensors" else None)
                 of = checkpoint.get(KEY, {}).get("id", "")
+                state = as_saved(checkpoint.get("state_dict") or {}, module, state)
                 about = {"version": 1, "step": step, **average.about(label), "of": of}
                 self._attempts(partial(write_averaged, checkpoint, state, paths, about))
 
@@ -111,4 +118,17 @@ class BesideCheckpoints:
         return [f"{self.name}-{label}" if label else self.name for label in self.stand_in.average.saved_labels]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_links": []}
+        return {**vars(self), "_wrappers": []}
+
+
+def _refuse_average(load: Callable[..., dict[str, Any]], path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Lightning would say that the checkpoint was saved with ``save_weights_only``."""
+    checkpoint = load(path, *args, **kwargs)
+    if AVERAGE in checkpoint:
+        about = checkpoint[AVERAGE]
+        raise MisconfigurationException(
+            f"{path} holds the weights averaged until update {about['step']}, from which no training can go on: resume "
+            "from the checkpoint that it lies beside, whose name has no average's in front. To begin another training "
+            "with these weights, load them by load_from_checkpoint"
+        )
+    return checkpoint

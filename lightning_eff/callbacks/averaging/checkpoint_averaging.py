@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
@@ -13,6 +12,7 @@ from lightning_eff.callbacks.averaging.beside_checkpoints import Save
 from lightning_eff.callbacks.averaging.evaluations import ValidateWith
 from lightning_eff.callbacks.averaging.window_average import WindowAverage, WindowScheme
 from lightning_eff.functional.averaging import Curve
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.snapshots import Place, SnapshotWindow
 
 
@@ -140,7 +140,7 @@ class CheckpointAveraging(AveragedWeights):
         self.window.folder = self.folder or trainer.default_root_dir
         super().on_train_start(trainer, pl_module)
         tensors = self._tensors.of(pl_module)
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = self.window.bytes_of(tensors)
         missing = self.window.length - len(self.window.steps) + 1  # the one more is that of an evaluation
         # The ranks of this machine share its memory, and not a device's.
         sharing = 1 if self.window.place == "model" else max(1, trainer.num_devices)

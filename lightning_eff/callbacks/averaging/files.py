@@ -66,21 +66,42 @@ def averaged_state(module: nn.Module, averages: Mapping[int, Tensor], keep: bool
     return state if keep else {}
 
 
+def as_saved(saved: Mapping[str, Any], module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Averaged weights as the module saves its own: ``on_save_checkpoint`` may leave some out, or rename them.
+
+    Args:
+        saved: the checkpoint's ``state_dict``, of the module's own tensors.
+        module: whose they are.
+        state: the averaged ones, by the names of the module's ``state_dict``.
+
+    Returns:
+        Those that the checkpoint has, under its names; all, if it has none that can be recognised.
+    """
+    own = module.state_dict(keep_vars=True)
+    by_place = {_place(own[name]): tensor for name, tensor in state.items()}
+    kept = {
+        name: state[name] if name in state else by_place[_place(tensor)]
+        for name, tensor in saved.items()
+        if isinstance(tensor, Tensor) and (name in state or _place(tensor) in by_place)
+    }
+    return kept or state
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.device
+
+
 def write_averaged(
     checkpoint: Mapping[str, Any], state: dict[str, Tensor], paths: tuple[str | None, str | None], about: dict[str, Any]
 ) -> None:
     """Write the safetensors file and the Lightning checkpoint; each appears only when it is complete.
 
     Args:
-        checkpoint: the one that they lie beside: its hyperparameters, epoch and step, and which tensors it has, for a
-            module may leave some out.
+        checkpoint: the one that they lie beside: its hyperparameters, epoch and step.
         state: the averaged weights.
         paths: of the safetensors file and of the checkpoint, None for none.
         about: what the average is; plain Python values.
     """
-    named = checkpoint.get("state_dict") or {}
-    if any(name in state for name in named):
-        state = {name: tensor for name, tensor in state.items() if name in named}
     for path, write in zip(paths, (_write_safetensors, _write_checkpoint), strict=True):
         if path is not None:
             with whole_file(path) as part:

@@ -13,26 +13,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from typing_extensions import override
 
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.trainer import callbacks_of
 from lightning_eff.training.wrapping import Wrapper
-
-
-class _SideLoop(_EvaluationLoop):
-    """Runs on the data of another loop."""
-
-    def __init__(self, beside: _EvaluationLoop) -> None:
-        super().__init__(
-            beside.trainer, beside._trainer_fn, beside._stage, verbose=False, inference_mode=beside.inference_mode
-        )
-        self._data_source = beside._data_source
-        self._combined_loader = beside._combined_loader
-        self._max_batches = beside._max_batches
-
-    @override
-    def setup_data(self) -> None:
-        pass
 
 
 @contextmanager
@@ -63,9 +47,9 @@ def _evaluate(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor]:
     before = {name: getattr(connector, name) for name in names}
     callbacks = callbacks_of(trainer)
     # A progress bar stays, deaf: another thread draws it, and looks for it among the Trainer's callbacks.
-    bars: list[Callback] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    bars: list[Callback] = [callback for callback in callbacks if is_a(callback, ProgressBar)]
     generators = {generator: generator.get_state() for generator in _generators(loop)}
-    side = _SideLoop(loop)
+    side = _side_loop(loop)
     try:
         connector.reset_metrics()
         connector._first_loop_iter = None
@@ -89,6 +73,18 @@ def _evaluate(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor]:
             setattr(connector, name, value)
         for generator, state in generators.items():
             generator.set_state(state)
+
+
+def _side_loop(beside: _EvaluationLoop) -> _EvaluationLoop:
+    """One of the same class, which runs on the data of another."""
+    loop = type(beside)(
+        beside.trainer, beside._trainer_fn, beside._stage, verbose=False, inference_mode=beside.inference_mode
+    )
+    loop._data_source = beside._data_source
+    loop._combined_loader = beside._combined_loader
+    loop._max_batches = beside._max_batches
+    loop.setup_data = _ignore  # type: ignore[method-assign]
+    return loop
 
 
 def _generators(loop: _EvaluationLoop) -> set[torch.Generator]:

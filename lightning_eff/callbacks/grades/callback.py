@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -17,6 +16,7 @@ from lightning_eff.callbacks.grades.progress import fraction_done
 from lightning_eff.callbacks.grades.watch import Unfreeze, charts
 from lightning_eff.functional.grades import GradESConfig, Metric, TauMode
 from lightning_eff.training.host_copy import HostCopy
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.optimizer_state import allow_absent_states, check_release_support
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.state_version import check_version
@@ -163,7 +163,7 @@ class GradES(Callback):
         check_trainable_support(trainer)
         refuse_other_deciders(trainer, self)
         allow_absent_states(trainer.strategy)
-        if not isinstance(trainer.strategy, ModelParallelStrategy) or self.metric == "grad":
+        if not is_a(trainer.strategy, ModelParallelStrategy) or self.metric == "grad":
             self._rank_state = None
             return
         if self._rank_state is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_eff.structure import clean_named_parameters, find_blocks, select_matrices
 from lightning_eff.structure.select import listed, select
 from lightning_eff.training.dtensor import reshard
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.trainer import refuse_sparse_gradients
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from lightning_eff.functional.grades import (
 )
 from lightning_eff.training.heat_map import HeatMap
 from lightning_eff.training.host_copy import HostCopy
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.trainer import loss_of
 
 Unfreeze = Literal["loss", "neighbours"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -37,7 +38,7 @@ class MISA(Callback):
 
     **A new head, embeddings, norms and biases are not trained unless you say so**, with ``always`` or ``include``.
 
-    Runs in: ``on_before_optimizer_step``; ``on_train_start`` and, at an interval's end, ``on_train_batch_end``.
+    Runs in: ``on_before_backward``, ``on_before_optimizer_step``; ``on_train_start``; ``on_train_batch_end``.
     Reads: the gradients of the sampled matrices, once a step.
     Changes: which parameters are trained; at an interval's end the optimizer state, and weights by the momentum step.
     Collectives: FSDP2 one small all-reduce a step; at an interval's end one broadcast and those of ``set_trainable``.
@@ -46,6 +47,7 @@ class MISA(Callback):
 
     Args:
         budget: the sampled matrices together have at most this fraction of all parameters of the module, in (0, 1].
+            None for 0.03, or in a small model, of which one matrix is more, for as much as the largest of them is.
         every_n_steps: optimizer steps between two samples, >= 1; a step that was skipped is none.
         eta: how strongly importance decides, >= 0; 0 is uniform. In units of 1 / importance, so that its scale depends
             on the model's gradients and on ``variant``: ``misa/effective`` shows what it does, and a warning says when
@@ -58,8 +60,8 @@ class MISA(Callback):
             elements, p ~ exp(eta G). ``"official"``: the released code's, a mean of gradient norms whose correction of
             bias compounds, p ~ exp(min(5, eta G^2)).
         units: so many matrices or layers at a time in place of ``budget``, >= 1.
-        include: globs on names of the matrices to sample; None: those inside the model's repeated blocks. Embeddings
-            and heads by their names.
+        include: globs on names of the matrices to sample; None: those inside the model's repeated blocks, or all
+            hidden ones where there are none or these are less than half. Embeddings and heads by their names.
         exclude: globs of what not to sample.
         always: globs on names of parameters that are trained all the time, beside the budget: norms, biases, a head.
         sample_last: how many of those that have waited longest come first in a sample by importance, >= 0.
@@ -97,7 +99,7 @@ class MISA(Callback):
 
     def __init__(
         self,
-        budget: float = 0.03,
+        budget: float | None = None,
         every_n_steps: int = 50,
         eta: float = 1.0,
         beta: float = 0.8,
@@ -116,7 +118,11 @@ class MISA(Callback):
         log_details: bool = False,
         heat_map: bool = False,
     ) -> None:
-        self.config = SamplerConfig(budget, units, eta, beta, sampling, variant, sample_last, debias, seed)
+        self.fixed_budget = budget is not None
+        self.config = SamplerConfig(
+            SamplerConfig.budget if budget is None else budget,
+            *(units, eta, beta, sampling, variant, sample_last, debias, seed),
+        )
         check_count("every_n_steps", every_n_steps)
         check_choice("granularity", granularity, Granularity)
         check_count("first_every_n_steps", first_every_n_steps, optional=True)
@@ -179,6 +185,11 @@ class MISA(Callback):
             fit.apply()  # a second fit goes on
             return
         fit.begin()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._fit is not None and not loss.requires_grad:
+            self._fit.pass_over(loss)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -19,9 +19,10 @@ from lightning_eff.functional.momentum_tail import has_momentum_tail, momentum_t
 from lightning_eff.structure.select import listed
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.heat_map import HeatMap, Scale
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.optimizer_state import check_release_support, release_state, state_bytes
 from lightning_eff.training.trainable import set_trainable, trainable_by_name
-from lightning_eff.training.trainer import applied_scale
+from lightning_eff.training.trainer import applied_scale, is_alone
 
 if TYPE_CHECKING:
     from lightning_eff.callbacks.misa.callback import MISA
@@ -59,8 +60,11 @@ class Intervals:
 
     def _new(self) -> None:
         """As before the first sample."""
+        config, largest = self.settings.config, max(self.units.sizes) / self.units.total
+        if not self.settings.fixed_budget and config.budget < largest:
+            config = replace(config, budget=min(1.0, largest * (1 + 1e-9)))  # whatever the division has rounded
         try:
-            self.sampler = Sampler(self.units.sizes, self.settings.config, self.units.total)
+            self.sampler = Sampler(self.units.sizes, config, self.units.total)
         except ValueError as error:
             raise MisconfigurationException(f"MISA: {error}") from error
         self.active: list[int] = []
@@ -69,7 +73,7 @@ class Intervals:
         """The update that ends the interval."""
         self.measured = StepMeans(0)  # of each active unit, over the interval
         self.maps = {name: HeatMap(self.units.names) for name in MAPS if self.settings.heat_map}
-        self._advised = False
+        self._advised = self._told_unused = False
 
     def begin(self) -> None:
         """A new run begins."""
@@ -79,12 +83,14 @@ class Intervals:
         units, sampler = self.units, self.sampler
         if never := [name for name, size in zip(units.names, units.sizes, strict=True) if not sampler.fits(size)]:
             rank_zero_warn(
-                f"MISA(budget={self.settings.config.budget}) has no room for {len(never)} of {len(units.names)}, which "
+                f"MISA(budget={sampler.config.budget}) has no room for {len(never)} of {len(units.names)}, which "
                 f"are never trained: {listed(never, limit=10)}. Raise it, or exclude them"
             )
+        of = "" if units.names == units.matrices else f"{len(units.names)} units of "
+        budget = "" if sampler.config.units else f" within {sampler.config.budget:.3g} of all parameters"
         rank_zero_info(
-            f"MISA samples from {len(units.names)} units with {sum(units.sizes):,} of {units.total:,} parameters, "
-            f"{len(self.active)} at first; {len(units.always)} tensors are always trained and {len(units.never)} never"
+            f"MISA samples from {of}{units.selection}. {len(self.active)} at first{budget}; {len(units.always)} "
+            f"tensors are always trained and {len(units.never)} never"
         )
 
     # --- a step -----------------------------------------------------------------------------------------------------
@@ -100,6 +106,22 @@ class Intervals:
         if scale is not None:
             squares = squares / scale.to(squares).square()
         self.measured.add(squares.sqrt() if self.settings.config.variant == "official" else squares)
+
+    def pass_over(self, loss: Tensor) -> None:
+        """The loss comes from none of what is trained now: matrices that the model has and does not use.
+
+        The step changes nothing, and on one device others have their turn at its end.
+        """
+        loss.requires_grad_()  # else its backward pass is an error
+        if is_alone(self.trainer.strategy):
+            self.due = 0
+        if not self._told_unused:
+            self._told_unused = True
+            names = listed([self.units.names[index] for index in self.active], limit=5)
+            rank_zero_warn(
+                f"MISA: the loss does not depend on what was sampled: {names}. Such steps change nothing; leave what "
+                "the model does not use out with exclude=[...], or train something at all times with always=[...]"
+            )
 
     def end_step(self) -> None:
         """End the interval, if it is due."""

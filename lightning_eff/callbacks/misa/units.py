@@ -6,14 +6,14 @@ from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_eff.structure import Matrix, clean_named_parameters, select_matrices
+from lightning_eff.structure import Matrix, clean_named_parameters, describe_selection, select_matrices
 from lightning_eff.structure.select import listed, select
 from lightning_eff.training.dtensor import reshard
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.trainer import refuse_sparse_gradients
 
 Granularity = Literal["module", "layer"]
@@ -76,6 +76,9 @@ class ModuleUnits:
         refuse_sparse_gradients(module, sampled, "MISA")
         self.units = _grouped(matrices, granularity, trained - self.always, self.parameters)
         """Name of each unit -> the names of its parameters."""
+        self.matrices = [matrix.name for matrix in matrices]
+        self.selection = describe_selection(module, matrices)
+        """What is sampled and what is not, in words."""
         (self.optimizer,) = numbers
         """The number of the optimizer that steps the units."""
         mine = {name for name in trained if owners[id(self.parameters[name])] == self.optimizer}

@@ -7,9 +7,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.timer import Timer
@@ -24,6 +23,7 @@ from lightning_eff.callbacks.preemption.emergency import StepWatch, save_alone
 from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
 from lightning_eff.training.wrapping import Wrapper
 
@@ -60,7 +60,7 @@ class Preemption(Callback):
     Changes: nothing, until it ends the run.
     Collectives: an all-reduce of 24 bytes every ``every_n_steps`` batches, on a gloo group of its own; saving.
     Host syncs: none.
-    Strategies: all; under ``ddp_ft`` a replica leaves the others, who go on, and saves nothing.
+    Strategies: all; under ``ddp_ft`` a replica leaves the others, who go on, and saves only if all leave at once.
 
     Args:
         signals: names of signals that end the run; None for ``["SIGTERM"]``.
@@ -72,7 +72,8 @@ class Preemption(Callback):
         every_n_steps: batches, of training or validation, between two all-reduces, >= 1. A notice is acted on after at
             most twice as many. One rank alone acts at once.
         exit_code: of the process, in [0, 255]. 143 is what a process has that SIGTERM ended; torchrun and Kubernetes
-            take all but 0 for a failure. None ends no process: ``fit`` returns, after a validation if one is due.
+            take all but 0 for a failure. None ends no process: ``fit`` returns, after a validation if one is due. Not
+            under ``ddp_ft``, where the others would wait for it.
         requeue: ``"auto"``: in a job of Slurm rank zero calls ``scontrol requeue``. ``"never"`` leaves it.
         emergency: when a rank fails by an exception, it saves ``last-emergency.ckpt``, the state before the step in
             flight, without asking the others, who may stand in a collective. One device and DDP. An exception within
@@ -82,8 +83,8 @@ class Preemption(Callback):
 
     Raises:
         ValueError: an argument out of its range.
-        MisconfigurationException: in ``setup``, for two of these callbacks, and for ``emergency`` with a strategy whose
-            state no rank has alone.
+        MisconfigurationException: in ``setup``, for two of these callbacks, for ``emergency`` with a strategy whose
+            state no rank has alone, and for ``exit_code=None`` under ``ddp_ft``.
 
     Example:
         >>> import lightning as L
@@ -138,11 +139,16 @@ class Preemption(Callback):
             return
         if sum(isinstance(callback, Preemption) for callback in callbacks_of(trainer)) > 1:
             raise MisconfigurationException("two Preemption callbacks would both end the run: keep one")
-        alone = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)
-        if self.emergency and (not alone or isinstance(trainer.strategy, DeepSpeedStrategy)):
+        alone = is_a(trainer.strategy, SingleDeviceStrategy, DDPStrategy)
+        if self.emergency and (not alone or is_a(trainer.strategy, DeepSpeedStrategy)):
             raise MisconfigurationException(
                 f"Preemption(emergency=True) does not support {type(trainer.strategy).__name__}, under which no rank "
                 "has the whole state: set emergency=False"
+            )
+        if self.exit_code is None and replicas_are_equal(trainer.strategy):
+            raise MisconfigurationException(
+                "Preemption(exit_code=None) lets `fit` return, and under ddp_ft the other replicas would wait for this "
+                "one: a replica leaves them by ending its process. Give an exit_code"
             )
         sort_callbacks(trainer)
         self._detach()
@@ -168,7 +174,7 @@ class Preemption(Callback):
                 # A broadcast and a host sync in every batch, for what is done here.
                 Wrapper(loop, "_broadcast_sigterm_tensor", lambda inner: None),
             ]
-            savers = [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+            savers = [callback for callback in callbacks_of(trainer) if is_a(callback, ModelCheckpoint)]
             self._savers = [Wrapper(callback, "on_exception", self._on_exception_of_checkpoint) for callback in savers]
         self._notices.handle_signals()  # Lightning has set its own behind `setup` and `on_fit_start`
 
@@ -186,7 +192,10 @@ class Preemption(Callback):
     def _after_batch(self, trainer: Trainer, inner: Callable[..., Any], fetcher: Any) -> None:
         """Behind all hooks of a batch, before the validation that may be due."""
         loop = trainer.fit_loop.epoch_loop
-        if not self._agreed(trainer) or loop._should_accumulate() or not self.exits(trainer):
+        if replicas_are_equal(trainer.strategy):
+            self._take_leave(trainer)
+            inner(fetcher)
+        elif not self._agreed(trainer) or loop._should_accumulate() or not self.exits(trainer):
             inner(fetcher)
         elif loop._should_check_val_fx(fetcher):
             self._leave(trainer, validation_pending=True)
@@ -210,7 +219,9 @@ class Preemption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._wrappers and self._agreed(trainer) and self.exits(trainer):
+        if self._wrappers and replicas_are_equal(trainer.strategy):
+            self._take_leave(trainer)
+        elif self._wrappers and self._agreed(trainer) and self.exits(trainer):
             if trainer.sanity_checking:
                 self._end(trainer, "the state is that of the start, and nothing is saved")
             self._leave(trainer, validation_pending=True)
@@ -223,11 +234,24 @@ class Preemption(Callback):
             self._reason = reason or "a notice on another rank"
         return self._reason is not None
 
-    def _leave(self, trainer: Trainer, validation_pending: bool = False) -> None:
+    def _take_leave(self, trainer: Trainer) -> None:
+        """Of the other replicas, which have the state: some steps later the strategy ends this process."""
+        if not self._ended and self._agreed(trainer):
+            self._ended = True
+            rank_zero_info(f"Preemption: this replica leaves because of {self._reason}; the others go on")
+            trainer.strategy.leave(self.exit_code)  # type: ignore[attr-defined]
+
+    def on_all_leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save: no replica goes on."""
+        self._reason = self._reason or "a notice"
+        self._announce(trainer, self._save(trainer))
+
+    def _leave(self, trainer: Trainer, validation_pending: bool = False) -> NoReturn:
         """Save, and end the process."""
-        if replicas_are_equal(trainer.strategy):
-            trainer.strategy.leave()  # type: ignore[attr-defined]
-            self._end(trainer, "the other replicas go on")
+        self._end(trainer, self._save(trainer, validation_pending))
+
+    def _save(self, trainer: Trainer, validation_pending: bool = False) -> str:
+        """What was done, in words."""
         began = time.monotonic()
         self.saved = path = self._path(trainer, FILE)
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
@@ -239,14 +263,17 @@ class Preemption(Callback):
             trainer.save_checkpoint(path)
         finally:
             progress.load_state_dict(before)
-        self._end(trainer, f"its state is saved in {path}, in {time.monotonic() - began:.1f} s")
+        return f"its state is saved in {path}, in {time.monotonic() - began:.1f} s"
 
-    def _end(self, trainer: Trainer, what: str) -> None:
+    def _end(self, trainer: Trainer, what: str) -> NoReturn:
+        self._announce(trainer, what)
+        raise Preempted(self.exit_code)
+
+    def _announce(self, trainer: Trainer, what: str) -> None:
         rank_zero_info(f"Preemption: the run ends at step {trainer.global_step} because of {self._reason}; {what}")
         self._ended = True
         if trainer.is_global_zero and self.requeue == "auto" and (job := _slurm_job()) is not None:
             _requeue(job)
-        raise Preempted(self.exit_code)
 
     def _path(self, trainer: Trainer, file: str) -> str:
         if file == FILE and _slurm_job() is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]

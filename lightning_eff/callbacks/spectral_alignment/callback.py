@@ -6,11 +6,10 @@ import sys
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_debug
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -28,6 +27,7 @@ from lightning_eff.functional.spectral_alignment import (
 from lightning_eff.structure.select import listed
 from lightning_eff.training.alarms import Alarm, sound
 from lightning_eff.training.heat_map import HeatMap
+from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, refuse_flattened
 
@@ -179,7 +179,7 @@ class SpectralAlignmentMonitor(Callback):
         refuse_flattened(
             trainer, type(self).__name__, "flattens or partitions the weights that the inputs are compared with"
         )
-        if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
+        if is_a(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
             raise MisconfigurationException(
                 f"SpectralAlignmentMonitor does not support tensor_parallel_size={strategy._tensor_parallel_size}: a "
                 "weight stays sharded in its forward pass, where each product would need a collective. Use FSDP2 alone"
@@ -189,7 +189,7 @@ class SpectralAlignmentMonitor(Callback):
                 "SpectralAlignmentMonitor(action='rollback') needs a TrainingGuard(action='rollback') among the "
                 "callbacks, which keeps the snapshots: add one, or choose action='warn' or 'stop'"
             )
-        if not is_overridden("configure_model", pl_module):  # else there may be no layer yet
+        if not overrides(pl_module, "configure_model"):  # else there may be no layer yet
             self._find_layers(pl_module)
 
     @override
@@ -244,7 +244,7 @@ class SpectralAlignmentMonitor(Callback):
         self._alarmed = alarmed
         if self.action != "log" and bool(begins):
             self._sound(trainer, pl_module, collapsed, float(share))
-        if self._observations == TELL_AFTER:
+        if self._observations == max(TELL_AFTER, self.config.look_back):
             self._tell_if_unarmed()
 
     def _sound(self, trainer: Trainer, pl_module: LightningModule, collapsed: Tensor, share: float) -> None:
@@ -266,7 +266,7 @@ class SpectralAlignmentMonitor(Callback):
         """Say once why there could be no alarm."""
         if self._told or bool(self._state.armed.any()):
             return
-        self._told = True
+        self._told, tell = True, rank_zero_warn
         if not self._called:
             why = "none of their forward passes was called (a weight that is used directly, or a scripted module?)"
         elif not bool(self._state.observations.any()):
@@ -274,9 +274,9 @@ class SpectralAlignmentMonitor(Callback):
             why = f"no singular vector had converged to {limit}: raise power_iterations or lower every_n_steps"
         else:
             why = why_unarmed(self._state)
-        rank_zero_warn(
-            f"SpectralAlignmentMonitor: of {len(self.layers)} layers none was ever armed, so no alarm: {why}"
-        )
+            if self._observations < self.config.look_back:  # the run was short, with which nothing is wrong
+                tell = rank_zero_debug if self.action == "log" else rank_zero_info
+        tell(f"SpectralAlignmentMonitor: of {len(self.layers)} layers none was ever armed, so no alarm: {why}")
 
     def _detach(self) -> None:
         if self._probe is not None:
@@ -291,7 +291,7 @@ class SpectralAlignmentMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observations < TELL_AFTER and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._observations < max(TELL_AFTER, self.config.look_back) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._tell_if_unarmed()
         if self._map is not None:
             self._map.publish(

@@ -6,7 +6,6 @@ import logging
 import os
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
@@ -25,9 +24,10 @@ from lightning_eff.callbacks.training_guard.listener import AlarmListener
 from lightning_eff.callbacks.training_guard.rate_factor import RateFactor
 from lightning_eff.callbacks.training_guard.rollback import capture, check_optimizers, check_rollback_support, restore
 from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLoss, NonFiniteLoss
-from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
+from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots
 from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.snapshots import Place
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks
@@ -261,7 +261,7 @@ class TrainingGuard(Callback):
         state = capture(trainer)
         if self._snapshots.steps and not self._told:  # the optimizer has its state now
             self._told = True
-            self._check_memory(trainer, tensor_bytes(state))
+            self._check_memory(trainer, self._snapshots.bytes_of(state))
         self._snapshots.take(self._step, state)
         self._due = (self._step // self.every_n_steps + 1) * self.every_n_steps
 

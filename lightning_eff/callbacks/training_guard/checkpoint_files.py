@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.trainer import callbacks_of
 
 
@@ -63,4 +64,4 @@ def forget_undone_checkpoints(trainer: Trainer, ranked: list[list[str]], step: i
 
 
 def _callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in callbacks_of(trainer) if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in callbacks_of(trainer) if is_a(callback, ModelCheckpoint)]

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_eff.callbacks.training_guard.checkpoint_files import ranked_checkpoints
@@ -29,6 +27,7 @@ from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshot
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.hooks import HasRunState
 from lightning_eff.training.logged import epoch_means, set_epoch_means
+from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.random_state import draw_anew
 from lightning_eff.training.run_parts import (
     catch_up_with_epochs,
@@ -51,7 +50,7 @@ def check_rollback_support(trainer: Trainer, pl_module: LightningModule) -> None
         MisconfigurationException: for a strategy or a callback whose state is out of sight, with the mend.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, DeepSpeedStrategy):
+    if not is_a(strategy, *_SUPPORTED) or is_a(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"{type(strategy).__name__} does not support a rollback, because it flattens, partitions or shares the "
             "training state out of a callback's sight: use a single device, DDP or ModelParallelStrategy (FSDP2), or "
@@ -63,12 +62,12 @@ def check_rollback_support(trainer: Trainer, pl_module: LightningModule) -> None
             f"{type(strategy).__name__} does not support a rollback: {reason}. Use action='stop'"
         )
     for callback in callbacks_of(trainer):
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        if is_a(callback, WeightAveraging, StochasticWeightAveraging):
             raise MisconfigurationException(
                 f"{type(callback).__name__} keeps an average that cannot be put back in the middle of a fit: use "
                 "lightning_eff's EMA or CheckpointAveraging in its place, or action='stop'"
             )
-    if is_overridden("on_save_checkpoint", pl_module) and not isinstance(pl_module, HasRunState):
+    if overrides(pl_module, "on_save_checkpoint") and not isinstance(pl_module, HasRunState):
         rank_zero_warn(
             f"what {type(pl_module).__name__}.on_save_checkpoint saves is not put back in a rollback: give the module "
             "the methods run_state() and load_run_state(trainer, pl_module, state, *, within_step)"
@@ -125,7 +124,7 @@ def restore(trainer: Trainer, snapshot: RunSnapshot, *, number: int | None) -> N
 
 def _wanted(trainer: Trainer, snapshot: RunSnapshot) -> dict[str, bool]:
     """Which parameters are to be trained; none is named that is unfrozen epoch by epoch, for epochs do not go back."""
-    if any(isinstance(callback, BaseFinetuning) for callback in callbacks_of(trainer)):
+    if any(is_a(callback, BaseFinetuning) for callback in callbacks_of(trainer)):
         return {}
     counts = zip(trainer.optimizers, snapshot.tree["groups"], strict=True)
     added = {id(p) for optimizer, count in counts for group in optimizer.param_groups[count:] for p in group["params"]}

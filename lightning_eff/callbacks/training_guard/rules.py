@@ -20,13 +20,13 @@ from math import inf, isfinite
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_eff.arguments import check_count, check_number
 from lightning_eff.training.hooks import CountsSpikes, all_with
+from lightning_eff.training.namespaces import MisconfigurationException
 
 
 class AlarmRule:

@@ -83,8 +83,7 @@ class RunSnapshots:
 
     def take(self, step: int, state: Any) -> None:
         """Keep a state, in place of the oldest one if the window is full."""
-        tensors: dict[str, Tensor] = {}
-        tree = _map(state, lambda tensor, name: _note(tensor, name, tensors), "", Tensor)
+        tensors, tree = _taken_apart(state)
         self.window.take(step, tensors)
         self._trees[step] = tree
         self._trees = {step: self._trees[step] for step in self.steps}
@@ -92,6 +91,10 @@ class RunSnapshots:
     def read(self, step: int) -> RunSnapshot:
         """The state of a step that is kept; waits until it is there."""
         return RunSnapshot(step, self._trees[step], self.window.read()[self.steps.index(step)])
+
+    def bytes_of(self, state: Any) -> int:
+        """What one such state takes in the window's place."""
+        return self.window.bytes_of(_taken_apart(state)[0])
 
     def drop_after(self, step: int) -> None:
         """Forget the states that are newer than ``step``."""
@@ -104,11 +107,11 @@ class RunSnapshots:
         self._trees = {}
 
 
-def tensor_bytes(state: Any) -> int:
-    """What the tensors of a state take, of DTensors this rank's part."""
-    sizes: list[int] = []
-    _map(state, lambda tensor, _: sizes.append(local(tensor).nbytes), "", Tensor)
-    return sum(sizes)
+def _taken_apart(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a state by name, of DTensors this rank's part, and the tree with leaves in their places."""
+    tensors: dict[str, Tensor] = {}
+    tree = _map(state, lambda tensor, name: _note(tensor, name, tensors), "", Tensor)
+    return tensors, tree
 
 
 def _note(tensor: Tensor, name: str, tensors: dict[str, Tensor]) -> _Leaf:

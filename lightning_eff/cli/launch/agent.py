@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
             print("the run is over: not started again", file=sys.stderr)
             return 0
         ended = Progress.read(progress)
+        if ended.left and not ended.over:
+            return 0
         exception = not failure.signalled and not ended.anew
         allowed = budget.allows(exception, ended.step)
         of = f"{max_exceptions} after exceptions without a step in between" if exception else max_restarts

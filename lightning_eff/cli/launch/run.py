@@ -241,7 +241,7 @@ class _Run:
         for child in [*([self.lighthouse] if self.lighthouse else []), *self.replicas]:
             self._start(child)
         self.heartbeats.start()
-        failed: set[str] = set()
+        gone: set[str] = set()
         end: float | None = None
         while not self.signals:
             self.output.copy(0.1)
@@ -249,9 +249,13 @@ class _Run:
                 return 1
             for child in self.replicas:
                 status = child.status
-                if status is None or child.name in failed:
+                if status is None or child.name in gone:
                     continue
-                if status == 0 and end is None:
+                ended = Progress.read(self.progress[self.replicas.index(child)])
+                if ended.left and not ended.over and end is None:
+                    gone.add(child.name)
+                    self._say(f"{child.name} has left the run after {ended.step} steps, as it was told to")
+                elif status == 0 and end is None:
                     self.finished.touch()
                     self._say_how_it_ended(child)
                     end = time.monotonic() + self.args.grace
@@ -261,12 +265,12 @@ class _Run:
                     )
                     self._start(child)
                 elif status != 0:
-                    failed.add(child.name)
+                    gone.add(child.name)
                     self._say(f"{child.name} ended with exit status {status} and is not started again")
                     self.errors[child.name] = self.output.errors.get(child.name, f"exit status {status}")
             if end is not None and (time.monotonic() > end or not any(child.running for child in self.replicas)):
                 return self._conclude()
-            if end is None and self._too_few(len(failed)):
+            if end is None and self._too_few(len(gone)):
                 return 1
         received = self.signals[0]
         self._say(f"{signal.Signals(received).name}: ending all replicas; once more kills them")
@@ -293,14 +297,19 @@ class _Run:
             end_all(late, self.output, signal.SIGTERM, 5.0, lambda: bool(self.signals))
         return 0
 
-    def _too_few(self, failed: int) -> bool:
+    def _too_few(self, gone: int) -> bool:
         """Whether the replicas that are left, here and elsewhere, can make no step."""
-        left = self.args.total_replicas - failed
-        if left >= self.args.min_replicas and failed < self.args.replicas:
+        left = self.args.total_replicas - gone
+        if left >= self.args.min_replicas and gone < self.args.replicas:
             return False
-        self._say(f"{len(self.replicas) - failed} replicas are left here: the run has failed")
-        causes = {error: name for name, error in reversed(self.errors.items())}  # each once, by the first who had it
-        self._say("; ".join(f"{name}: {error}" for error, name in causes.items()))
+        here = self.args.replicas - gone
+        if self.errors:
+            self._say(f"{here} replicas are left here: the run has failed")
+            # Each once, by the first who had it.
+            causes = {error: name for name, error in reversed(self.errors.items())}
+            self._say("; ".join(f"{name}: {error}" for error, name in causes.items()))
+        else:
+            self._say(f"{here} replicas are left here, after the others were told to leave: the run is not over")
         return True
 
     def _restart_lighthouse(self) -> bool:

@@ -31,7 +31,7 @@ def transposed_signs(
 @functools.lru_cache(CACHE_SIZE)
 def _counters(columns: tuple[int, ...], streams: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     counters = torch.cat([torch.arange(count) for count in columns])
-    owners = torch.repeat_interleave(torch.tensor(streams), torch.tensor(columns))
+    owners = torch.repeat_interleave(torch.tensor(streams), torch.tensor(columns), output_size=sum(columns))
     return counters.to(device), owners.to(device)
 
 

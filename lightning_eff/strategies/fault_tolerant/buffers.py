@@ -28,7 +28,8 @@ class Buffers:
         self.changing: set[str] = set()
         """Names of those that a forward pass was seen to change."""
         self._before: dict[str, Tensor] = {}
-        self._versions: dict[str, int] | None = None
+        self._versions: dict[str, int] = {}
+        self._begun = False
 
     def begin(self) -> None:
         """A step begins; they are what they are."""
@@ -37,15 +38,15 @@ class Buffers:
         for path, part in self.module.named_modules():
             if isinstance(part, _NormBase) and part.training:
                 self.changing.update(f"{path}.{name}".lstrip(".") for name, _ in part.named_buffers(recurse=False))
-        if self._versions is not None:
+        if self._begun:
             self._before = {name: buffers[name].clone() for name in self.changing if name in buffers}
         else:  # nothing is known yet
             self._before = {name: buffer.clone() for name, buffer in buffers.items()}
+        self._begun = True
         self._versions = {name: buffer._version for name, buffer in buffers.items()}
 
     def note_changes(self) -> None:
         """After a forward pass."""
-        assert self._versions is not None
         for name, buffer in self.module.named_buffers():
             if buffer._version != self._versions.get(name):
                 self.changing.add(name)

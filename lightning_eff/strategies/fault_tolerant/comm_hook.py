@@ -33,7 +33,7 @@ class ShardGradients:
         """Whether the last backward pass has reduced anything."""
         self._works: list[Any] = []
         self._buckets: list[tuple[Tensor, Tensor]] = []
-        self._used: Tensor | None = None
+        self._used: list[bool] = []  # by parameter of `_buckets`: whether anybody has a gradient of it
 
     def begin(self) -> None:
         """Before a backward pass that reduces."""
@@ -41,7 +41,7 @@ class ShardGradients:
         self.sums.begin()
         self._works = []
         self._buckets = []
-        self._used = None
+        self._used = []
 
     def finish(self) -> None:
         """After it. DDP leaves a parameter alone that this replica has not used, but others may have used it.
@@ -49,18 +49,16 @@ class ShardGradients:
         Raises:
             RuntimeError: a parameter has no gradient, though all should have one.
         """
-        missing = [(index, pair) for index, pair in enumerate(self._buckets) if pair[0].grad is None]
+        missing = sum(parameter.grad is None for parameter, _ in self._buckets)
         if not missing or self.sums.failed:
             return
         if self.all_used:
             raise RuntimeError(
-                f"{len(missing)} parameters had no part in the loss of this step. If that is meant, use "
+                f"{missing} parameters had no part in the loss of this step. If that is meant, use "
                 "FaultTolerantDDPStrategy(find_unused_parameters=True)"
             )
-        assert self._used is not None
-        used = self._used.tolist()
-        for index, (parameter, gradient) in missing:
-            if used[index]:
+        for (parameter, gradient), used in zip(self._buckets, self._used, strict=True):
+            if parameter.grad is None and used:
                 parameter.grad = gradient.clone()
 
     def divide_by(self, divisor: Callable[[Tensor], float] | float) -> None:
@@ -103,11 +101,14 @@ def average_over_shards(state: ShardGradients, bucket: GradBucket) -> Future[Ten
     state.launched = True
     state._works.append(state.sums.all_reduce(buffer))
     if bucket.is_last():
+        flags: list[bool] = []
         if not state.all_used:
             flags = [p.grad is not None or id(p) in state.orphans for p, _ in state._buckets]
-            state._used = torch.tensor(flags, dtype=torch.int32)
-            state._works.append(state.sums.all_reduce(state._used))
+        used = torch.tensor(flags, dtype=torch.int32)
+        if flags:
+            state._works.append(state.sums.all_reduce(used))
         state.sums.finish(state._works)
+        state._used = used.bool().tolist()
     done: Future[Tensor] = Future()
     done.set_result(buffer)
     return done

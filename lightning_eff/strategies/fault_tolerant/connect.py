@@ -25,6 +25,7 @@ def connected(
     state: Callable[[], dict[str, Any]],
     load: Callable[[dict[str, Any]], None],
     layout: Callable[[], int],
+    size: Callable[[], int],
 ) -> Replicas:
     """A replica that can have a rendezvous with the others.
 
@@ -34,6 +35,7 @@ def connected(
         state: called when a peer needs the state of this replica.
         load: called with a peer's state.
         layout: see `Replicas`.
+        size: see `Replicas`.
 
     Raises:
         ConnectionError: the lighthouse cannot be reached.
@@ -52,6 +54,6 @@ def connected(
         state=handover.give,
         load=handover.take,
     )
-    _launched.note_progress(name=manager.name, pid=os.getpid(), step=-1, over=False, anew=False)
+    _launched.note_progress(name=manager.name, pid=os.getpid(), step=-1, over=False, left=False, anew=False)
     seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) % 2**62
-    return Replicas(identity.index, identity.count, manager, limits, seed, layout, handover)
+    return Replicas(identity.index, identity.count, manager, limits, seed, layout, handover, size)

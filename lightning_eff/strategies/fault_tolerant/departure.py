@@ -21,6 +21,8 @@ class Departure:
         self.seconds = seconds
         self.wanted = False
         """Whether this replica is to leave."""
+        self.status = 0
+        """The exit status with which it does."""
         self._until: int | None = None  # the step before which nobody asks for a quorum
         self._last_step: float | None = None
         self._step_seconds = 0.0
@@ -53,8 +55,8 @@ class Departure:
         """These steps are over, or one of them has failed: this replica leaves if it wanted to.
 
         Raises:
-            SystemExit: with status 0.
+            SystemExit: with `status`.
         """
         if self.wanted and self.agreed:
-            raise SystemExit(0)
+            raise SystemExit(self.status)
         self._until = None

@@ -12,10 +12,12 @@ import hashlib
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.hooks import HasRunState
+from lightning_eff.training.namespaces import overrides
 from lightning_eff.training.run_parts import (
     load_training_state,
     place_in_data,
@@ -91,7 +93,7 @@ def _load_added(trainer: Trainer, state: dict[str, Any]) -> None:
 def _with_hooks(trainer: Trainer) -> list[Callback]:
     names = ("on_save_checkpoint", "on_load_checkpoint")
     callbacks = [callback for callback in callbacks_of(trainer) if not isinstance(callback, HasRunState)]
-    return [c for c in callbacks if any(getattr(type(c), name) is not getattr(Callback, name) for name in names)]
+    return [c for c in callbacks if any(overrides(c, name) for name in names)]
 
 
 def _checkpoint(trainer: Trainer, state: dict[str, Any]) -> dict[str, Any]:
@@ -114,3 +116,12 @@ def layout(trainer: Trainer) -> int:
     trained, parameters = trainable(module), clean_named_parameters(module)
     words = [f"{name} {trained[name]} {tuple(p.shape)} {p.dtype}" for name, p in parameters.items()]
     return int.from_bytes(hashlib.sha256("\n".join(words).encode()).digest()[:7], "big")
+
+
+def size(trainer: Trainer) -> int:
+    """Bytes of weights, buffers and optimizer state: about what a peer's state has."""
+    module = trainer.lightning_module
+    states = (state for optimizer in trainer.optimizers for state in optimizer.state.values())
+    held = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    tensors = (*module.parameters(), *module.buffers(), *held)
+    return sum(tensor.nbytes for tensor in tensors)

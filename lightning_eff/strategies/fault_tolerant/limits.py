@@ -6,6 +6,9 @@ from dataclasses import dataclass, fields
 
 from lightning_eff.arguments import check_count, check_number
 
+SLOWEST = 10e6
+"""Bytes a second: a state that comes more slowly counts as one that does not come."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -24,7 +27,7 @@ class Limits:
     quorum_timeout: float = 600.0
     """For which a replica waits for the others before a step."""
     heal_timeout: float = 300.0
-    """For which the others wait while one gets the state of the run."""
+    """For which the others wait while one gets the state of the run, beside the time that its size takes."""
     start_grace: float = 60.0
     """For which the first step waits for all replicas."""
     quorum_retries: int = 20
@@ -42,6 +45,14 @@ class Limits:
         check_count("min_replicas", self.min_replicas)
         check_count("quorum_retries", self.quorum_retries, least=0)
         check_count("max_aborts", self.max_aborts, least=0)
+
+    def to_heal(self, size: int) -> float:
+        """Seconds for which the others wait for one that gets a state of ``size`` bytes.
+
+        >>> Limits(heal_timeout=60.0).to_heal(5 * 10**9)
+        560.0
+        """
+        return self.heal_timeout + size / SLOWEST
 
     @property
     def patience(self) -> float:

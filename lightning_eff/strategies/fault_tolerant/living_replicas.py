@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only as pytorch_rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -26,30 +23,27 @@ from lightning_eff.strategies.fault_tolerant.operations import (
     send_object,
 )
 from lightning_eff.strategies.fault_tolerant.replica_group import ReplicaGroup
-from lightning_eff.strategies.fault_tolerant.steps import Steps
 from lightning_eff.strategies.fault_tolerant.writer import NewerCheckpoints, begin_to_write
 from lightning_eff.training.whole_files import Attempts, write_whole
 
 if TYPE_CHECKING:
-    from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from lightning_eff.strategies.fault_tolerant.fit import Fit
     from lightning_eff.strategies.fault_tolerant.membership import Membership
+
+    _Base = DDPStrategy
+else:
+    _Base = object
 
 # Lightning's barriers around data loaders, which a replica that comes in later has behind it already.
 _NO_BARRIER = ("_dataloader()",)
 
 
-@dataclass
-class Fit:
-    """What there is while the Trainer fits."""
-
-    trainer: Trainer
-    replicas: Membership
-    gradients: ShardGradients
-    steps: Steps
-
-
-class LivingReplicas(DDPStrategy):
+class LivingReplicas(_Base):
     """Lightning's collectives, ranks and checkpoints over the living replicas; each is a world of its own.
+
+    To be put before the ``DDPStrategy`` of either name of Lightning.
 
     Args:
         replica: index of this one.
@@ -65,33 +59,38 @@ class LivingReplicas(DDPStrategy):
         self.replica = replica
         self.max_replicas = max_replicas
         self.shrinks = shrinks
-        self.replicas: Membership | None = None
-        """The others, while it fits."""
         self._group = ReplicaGroup()  # the processes of this replica
-        self._fitting: Fit | None = None
+        self._fitting: Fit | None = None  # what there is only within a fit
         self._writes = False
         self._saves = Attempts("a checkpoint", "without it")
         self._newer = NewerCheckpoints()
-        self._heals = False  # a peer's state is being taken
 
     @property
-    def _joined(self) -> bool:
-        return self.replicas is not None and self.replicas.joined
+    def _fit(self) -> Fit:
+        if self._fitting is None:
+            raise RuntimeError("ddp_ft makes steps in `Trainer.fit`, and nowhere else")
+        return self._fitting
+
+    @property
+    def replicas(self) -> Membership | None:
+        """The others, while it fits."""
+        return None if self._fitting is None else self._fitting.replicas
+
+    @property
+    def _met(self) -> Membership | None:
+        """The others, once this replica is among them."""
+        return self.replicas if self.replicas is not None and self.replicas.joined else None
 
     @property
     def _alone(self) -> bool:
         """While this process heals, and after an exception here: nobody else knows of it."""
-        return self._heals or (self._fitting is not None and self._fit.trainer.interrupted)
+        fit = self._fitting
+        return fit is not None and (fit.heals or fit.trainer.interrupted)
 
     @property
     def within_step(self) -> bool:
         """Whether a step has begun that the replicas have not all committed."""
-        return self._joined and not self._heals and self._fit.replicas.in_attempt
-
-    @property
-    def _fit(self) -> Fit:
-        assert self._fitting is not None
-        return self._fitting
+        return self._met is not None and not self._fit.heals and self._met.in_attempt
 
     @property
     @override
@@ -101,11 +100,10 @@ class LivingReplicas(DDPStrategy):
 
     @property
     def _rank_of_replica(self) -> int:
-        if not self._joined:
+        if (met := self._met) is None:
             first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
             return self.replica if first_start else max(1, self.replica)
-        assert self.replicas is not None
-        members, writer = self.replicas.members, self.replicas.writer
+        members, writer = met.members, met.writer
         if self.replica == writer:
             return 0
         rank = members.index(self.replica)
@@ -120,7 +118,7 @@ class LivingReplicas(DDPStrategy):
     def set_world_ranks(self) -> None:
         for each in (rank_zero_only, pytorch_rank_zero_only):
             cast(Any, each).rank = self.global_rank
-        if self._joined and self._writes != self.is_global_zero:
+        if self._met is not None and self._writes != self.is_global_zero:
             self._writes = self.is_global_zero
             if self._writes:
                 begin_to_write(self._fit.trainer)
@@ -128,10 +126,9 @@ class LivingReplicas(DDPStrategy):
     def _rank_and_size(self) -> tuple[int, int]:
         """This process's rank among those of the living replicas, and how many they are."""
         rank, size = self._group.rank, self._group.size
-        if not self._joined or self.replicas is None:
+        if (met := self._met) is None:
             return rank, size
-        members = self.replicas.members
-        return members.index(self.replica) * size + rank, len(members) * size
+        return met.members.index(self.replica) * size + rank, len(met.members) * size
 
     # What all living replicas do together.
 
@@ -142,12 +139,11 @@ class LivingReplicas(DDPStrategy):
             operation: on what connects the first processes.
             alone: the result where there are no others: before the first step, or when the run is over.
         """
-        if not self._joined:
+        if (met := self._met) is None:
             return alone
-        assert self.replicas is not None
-        if self.replicas.in_attempt:
-            return self._fit.steps.recorded(partial(self.replicas.within, operation, alone), alone)
-        result = self.replicas.agree(operation, alone)
+        if met.in_attempt:
+            return self._fit.steps.recorded(partial(met.within, operation, alone), alone)
+        result = met.agree(operation, alone)
         self.set_world_ranks()
         return result
 
@@ -186,19 +182,18 @@ class LivingReplicas(DDPStrategy):
         """From the replica that writes."""
         if self._alone:
             return obj
-        if not self._joined:
+        if (met := self._met) is None:
             return self._group.share(obj)
 
         def operation(group: Any) -> Any:
-            replicas = self._fit.replicas
-            return send_object(group, obj, replicas.members.index(cast(int, replicas.writer)))
+            return send_object(group, obj, met.members.index(cast(int, met.writer)))
 
         return self._together(operation, obj)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """From all processes of the living replicas, stacked."""
-        if self._alone or (not self._joined and self._group.size == 1):
+        if self._alone or (self._met is None and self._group.size == 1):
             return tensor
         values = self._group.stack(tensor.detach().cpu())
         result: Tensor = self._together(lambda group: torch.cat(gather_tensors(group, values)), values)
@@ -243,4 +238,4 @@ class LivingReplicas(DDPStrategy):
         Args:
             here: whether this one has. Who writes may just have changed.
         """
-        return self._alone or not self._joined or self.reduce_boolean_decision(here, all=False)
+        return self._alone or self._met is None or self.reduce_boolean_decision(here, all=False)

@@ -49,10 +49,9 @@ class ReplicaLog(Callback):
             log_values(pl_module, "ft", values)
         # Not at the next multiple of log_every_n_steps: an event has its own step.
         step = logger_step(trainer)
-        if replicas.waited > 0.0:
+        if waited := replicas.take_waited():
             for logger in trainer.loggers:
-                logger.log_metrics({"ft/recovery_seconds": replicas.waited}, step=step)
-            replicas.waited = 0.0
+                logger.log_metrics({"ft/recovery_seconds": waited}, step=step)
         if self._members and replicas.members != self._members:
             self._tell(trainer, step)
         self._members = replicas.members

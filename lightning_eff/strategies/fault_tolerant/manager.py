@@ -91,6 +91,11 @@ class QuorumManager(Manager):
         self._executor: Any = _Background()  # torchft's own keeps the process from ending while a quorum is asked for
         self._broken_off = False
 
+    @property
+    def _server(self) -> Any:
+        """torchft's own, which the first process of each of its replicas has: here, every one."""
+        return self._manager
+
     def fail(self, error: Exception) -> None:
         """Give up the step in flight; peers that wait for this replica notice at once."""
         self.report_error(error)
@@ -115,11 +120,15 @@ class QuorumManager(Manager):
 
     def wait_quorum(self) -> None:
         """As torchft has it, until `break_off`: where the lighthouse takes this replica for lost, it never answers."""
-        assert self._quorum_future is not None
-        while not wait([self._quorum_future], 0.2).done:
+        answer = cast("Future[Any]", self._quorum_future)
+        while not wait([answer], 0.2).done:
             if self._broken_off:
                 raise ConnectionAbortedError("this replica asks for no quorum any more")
-        self._quorum_future.result()
+        answer.result()
+
+    def withdraw_state(self) -> None:
+        """All who had to catch up have this replica's state, which may change from now on."""
+        self.peer_state.disallow_checkpoint()
 
     def ask_for_new_connections(self) -> None:
         """Let the next quorum make new connections, though nothing has failed: all have a rendezvous then."""
@@ -127,15 +136,13 @@ class QuorumManager(Manager):
 
     def fall_silent(self) -> None:
         """Send no heartbeats and ask for no quorum any more; the connections that there are serve on."""
-        assert self._manager is not None
-        self._numbers.silent = True
-        self._manager.shutdown()
+        self._numbers.fall_silent()
+        self._server.shutdown()
 
     def break_off(self) -> None:
         """End a quorum that another thread waits for, and with it this replica's part in the run."""
-        assert self._manager is not None
         self._broken_off = True
-        self._manager.shutdown()
+        self._server.shutdown()
 
     def report_error(self, e: Exception) -> None:
         """The step is lost. The traceback is left out: its frames would keep the connections open."""
@@ -175,7 +182,7 @@ class QuorumManager(Manager):
     def reset_failures(self) -> None:
         """The group works again: without this, the next quorum would make a new one once more."""
         self._commit_failures = 0
-        self._numbers.missed = 0
+        self._numbers.count_anew()
 
     @property
     def name(self) -> str:
@@ -203,8 +210,7 @@ class QuorumManager(Manager):
     @property
     def address(self) -> str:
         """Of this replica's manager."""
-        assert self._manager is not None
-        return str(self._manager.address())
+        return str(self._server.address())
 
 
 class _Client:
@@ -228,6 +234,14 @@ class _Client:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
+
+    def fall_silent(self) -> None:
+        """The manager is about to be shut down."""
+        self.silent = True
+
+    def count_anew(self) -> None:
+        """Quorums that are missed."""
+        self.missed = 0
 
     @property
     def names(self) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_eff.arguments import check_count, check_globs
-from lightning_eff.functional.mecefo import MeCeFO, check_rank, divisors
+from lightning_eff.arguments import check_count, check_globs, check_rank
+from lightning_eff.functional.mecefo import MeCeFO, divisors
 from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment
+from lightning_eff.training.namespaces import MisconfigurationException
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ class Membership(ABC):
         """Whether the others repeat a step that this replica has not begun: what they did before they do not repeat."""
         self.finishing = False
         """Whether the run is over, so that nobody waits for long any more."""
+        self.all_leave = False
+        """After `begin`: whether all have said that they leave, so that nobody would be left who knows the run."""
+
+    def take_waited(self) -> float:
+        """`waited`, once for each change or failure."""
+        waited, self.waited = self.waited, 0.0
+        return waited
 
     @property
     def joined(self) -> bool:
@@ -117,12 +124,23 @@ class Membership(ABC):
         self.in_attempt = more
 
     @abstractmethod
-    def leave(self) -> None:
-        """Take leave between two steps: after some more steps with the others this process ends, with status 0.
+    def leave(self, status: int = 0) -> None:
+        """Take leave between two steps: after some more steps with the others this process ends.
 
         For a machine that is about to be taken away. The others go on without a pause, where after a death they would
         wait for the heartbeat timeout: it passes while this replica still takes part, and no heartbeat of it comes.
-        The steps last for about `Limits.heartbeat_timeout`.
+        The steps last for about `Limits.heartbeat_timeout`. Where all leave there are no such steps: see `all_leave`.
+
+        Args:
+            status: the exit status of this process.
+        """
+
+    @abstractmethod
+    def depart(self) -> None:
+        """End this process as `leave` has said, at once.
+
+        Raises:
+            SystemExit: always.
         """
 
     @abstractmethod
@@ -139,5 +157,6 @@ class Membership(ABC):
             "waited": self.waited,
             "in_attempt": self.in_attempt,
             "joins_a_retry": self.joins_a_retry,
+            "all_leave": self.all_leave,
             "step": self.step,
         }

@@ -14,6 +14,7 @@ from lightning_eff.strategies.fault_tolerant.buffers import Buffers
 from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
 from lightning_eff.strategies.fault_tolerant.shard_values import ShardValues
 from lightning_eff.strategies.fault_tolerant.step_in_hand import StepInHand
+from lightning_eff.training.logged import nothing_logged
 
 
 class Passes:
@@ -90,26 +91,29 @@ class Passes:
                 return module.training_step(*arguments.values())
 
         name, module._current_fx_name = module._current_fx_name, "training_step"
-        results, loop._results = loop._results, type(loop._results)(training=True)
         try:
-            yield training_step
+            with nothing_logged(trainer):
+                yield training_step
         finally:
-            loop._results = results
             module._current_fx_name = name
+
+    @contextmanager
+    def run_aside(self) -> Iterator[None]:
+        """Around what runs beside Lightning's loop."""
+        self.aside = True
+        try:
+            yield
+        finally:
+            self.aside = False
 
     def accumulate(self, shard: int, index: int) -> None:
         """Forward and backward on the module itself, whose gradients are added to: nothing is reduced or logged."""
         plugin = self.trainer.strategy.precision_plugin
-        with self.beside(shard, index) as training_step:
-            self.aside = True
-            try:
-                with self.approximately():
-                    output = training_step()
-                    loss = output["loss"] if isinstance(output, dict) else output
-                    if loss is not None:
-                        plugin.backward(loss / self.trainer.accumulate_grad_batches, self.module, None)
-            finally:
-                self.aside = False
+        with self.beside(shard, index) as training_step, self.run_aside(), self.approximately():
+            output = training_step()
+            loss = output["loss"] if isinstance(output, dict) else output
+            if loss is not None:
+                plugin.backward(loss / self.trainer.accumulate_grad_batches, self.module, None)
 
 
 class OrphanPasses:

@@ -17,18 +17,22 @@ from torch.distributed import ProcessGroup, ProcessGroupGloo
 from torchft.process_group import ProcessGroupDummy
 from torchft.process_group import ProcessGroupGloo as ReconfigurableGloo
 
+_CONNECT_EACH = timedelta(seconds=0.1)  # all connect to all, over one store
+
 
 class Gloo(ReconfigurableGloo):
     """torchft's reconfigurable gloo, on one address, with a timeout for operations and a shorter one to connect.
 
     Args:
         host: address of the device that carries the traffic.
-        connect_timeout: for peers to connect after each change of membership. One that died on the way costs this.
+        connect_timeout: for peers to connect after each change of membership, and a tenth of a second for each of them
+            beside it. One that died on the way costs this.
         timeout: for one operation: how long a peer may be silent within a step.
     """
 
     def __init__(self, host: str, connect_timeout: timedelta, timeout: timedelta) -> None:
         super().__init__(timeout=connect_timeout)
+        self._connect_timeout = connect_timeout
         self.host = host
         self.members: list[int] = []
         """Replica index of each rank."""
@@ -53,6 +57,7 @@ class Gloo(ReconfigurableGloo):
         """Connect to the members of a new quorum."""
         self.rank, self.world, self.members = rank, world_size, list(global_ranks or [])
         self.generation = None
+        self._timeout = self._connect_timeout + _CONNECT_EACH * world_size
         super().configure(
             store_addr, replica_id, rank, world_size, quorum_id, group_rank, group_world_size, global_ranks
         )

@@ -22,6 +22,7 @@ from lightning_eff.strategies.fault_tolerant.operations import (
     summed,
     unpack,
 )
+from lightning_eff.strategies.fault_tolerant.state_parts import StateParts, bytes_of
 
 if TYPE_CHECKING:  # torchft is an extra
     from lightning_eff.strategies.fault_tolerant.manager import QuorumManager
@@ -71,6 +72,18 @@ class ReplicaGroup:
             return value
         content = send_bytes(self._group, pack(value) if self.leads else None, 0)
         return value if self.leads else unpack(content)
+
+    def share_state(self, parts: StateParts | None, header: bytes) -> Any:
+        """A state of the first process, which has its parts; the header has been shared.
+
+        Returns:
+            In the other processes, the state.
+        """
+        if parts is None:
+            return StateParts.read(header, self.spread_)
+        for tensor in parts.tensors:
+            self.spread_(bytes_of(tensor.cpu()))
+        return None
 
     def gather(self, value: Any) -> list[Any]:
         """What each process has, by rank."""
@@ -169,6 +182,7 @@ class GroupMembership(Membership):
         self._state = state
         self._load = load
         self._step = 0
+        self._leaves = -1  # the exit status, once this process is to leave
 
     @property
     @override
@@ -182,8 +196,11 @@ class GroupMembership(Membership):
     @override
     def begin(self) -> bool:
         met_before = self.joined
+        leaves = int(self.group.stack(torch.tensor(self._leaves)).max())  # a signal may reach any of them
 
         def begin(first: Membership) -> bool:
+            if leaves >= 0:
+                first.leave(leaves)
             begins = first.begin()
             if not met_before and self.healed is None:
                 self.healed = self._state()  # the processes may have begun with different weights
@@ -228,8 +245,12 @@ class GroupMembership(Membership):
             self.first.goes_on(more)
 
     @override
-    def leave(self) -> None:
-        self._together(lambda first: first.leave())
+    def leave(self, status: int = 0) -> None:
+        self._leaves = status
+
+    @override
+    def depart(self) -> None:
+        self._together(lambda first: first.depart())
 
     @override
     def close(self) -> None:
@@ -248,8 +269,12 @@ class GroupMembership(Membership):
             self.group.share({"exit": status, "error": f"{type(error).__name__}: {error}"})
             raise
         shown = self.first.shown()
-        self.first.waited = 0.0
-        self.group.share({"result": result, "shown": shown, "state": self.healed})
+        self.first.take_waited()
+        parts = None if self.healed is None else StateParts.of(self.healed)
+        header = None if parts is None else torch.frombuffer(bytearray(parts.header), dtype=torch.uint8)
+        self.group.share({"result": result, "shown": shown, "state": header})
+        if parts is not None:
+            self.group.share_state(parts, parts.header)
         self._see(shown)
         return result
 
@@ -260,7 +285,7 @@ class GroupMembership(Membership):
             raise RuntimeError(f"the first process of this replica has failed: {answer['error']}")
         self._see(answer["shown"])
         if answer["state"] is not None:
-            self._load(answer["state"])
+            self._load(self.group.share_state(None, answer["state"].numpy().tobytes()))
         return answer["result"]
 
     def _see(self, shown: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ class Replicas(Membership):
         seed: of the run; the writer's holds for all.
         layout: a number that is equal where the gradients have the same buckets.
         handover: what the manager gives to peers and takes from them.
+        size: bytes of the state, about.
     """
 
     def __init__(
@@ -66,11 +67,13 @@ class Replicas(Membership):
         seed: int,
         layout: Callable[[], int],
         handover: Handover,
+        size: Callable[[], int] = lambda: 0,
     ) -> None:
         super().__init__(index, count, seed)
         self.manager = manager
         self.limits = limits
         self.layout = layout
+        self.size = size
         self.handover = handover
         self._left_behind = LeftBehind(manager, index, limits.patience)
         self._run = seed_of(handover.run)
@@ -126,7 +129,7 @@ class Replicas(Membership):
                 time.sleep(0.1)
                 continue
             # A step that has begun is finished by those who are left, however few.
-            if len(positions) < self.limits.min_replicas and not self.joins_a_retry:
+            if len(positions) < self.limits.min_replicas and not self.joins_a_retry and not self.all_leave:
                 time.sleep(0.5)
                 continue
             break
@@ -290,8 +293,9 @@ class Replicas(Membership):
             self._departure.steps_to_stay() if where == START and veteran else 0,
         )
         try:
-            with self.group.patient(self.limits.heal_timeout):  # of somebody else, perhaps
+            with self.group.patient(self.limits.to_heal(self.size())):  # of somebody else, perhaps
                 positions = [Position.of(row) for row in gather_rows(self.group, mine.row())]
+            self.manager.withdraw_state()
             if self._has_strangers(positions):
                 return None
             addresses = gather_texts(self.group, self.manager.address)
@@ -309,9 +313,12 @@ class Replicas(Membership):
         )
         self._generation = self.group.generation
         self.manager.reset_failures()
-        self._departure.agree(self.step, max(position.stays for position in positions))
-        if self._departure.wanted and self._departure.agreed:
-            _launched.note_progress(name="")
+        self.all_leave = all(position.stays > 0 for position in positions)
+        self._departure.agree(self.step, 0 if self.all_leave else max(position.stays for position in positions))
+        if self.all_leave:
+            _launched.note_progress(left=True)
+        elif self._departure.wanted and self._departure.agreed:
+            _launched.note_progress(name="", left=True)
             self.manager.fall_silent()
         return positions
 
@@ -370,8 +377,12 @@ class Replicas(Membership):
             self._told = (result,)
 
     @override
-    def leave(self) -> None:
-        self._departure.wanted = True
+    def leave(self, status: int = 0) -> None:
+        self._departure.wanted, self._departure.status = True, status
+
+    @override
+    def depart(self) -> None:
+        raise SystemExit(self._departure.status)
 
     @override
     def close(self) -> None:

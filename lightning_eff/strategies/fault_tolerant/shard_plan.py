@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,6 +26,10 @@ from torch.utils.data import (
 )
 
 from lightning_eff.arguments import check_count, check_flag
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
+
+_MOST_RANKS = 1_000_000
+"""Each shard and process has at least one sample, and what is missing is repeated."""
 
 
 def seed_of(*parts: int | str) -> int:
@@ -98,9 +101,9 @@ class ShardPlan:
         group_size: int = 1,
         shuffle: bool | None = None,
     ) -> None:
-        check_count("shards", shards)
+        check_count("shards", shards, most=_MOST_RANKS)
         check_count("seed", seed, least=0)
-        check_count("group_size", group_size)
+        check_count("group_size", group_size, most=_MOST_RANKS // shards)
         check_count("group_rank", group_rank, least=0, most=group_size - 1)
         if shuffle is not None:
             check_flag("shuffle", shuffle)
@@ -133,7 +136,7 @@ class ShardPlan:
     def _read(self, loader: DataLoader[Any], shuffle: bool | None) -> None:
         if not isinstance(loader, DataLoader):
             raise MisconfigurationException(
-                f"training data come from a {type(loader).__name__}, which cannot be cut into shards: give a"
+                f"training data (loader) come from a {type(loader).__name__}, which cannot be cut into shards: give a"
                 " torch.utils.data.DataLoader over a dataset with __getitem__ and __len__"
             )
         if isinstance(loader.dataset, IterableDataset):
@@ -161,7 +164,7 @@ class ShardPlan:
         source: Any = loader.batch_sampler if loader.batch_sampler is not None else loader
         self._sampler: Any = getattr(source, "sampler", None)
         self._injected = isinstance(self._sampler, DistributedSampler)
-        if isinstance(self._sampler, DistributedSamplerWrapper):
+        if is_a(self._sampler, DistributedSamplerWrapper):
             self._sampler = self._sampler.dataset._sampler  # type: ignore[attr-defined]  # the user's own
         own = isinstance(self._sampler, RandomSampler) and (self._sampler.replacement or self._sampler._num_samples)
         if batch_sampler is None and isinstance(self._sampler, RandomSampler | SequentialSampler) and not own:

@@ -65,6 +65,8 @@ class ShardedLoader:
         before_fetch: Callable[[], None] | None = None,
     ) -> None:
         check_count("keep", keep)
+        fetch = before_fetch is None or callable(before_fetch)
+        check("before_fetch", before_fetch, fetch, "a function without arguments, or None")
         self.plan = ShardPlan(loader, shards, seed=seed, group_rank=group_rank, group_size=group_size, shuffle=shuffle)
         self.loader = loader
         self.keep = keep

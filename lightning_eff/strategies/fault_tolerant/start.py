@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.optim import LBFGS, Optimizer
 
 from lightning_eff import _launched
 from lightning_eff.strategies.fault_tolerant.identity import Identity
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.trainer import gradient_scaler
 
 
@@ -71,7 +71,7 @@ def check_processes(environment: ClusterEnvironment, nodes: int, devices: int) -
             "on each, with `lightning-eff launch` or by hand"
         )
     # Lightning's own starts as many as there are devices.
-    if not isinstance(environment, LightningEnvironment) and environment.world_size() != devices:
+    if not is_a(environment, LightningEnvironment) and environment.world_size() != devices:
         raise MisconfigurationException(
             f"processes of this replica: {environment.world_size()}, Trainer(devices={devices}): each has one device, "
             "so give the same number (`lightning-eff launch --nproc-per-node`)"

@@ -48,17 +48,28 @@ class StepInHand:
     """The one owner of which micro-batches and shards are in hand.
 
     Args:
-        loader: the training data.
         shard: this replica's own.
     """
 
-    def __init__(self, loader: ShardedLoader, shard: int) -> None:
-        self.loader = loader
+    def __init__(self, shard: int) -> None:
         self.shard = shard
         self.assignment = Assignment(seed=0, orphans=[], divisor=1.0)
         self.window: list[int] = []
         """Indices of its micro-batches so far; empty between steps."""
-        loader.own([shard])
+        self._loader: ShardedLoader | None = None
+
+    @property
+    def loader(self) -> ShardedLoader:
+        """The training data."""
+        if self._loader is None:
+            raise RuntimeError("ddp_ft makes steps of the training data that `Trainer.fit` has set up, and of no other")
+        return self._loader
+
+    def read_from(self, loader: ShardedLoader) -> None:
+        """The training data are there."""
+        self.close()
+        self._loader = loader
+        loader.own([self.shard])
 
     @property
     def index(self) -> int:
@@ -78,3 +89,8 @@ class StepInHand:
     def end(self) -> None:
         """The step is over."""
         self.window = []
+
+    def close(self) -> None:
+        """No more data."""
+        if self._loader is not None:
+            self._loader.close()

@@ -18,8 +18,8 @@ from lightning_eff.strategies.fault_tolerant.logged_values import LoggedValues
 from lightning_eff.strategies.fault_tolerant.membership import Membership
 from lightning_eff.strategies.fault_tolerant.passes import OrphanPasses, Passes
 from lightning_eff.strategies.fault_tolerant.shard_values import ShardValues
-from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, StepInHand
+from lightning_eff.training.logged import accumulators
 
 
 class Steps(ABC):
@@ -27,7 +27,6 @@ class Steps(ABC):
 
     Args:
         trainer: which is fitting.
-        loader: the training data.
         gradients: of DDP's hook.
         shard: this replica's own.
         replicas: the others.
@@ -37,7 +36,6 @@ class Steps(ABC):
     def __init__(
         self,
         trainer: Trainer,
-        loader: ShardedLoader,
         gradients: ShardGradients,
         shard: int,
         replicas: Membership,
@@ -47,7 +45,7 @@ class Steps(ABC):
         self.gradients = gradients
         self.replicas = replicas
         self.share_out = share_out
-        self.step = StepInHand(loader, shard)
+        self.step = StepInHand(shard)
         self.passes = Passes(trainer, self.step, gradients)
         self.buffers = Buffers(trainer.lightning_module)
         self.values = ShardValues()
@@ -83,7 +81,7 @@ class Steps(ABC):
 
     def close(self) -> None:
         """The run is over."""
-        self.step.loader.close()
+        self.step.close()
 
     # What Lightning's loop does.
 
@@ -144,7 +142,7 @@ class AutomaticSteps(Steps):
     @override
     def run(self, training_step: Callable[[], Any]) -> Any:
         index = self.step.index
-        self._logged = LoggedValues(self.trainer.fit_loop.epoch_loop._results, self.module)
+        self._logged = LoggedValues(accumulators(self.trainer), self.module)
         self.orphans.run(index)
         with (
             self.values.counted(),

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,17 +23,16 @@ from lightning_eff.arguments import (
     check_count,
     check_flag,
 )
+from lightning_eff.strategies.fault_tolerant.comm_hook import average_over_shards
 from lightning_eff.strategies.fault_tolerant.evaluation_share import EvaluationShare
-from lightning_eff.strategies.fault_tolerant.healing import layout, live_state, load_live_state
+from lightning_eff.strategies.fault_tolerant.fit import Fit
 from lightning_eff.strategies.fault_tolerant.identity import Identity
 from lightning_eff.strategies.fault_tolerant.limits import Limits
-from lightning_eff.strategies.fault_tolerant.living_replicas import Fit, LivingReplicas
-from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
-from lightning_eff.strategies.fault_tolerant.manual.steps import ManualSteps
-from lightning_eff.strategies.fault_tolerant.mecefo import MeCeFOSettings, approximated
+from lightning_eff.strategies.fault_tolerant.living_replicas import LivingReplicas
+from lightning_eff.strategies.fault_tolerant.mecefo import MeCeFOSettings
 from lightning_eff.strategies.fault_tolerant.metrics import Gather, compute_together
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError, NoQuorumError
-from lightning_eff.strategies.fault_tolerant.replica_group import GradientSums, GroupMembership, ReplicaGroup
+from lightning_eff.strategies.fault_tolerant.replica_group import ReplicaGroup
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from lightning_eff.strategies.fault_tolerant.start import (
     check_optimizers,
@@ -40,80 +40,14 @@ from lightning_eff.strategies.fault_tolerant.start import (
     check_torchft,
     check_trainer,
 )
-from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, shares
-from lightning_eff.strategies.fault_tolerant.steps import AutomaticSteps
 from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
-
-if TYPE_CHECKING:
-    from lightning_eff.functional.mecefo import MeCeFO
-    from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
 
 
-class FaultTolerantDDPStrategy(LivingReplicas):
-    """Data parallel training that goes on when replicas die, and takes them back.
-
-    A replica is one process with one device, or several on one machine that live and die together. Each is started by
-    itself: ``lightning-eff launch --replicas 3 train.py`` on one machine, or torchrun or Slurm on each node with the
-    addresses given. torchft's lighthouse says who is alive. A step counts when all living replicas have it; one that
-    fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
-    a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
-
-    In manual optimization each ``step()`` of an optimizer is such a step. When one has failed ``training_step`` is run
-    again from its start, past those that all have: see the card for what that asks of it.
-
-    Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
-    ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
-    ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.
-
-    Args:
-        min_replicas: fewer than these wait; give it to the lighthouse as well.
-        max_replicas: into how many shards the data are cut, and how many replicas there can be. By default the
-            environment variable ``NUM_REPLICA_GROUPS``, which the launcher sets.
-        lighthouse: its address, ``http://HOST:PORT``; by default the environment variable ``TORCHFT_LIGHTHOUSE``.
-        on_failure: what becomes of a dead replica's shard. ``"takeover"``: a neighbour computes it besides its own, so
-            that batches, samples and loss are those of a run without the failure. ``"mecefo"``: the same, but the
-            neighbour's backward pass is approximated so that it costs less. ``"shrink"``: it is left out.
-        heartbeat_timeout: seconds after which the lighthouse takes a silent replica for dead. The lighthouse has its
-            own setting of this; here it says how patient a replica is that waits.
-        replica: index of this replica, from 0, the same after a restart; by default the environment variable
-            ``REPLICA_GROUP_ID``.
-        host: the address on which this replica listens, and under which the others reach it. By default the
-            environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
-        run_id: the same text in all replicas of a run, by which those of another run on the same lighthouse are turned
-            away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
-        collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
-            wait for a peer that is stopped, or whose link is cut, without having died.
-        connect_timeout: seconds to connect to the lighthouse and to the peers after a change.
-        quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
-            for ``min_replicas``.
-        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer.
-        quorum_retries: how often a lighthouse that does not answer is asked again.
-        start_grace: seconds for which the first step waits for all ``max_replicas``.
-        max_aborts: how often one step may fail in a row.
-        mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
-            shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
-        mecefo_every_n_steps: committed steps for which the vectors behind them are kept.
-        mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
-        mecefo_ffn: the same for the feed-forward modules.
-        **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
-
-    Raises:
-        ValueError: an argument is out of its range.
-        ModuleNotFoundError: torchft is absent.
-        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, a GradScaler,
-            LBFGS, data that cannot be cut into shards, manual optimization with ``"mecefo"``.
-        ConnectionError: the lighthouse cannot be reached.
-
-    Example:
-        >>> from lightning_eff.strategies import FaultTolerantDDPStrategy
-        >>> strategy = FaultTolerantDDPStrategy(max_replicas=3, replica=0, lighthouse="http://127.0.0.1:29510")
-
-    Source: torchft (https://github.com/meta-pytorch/torchft) for membership; the takeover of a neighbour's work after
-    Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
-    """
+class FaultTolerantDDP(LivingReplicas):
+    """What :class:`FaultTolerantDDPStrategy` does, to be put before the ``DDPStrategy`` of either name of Lightning."""
 
     rollback_refused = "its replicas would not go back together, and heal each other"
 
@@ -166,10 +100,6 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             self.identity.index, self.identity.count, on_failure == "shrink", find_unused_parameters=True, **kwargs
         )
         self.on_failure: OnFailure = on_failure
-        self._mecefo: MeCeFO | None = None
-        self._gradients: ShardGradients | None = None
-        self._trainer: Trainer | None = None
-        self._log: ReplicaLog | None = None
 
     @property
     def trainable_change_refused(self) -> str | None:
@@ -194,14 +124,16 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+        module = cast(LightningModule, self.lightning_module)
         fitting = trainer.state.fn == TrainerFn.FITTING
-        assert self.model is not None
         if fitting:
             check_trainer(trainer, self.on_failure, self.identity)
-            self._connect()
+            self._writes = self.is_global_zero
+            mecefo = self._mecefo_settings.of(module) if self.on_failure == "mecefo" else None
+            all_used = not self._wants_unused and mecefo is None
+            self._fitting = Fit(trainer, self._group, self.identity, self.limits, self.shrinks, all_used, mecefo)
         self.accelerator.setup(trainer)  # type: ignore[union-attr]
-        self.precision_plugin.convert_module(self.model)
+        self.precision_plugin.convert_module(cast(nn.Module, self.model))
         self.model_to_device()
         if fitting:
             self.configure_ddp()
@@ -209,32 +141,9 @@ class FaultTolerantDDPStrategy(LivingReplicas):
         self.setup_precision_plugin()
         if fitting:
             check_optimizers(self.optimizers)
-            assert self.replicas is not None
-            self._log = ReplicaLog(self.replicas, self.shrinks)
-            callbacks_of(trainer).append(self._log)
+            callbacks_of(trainer).append(self._fit.log)
             sort_callbacks(trainer)
-            compute_together(trainer.lightning_module, Gather(self._gather, lambda: self._rank_and_size()[1]))
-
-    def _connect(self) -> None:
-        from lightning_eff.strategies.fault_tolerant.comm_hook import ShardGradients
-        from lightning_eff.strategies.fault_tolerant.connect import connected
-
-        self._writes = self.is_global_zero
-        if self.on_failure == "mecefo":
-            self._mecefo = self._mecefo_settings.of(cast(nn.Module, self.lightning_module))
-        self.replicas = first = None
-        if self._group.leads:
-            self.replicas = first = connected(
-                self.identity, self.limits, self._state, self._load, lambda: layout(self._fit.trainer)
-            )
-        if self._group.size > 1:
-            self.replicas = GroupMembership(
-                self._group, first, self.replica, self.max_replicas, self._state, self._load
-            )
-        self._gradients = ShardGradients(
-            GradientSums(self._group, None if first is None else first.manager),
-            all_used=not self._wants_unused and self._mecefo is None,
-        )
+            compute_together(module, Gather(self._gather, lambda: self._rank_and_size()[1]))
 
     @override
     def configure_ddp(self) -> None:
@@ -256,20 +165,17 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def _register_ddp_hooks(self) -> None:
-        from lightning_eff.strategies.fault_tolerant.comm_hook import average_over_shards
-
         assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(self._gradients, average_over_shards)
+        self.model.register_comm_hook(self._fit.gradients, average_over_shards)
 
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
-        trainer = self._trainer
-        if trainer is None or self.replicas is None:
+        if self._fitting is None:
             return dataloader
+        trainer = self._fitting.trainer
         if not trainer.training:
             limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
             return EvaluationShare(dataloader, self._rank_and_size, limit if isinstance(limit, float) else 1.0)
-        assert self._gradients is not None
         loader = ShardedLoader(
             dataloader,
             self.max_replicas,
@@ -279,9 +185,7 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             keep=max(1, trainer.accumulate_grad_batches),
             before_fetch=self._before_batch,
         )
-        kind = AutomaticSteps if trainer.lightning_module.automatic_optimization else ManualSteps
-        steps = kind(trainer, loader, self._gradients, self.replica, self.replicas, self._share_out)
-        self._fitting = Fit(trainer, self.replicas, self._gradients, steps)
+        self._fitting.steps.step.read_from(loader)
         return loader
 
     def on_train_start(self) -> None:
@@ -292,30 +196,23 @@ class FaultTolerantDDPStrategy(LivingReplicas):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             trainer.training = True
 
+    def leave(self, status: int = 0) -> None:
+        """Take this replica out of the run in order, while the others go on; see `Membership.leave`. Within a fit.
+
+        If all leave at once, nobody would be left who knows the run: the hook ``on_all_leave`` is called.
+
+        Args:
+            status: the exit status of this process.
+        """
+        self._fit.replicas.leave(status)
+
     def on_train_end(self) -> None:
         """Nobody leaves while another may still need what it knows."""
-        if self._joined:
-            self._fit.replicas.finish()
+        if self._met is not None:
+            self._met.finish()
             self.barrier("end")
             if self._group.leads:
                 _launched.note_progress(over=True)
-
-    # State, for a peer and from a peer.
-
-    def _state(self) -> dict[str, Any]:
-        assert self._log is not None
-        return {**live_state(self._fit.trainer), "log": self._log.held(), **self._fit.steps.handover()}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        self._heals = True
-        try:
-            assert self._log is not None
-            self._log.take(state["log"])
-            load_live_state(self._fit.trainer, state, within_step=bool(self._fit.steps.window))
-            self._fit.steps.take_over(state)
-        finally:
-            self._heals = False
-        self._fit.replicas.has_healed(state)
 
     # The step.
 
@@ -327,24 +224,13 @@ class FaultTolerantDDPStrategy(LivingReplicas):
                 fit.replicas.start_at(fit.trainer.global_step)
             if fit.replicas.begin():
                 adopt_places(fit.trainer, self.broadcast(places(fit.trainer)))
-            self._share_out()
+            if fit.replicas.all_leave:
+                fit.end_of_all()
+            fit.share_out()
             fit.steps.begin()
         index = loop.epoch_loop.batch_progress.current.ready
         fit.steps.step.fetch(fit.trainer.current_epoch, index)
-        assert loop._data_fetcher is not None
-        loop._data_fetcher.fetched = index
-
-    def _share_out(self) -> None:
-        """Which shards this replica computes in the step to come."""
-        fit = self._fit
-        members, seed = fit.replicas.members, fit.replicas.seed
-        share = shares(self.max_replicas, members)
-        orphans, divisor = ([], len(members)) if self.shrinks else (share[self.replica], self.max_replicas)
-        assignment = Assignment(seed, orphans, divisor)
-        if self._mecefo is not None:
-            assignment = approximated(self._mecefo, assignment, share, fit.replicas.step)
-        fit.steps.assign(assignment)
-        self.set_world_ranks()
+        cast(Any, loop._data_fetcher).fetched = index
 
     @override
     @contextmanager
@@ -385,14 +271,75 @@ class FaultTolerantDDPStrategy(LivingReplicas):
 
     @override
     def teardown(self) -> None:
-        trainer, module = self._trainer, self.lightning_module
-        if self._fitting is not None:
-            self._fitting.steps.close()
-        if trainer is not None and module is not None:
-            compute_together(module, None)
-            callbacks_of(trainer)[:] = [c for c in callbacks_of(trainer) if not isinstance(c, ReplicaLog)]
-        self._fitting = self._log = None
-        if self.replicas is not None:
-            self.replicas.close()
-            self.replicas = None
+        if (fit := self._fitting) is not None:
+            compute_together(fit.trainer.lightning_module, None)
+            callbacks_of(fit.trainer)[:] = [each for each in callbacks_of(fit.trainer) if each is not fit.log]
+            self._fitting = None
+            fit.close()
         super().teardown()
+
+
+class FaultTolerantDDPStrategy(FaultTolerantDDP, DDPStrategy):
+    """Data parallel training that goes on when replicas die, and takes them back.
+
+    A replica is one process with one device, or several on one machine that live and die together. Each is started by
+    itself: ``lightning-eff launch --replicas 3 train.py`` on one machine, or torchrun or Slurm on each node with the
+    addresses given. torchft's lighthouse says who is alive. A step counts when all living replicas have it; one that
+    fails, because somebody died, is repeated by those who are left. Who comes back gets the whole state of the run from
+    a living peer before its next step. LR schedulers and ``trainer.global_step`` count such steps alone.
+
+    In manual optimization each ``step()`` of an optimizer is such a step. When one has failed ``training_step`` is run
+    again from its start, past those that all have: see the card for what that asks of it.
+
+    Between the steps one living replica writes checkpoints and logs, and the next one when it dies; ``reduce``,
+    ``broadcast``, ``all_gather``, ``barrier`` and ``self.log(sync_dist=True)`` are over the living;
+    ``trainer.world_size`` is that of a replica, and ``trainer.global_rank`` is 0 on the replica that writes.
+
+    Args:
+        min_replicas: fewer than these wait; give it to the lighthouse as well.
+        max_replicas: into how many shards the data are cut, and how many replicas there can be. By default the
+            environment variable ``NUM_REPLICA_GROUPS``, which the launcher sets.
+        lighthouse: its address, ``http://HOST:PORT``; by default the environment variable ``TORCHFT_LIGHTHOUSE``.
+        on_failure: what becomes of a dead replica's shard. ``"takeover"``: a neighbour computes it besides its own, so
+            that batches, samples and loss are those of a run without the failure. ``"mecefo"``: the same, but the
+            neighbour's backward pass is approximated so that it costs less. ``"shrink"``: it is left out.
+        heartbeat_timeout: seconds after which the lighthouse takes a silent replica for dead. The lighthouse has its
+            own setting of this; here it says how patient a replica is that waits.
+        replica: index of this replica, from 0, the same after a restart; by default the environment variable
+            ``REPLICA_GROUP_ID``.
+        host: the address on which this replica listens, and under which the others reach it. By default the
+            environment variable ``FT_HOST``, or loopback. Nobody but the replicas should reach it: see the card.
+        run_id: the same text in all replicas of a run, by which those of another run on the same lighthouse are turned
+            away; by default the environment variable ``LIGHTNING_EFF_RUN_ID``.
+        collective_timeout: seconds for one collective; longer than the slowest replica's step. So long does a step
+            wait for a peer that is stopped, or whose link is cut, without having died.
+        connect_timeout: seconds to connect to the lighthouse, and to the peers after a change: to those, a tenth of a
+            second more for each.
+        quorum_timeout: seconds that a replica waits for the others before a step: for validations, for checkpoints,
+            for ``min_replicas``.
+        heal_timeout: seconds for which the others wait while one gets the state of the run from a peer, and one more
+            for each 10 MB of weights and optimizer state.
+        quorum_retries: how often a lighthouse that does not answer is asked again.
+        start_grace: seconds for which the first step waits for all ``max_replicas``.
+        max_aborts: how often one step may fail in a row.
+        mecefo_rank: with ``"mecefo"``, the rank of a neighbour's weight gradients: a number, or a fraction of the
+            shorter side. See `lightning_eff.functional.mecefo.MeCeFO`.
+        mecefo_every_n_steps: committed steps for which the vectors behind them are kept.
+        mecefo_attention: patterns of the names of the attention modules; by default they are found by structure.
+        mecefo_ffn: the same for the feed-forward modules.
+        **kwargs: of Lightning's ``DDPStrategy`` and of DDP, such as ``bucket_cap_mb``.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        ModuleNotFoundError: torchft is absent.
+        MisconfigurationException: at the start of ``fit``: no lighthouse, a replica on several machines, a GradScaler,
+            LBFGS, data that cannot be cut into shards, manual optimization with ``"mecefo"``.
+        ConnectionError: the lighthouse cannot be reached.
+
+    Example:
+        >>> from lightning_eff.strategies import FaultTolerantDDPStrategy
+        >>> strategy = FaultTolerantDDPStrategy(max_replicas=3, replica=0, lighthouse="http://127.0.0.1:29510")
+
+    Source: torchft (https://github.com/meta-pytorch/torchft) for membership; the takeover of a neighbour's work after
+    Hu et al., "MeCeFO" (https://arxiv.org/abs/2510.16415), section 3.
+    """

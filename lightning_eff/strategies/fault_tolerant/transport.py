@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import secrets
 import socket
 import socketserver
 import struct
-import tempfile
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
-import torch
+from torch import Tensor
 from torchft.checkpointing import CheckpointTransport
 
+from lightning_eff.strategies.fault_tolerant.state_parts import StateParts, bytes_of
+
 _LENGTH = struct.Struct("!q")
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # a timeout is for one of these, however long the whole takes
 
 
 class PeerState(CheckpointTransport[Any]):
@@ -25,7 +26,11 @@ class PeerState(CheckpointTransport[Any]):
     What a peer sends is read by ``torch.load(weights_only=True)``, so it can give wrong weights but run no code here.
     A state is served only to who knows the random word of this process, which the peers learn through torchft, and
     only for the step for which it was asked. That keeps strangers from reading weights by chance; it is no
-    encryption. The state is a copy in memory, so training goes on while it is sent.
+    encryption.
+
+    The state is sent tensor by tensor from where it is, and there is no copy of it: nobody makes a step before all have
+    what they asked for. Where one does not get on, and the others go on without it, the transfer is broken off before
+    they change anything (`disallow_checkpoint`). No time is set for a whole transfer, but for each wait for more of it.
 
     Args:
         host: the address to listen on, and under which the peers reach it.
@@ -40,7 +45,7 @@ class PeerState(CheckpointTransport[Any]):
         self._word = secrets.token_hex(16)
         self._changed = threading.Condition()
         self._step: int | None = None
-        self._bytes: memoryview | None = None
+        self._parts: StateParts | None = None
         self._server = _Server((host, 0), self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True, name="peer-state")
         self._thread.start()
@@ -55,43 +60,45 @@ class PeerState(CheckpointTransport[Any]):
         return metadata.split(" ", 3)[3]
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: Any, timeout: timedelta) -> None:
-        """Make a state available until `disallow_checkpoint`."""
-        buffer = io.BytesIO()
-        torch.save(state_dict, buffer)
+        """Make a state available until `disallow_checkpoint`; it must not change until then."""
+        parts = StateParts.of(state_dict)
         with self._changed:
-            self._step, self._bytes = step, buffer.getbuffer()
+            self._step, self._parts = step, parts
             self._changed.notify_all()
 
     def disallow_checkpoint(self) -> None:
-        """Forget the state that is served; a transfer that has begun is finished."""
+        """Forget the state that is served, which may change as soon as this returns; break a transfer of it off."""
         with self._changed:
-            self._step, self._bytes = None, None
+            self._step, self._parts = None, None
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> Any:
         """Fetch a peer's state.
+
+        Args:
+            src_rank: of the peer.
+            metadata: of the peer.
+            step: for which it is asked.
+            timeout: to connect, and for each further piece to come.
 
         Raises:
             OSError: the peer is not there, has nothing for this step, or went away.
             pickle.UnpicklingError: it holds something other than tensors and plain Python values.
         """
         host, port, word, _ = metadata.split(" ", 3)
-        # Not in memory: the state is big, and it is read into tensors of its own.
-        with (
-            socket.create_connection((host, int(port)), timeout.total_seconds()) as peer,
-            tempfile.TemporaryFile() as f,
-        ):
+        with socket.create_connection((host, int(port)), timeout.total_seconds()) as peer:
             peer.sendall(f"{word} {step}\n".encode())
-            (length,) = _LENGTH.unpack(_receive(peer, _LENGTH.size))
-            if length < 0:
+            length = bytearray(_LENGTH.size)
+            _fill(peer, memoryview(length))
+            (count,) = _LENGTH.unpack(length)
+            if count < 0:
                 raise ConnectionError(f"the peer {host}:{port} has no state for step {step}")
-            while length > 0:
-                chunk = peer.recv(min(length, _CHUNK))
-                if not chunk:
-                    raise ConnectionError(f"the peer {host}:{port} went away while it sent its state")
-                f.write(chunk)
-                length -= len(chunk)
-            f.seek(0)
-            return torch.load(f, map_location="cpu", weights_only=True)
+            header = bytearray(count)
+            _fill(peer, memoryview(header))
+
+            def fill(content: Tensor) -> None:
+                _fill(peer, memoryview(cast(Any, content.numpy())))
+
+            return StateParts.read(bytes(header), fill)
 
     def shutdown(self, wait: bool = True) -> None:
         """Stop listening."""
@@ -99,14 +106,32 @@ class PeerState(CheckpointTransport[Any]):
         self._server.server_close()
         self._thread.join(timeout=5.0 if wait else 0.0)
 
-    def _for(self, request: str) -> memoryview | None:
+    def pieces(self, request: str) -> Iterator[bytes | memoryview]:
+        """What is sent in answer to a request."""
+        parts = self._for(request)
+        if parts is None:
+            yield _LENGTH.pack(-1)
+            return
+        yield _LENGTH.pack(len(parts.header))
+        yield parts.header
+        for tensor in parts.tensors:
+            content: Tensor | None = None
+            for start in range(0, tensor.nbytes, _CHUNK):
+                with self._changed:
+                    if self._parts is not parts:
+                        return
+                    content = bytes_of(tensor.cpu()) if content is None else content
+                    piece = content[start : start + _CHUNK].clone()
+                yield memoryview(cast(Any, piece.numpy()))
+
+    def _for(self, request: str) -> StateParts | None:
         word, _, step = request.strip().partition(" ")
         if not secrets.compare_digest(word.encode(), self._word.encode()):
             return None
         with self._changed:
             # Both learn of it in the same quorum, and the one that asks may be the quicker one.
             ready = self._changed.wait_for(lambda: step == str(self._step), self.patience)
-            return self._bytes if ready else None
+            return self._parts if ready else None
 
 
 class _Server(socketserver.ThreadingTCPServer):
@@ -129,17 +154,13 @@ class _Request(socketserver.StreamRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        state = self.server.state._for(self.rfile.readline(256).decode("utf-8", "replace"))
-        self.wfile.write(_LENGTH.pack(-1 if state is None else len(state)))
-        if state is not None:
-            self.wfile.write(state)
+        for piece in self.server.state.pieces(self.rfile.readline(256).decode("utf-8", "replace")):
+            self.wfile.write(piece)
 
 
-def _receive(peer: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = peer.recv(count - len(data))
-        if not part:
-            raise ConnectionError("the peer closed the connection")
-        data += part
-    return data
+def _fill(peer: socket.socket, content: memoryview) -> None:
+    while content:
+        count = peer.recv_into(content)
+        if not count:
+            raise ConnectionError("the peer went away while it sent its state")
+        content = content[count:]

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.utilities import _log_hyperparams
 
 from lightning_eff.strategies.fault_tolerant.rendezvous import LeftBehindError
+from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.whole_files import whole_file
 
 
@@ -44,7 +45,7 @@ def adopt_places(trainer: Trainer, theirs: dict[str, list[Any]]) -> None:
 def begin_to_write(trainer: Trainer) -> None:
     """This replica writes from now on. TensorBoard reads several files as one run; a CSV file is carried on."""
     for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
+        if is_a(logger, CSVLogger):
             _carry_on(logger)
     _log_hyperparams(trainer)
 
@@ -116,4 +117,4 @@ class NewerCheckpoints:
 
 
 def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in trainer.checkpoint_callbacks if is_a(callback, ModelCheckpoint)]

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_eff.functional.gradients import is_dtensor
-from lightning_eff.structure import clean_named_modules, find_blocks, select
+from lightning_eff.structure import clean_named_modules, find_blocks
+from lightning_eff.structure.select import select
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -51,10 +52,13 @@ def shard(
                 if not is_dtensor(parameter) and not parameter.is_contiguous():  # channels last, or a transposed one
                     parameter.data = parameter.data.contiguous()
             broadcast_from_rank_zero(held)
-        if name:
+        sharded = (
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        else:
-            fully_shard(part, mesh=mesh)
+            if name
+            else fully_shard(part, mesh=mesh)
+        )
+        if device.type == "cpu":
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
     return blocks
 
 

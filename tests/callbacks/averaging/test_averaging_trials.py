@@ -12,12 +12,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 from lightning_eff.callbacks.averaging import files
 from lightning_eff.functional.averaging import weighted_average
+from lightning_eff.training.namespaces import MisconfigurationException
 from tests.callbacks.averaging.averaging_models import Odd, Weights, averaged, fit
 from tests.suite.models import Net
 from tests.suite.runs import SaveAt, differences
@@ -184,6 +186,53 @@ def test_a_checkpoint_without_an_average_says_so(tmp_path: Path) -> None:
     trainer.callbacks[:] = [pickle.loads(pickle.dumps(EMA(0.9)))]
     with pytest.warns(UserWarning, match=r"EMA\('ema'\) writes no average beside this checkpoint: .* another process"):
         trainer.save_checkpoint(tmp_path / "parent.ckpt")
+
+
+class _Adapted(Net):
+    """A frozen base, and a head in training that alone is saved, under a name of its own if asked for."""
+
+    def __init__(self, prefix: str | None) -> None:
+        super().__init__("sgd")
+        self.blocks.requires_grad_(False)
+        self.prefix = prefix
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.prefix is not None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {self.prefix + n: t for n, t in state.items() if not n.startswith("blocks")}
+
+
+@pytest.mark.parametrize("prefix", [None, "", "adapter."])
+def test_a_frozen_base_that_the_module_does_not_save_is_not_in_the_averages_either(tmp_path, prefix) -> None:
+    weights, averaging = Weights(), CheckpointAveraging(window=2, every_n_steps=1, save="all")
+    fit(tmp_path, weights, averaging, SaveAt(4, tmp_path / "run.ckpt"), module=_Adapted(prefix), steps=4)
+    live = torch.load(tmp_path / "run.ckpt", weights_only=True)["state_dict"]
+    for state in (averaged(tmp_path / "average-run.ckpt"), load_file(tmp_path / "average-run.safetensors")):
+        assert state.keys() == live.keys()
+        assert len(state) == (2 if prefix is not None else len(Net().state_dict()))
+        wanted = _uniform(weights, [3, 4])["head.weight"]
+        assert not differences(wanted, state[f"{prefix or ''}head.weight"])
+    # Whatever a base would be: the average has its own tensors alone beside the checkpoint.
+    (kept,) = (tmp_path / "run.ckpt.ranks").iterdir()
+    assert torch.load(kept, weights_only=True)["state"]["trained"] == ["head.bias", "head.weight"]
+
+
+def test_by_default_a_frozen_base_is_written_once_beside_the_checkpoint(tmp_path: Path) -> None:
+    module = Net("sgd")
+    module.base = nn.Linear(300, 300).requires_grad_(False)  # 361 kB
+    fit(tmp_path, EMA(0.5), SaveAt(4, tmp_path / "run.ckpt"), module=module, steps=4)
+    large = [path.name for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 361_000]
+    assert sorted(large) == ["ema-run.ckpt", "run.ckpt"]
+
+
+def test_to_resume_from_an_average_is_refused_in_its_own_words(tmp_path: Path) -> None:
+    fit(tmp_path, EMA(0.5), SaveAt(4, tmp_path / "last.ckpt"), module=Net(), steps=4)
+    words = r"ema-last.ckpt holds the weights averaged until update 4.*resume from the checkpoint that it lies beside"
+    with pytest.raises(MisconfigurationException, match=words):
+        fit(tmp_path, EMA(0.5), module=Net(), steps=8, resume=tmp_path / "ema-last.ckpt")
+    trainer, module = fit(tmp_path, EMA(0.5), module=Net(), steps=8, resume=tmp_path / "last.ckpt")
+    assert trainer.global_step == 8
+    trainer.validate(module, ckpt_path=tmp_path / "ema-last.ckpt", verbose=False)  # which is what it is for
 
 
 def test_a_link_to_the_last_checkpoint_has_an_average_beside_it(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def test_batchnorm_statistics_are_those_of_the_average(tmp_path):
 
 def _statistics_of_two_ranks(folder: Path) -> dict[str, torch.Tensor]:
     averaging = CheckpointAveraging(window=2, every_n_steps=1, update_bn=2)
-    fit(folder, averaging, SaveAt(2, folder / "run.ckpt"), module=Odd(), steps=2, strategy=DDP, limit_val_batches=0)
+    saver = SaveAt(2, folder / "run.ckpt")
+    fit(folder, averaging, saver, module=Odd(), steps=2, strategy=DDP, limit_val_batches=0, val_check_interval=1)
     return {name: tensor for name, tensor in averaging._stand_in._statistics[""][1].items() if "running" in name}
 
 

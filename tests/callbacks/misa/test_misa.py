@@ -1,6 +1,7 @@
 """MISA in Lightning: what the contract suite (tests/suite) does not ask of every callback."""
 
 import copy
+import logging
 import warnings
 from types import SimpleNamespace
 
@@ -21,8 +22,8 @@ from harness.recorders import Reduced
 from lightning_eff.callbacks import MISA, CheckpointAveraging, ZClip
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.optimizer_state import state_bytes
-from tests.suite.models import Gan, Net
-from tests.suite.runs import SaveAt, differences, fit
+from tests.suite.models import WIDTH, Gan, Net
+from tests.suite.runs import SaveAt, build_trainer, differences, fit
 from tests.suite.table import DDP, FSDP2, SINGLE
 
 MATRICES = [f"blocks.{b}.{name}.weight" for b in (0, 2) for name in ("qkv", "proj", "mlp.0", "mlp.2")]
@@ -561,6 +562,46 @@ def test_strategies_that_fix_what_is_trained_are_refused(strategy):
 def test_a_matrix_that_no_budget_has_room_for_is_named(tmp_path):
     with pytest.warns(UserWarning, match=r"no room for 2 of 8, which are never trained: blocks.0.qkv.weight"):
         train(tmp_path, 3, budget=0.12)
+
+
+def test_a_small_model_gets_a_budget_of_its_largest_matrix_by_default(tmp_path, caplog):
+    """3 % of a plain network of four layers is less than any of its matrices."""
+    model = Net()
+    model.blocks = nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, 16), nn.GELU(), nn.Linear(16, WIDTH))
+    misa, watch = MISA(every_n_steps=1, eta=0.0), Watch()
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    trainer = build_trainer(tmp_path, SINGLE, [misa, watch], [], model, 12, {})
+    trainer.fit(model)
+    matrices = {"blocks.0.weight": 96, "blocks.2.weight": 192, "blocks.4.weight": 128}
+    assert {name for active in watch.active for name in active} == set(matrices)
+    assert max(sum(matrices[name] for name in active) for active in watch.active) == 192
+    (line,) = [record.message for record in caplog.records if record.message.startswith("MISA samples from")]
+    # 416 of the 424 numbers in matrices, and 192 of all 461 at a time.
+    assert "samples from 3 matrices, 98 % of the trained weights; outside: head.weight. 1 at first within 0.416" in line
+
+
+class _Unused(Net):
+    """Half of its blocks are there and not used."""
+
+    def forward(self, inputs):
+        return self.head(self.blocks[0](inputs).mean(1))
+
+
+def test_matrices_that_the_model_does_not_use_cost_a_step_each_and_no_run(tmp_path):
+    misa, watch, model = MISA(units=1, every_n_steps=4, seed=1), Watch(), _Unused()
+    trainer = build_trainer(tmp_path, SINGLE, [misa, watch], [], model, 40, {})
+    with pytest.warns(UserWarning, match=r"does not depend on what was sampled: blocks.2.*exclude=") as told:
+        trainer.fit(model)
+    assert len([each for each in told if "does not depend" in str(each.message)]) == 1
+    assert trainer.global_step == 40
+    sampled = [active for (active,) in watch.active]
+    assert {name.split(".")[1] for name in sampled} == {"0", "2"}
+    for step, name in enumerate(sampled[:-1]):
+        if name.startswith("blocks.2"):
+            assert all(torch.equal(watch.weights[step][each], watch.weights[step + 1][each]) for each in MATRICES)
+    ends = [step for step in range(1, 40) if sampled[step] != sampled[step - 1]]
+    assert len(ends) > 40 / 4  # intervals of four steps, and of one where nothing was used
+    assert {name for name, value in misa.importance.items() if value > 0} == set(MATRICES[:4])
 
 
 def test_an_eta_without_effect_says_so(tmp_path):

@@ -13,9 +13,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_eff.callbacks import Preemption
 from lightning_eff.callbacks.preemption.callback import FILE
+from lightning_eff.training import HearsOfTheEnd, tell
 from tests.callbacks.preemption.runs import Act, Model, send, trainer
 
 
@@ -286,3 +288,43 @@ def _wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class _EqualReplicas(SingleDeviceStrategy):
+    """What a callback sees of ``ddp_ft``; the real one is in tests/strategies/fault_tolerant/test_leaving.py."""
+
+    replicas_are_equal = True
+
+    def __init__(self):
+        super().__init__(device="cpu")
+        self.left = []
+
+    def leave(self, status):
+        self.left.append((status, self.lightning_module.global_step))
+
+
+@pytest.mark.parametrize(("hook", "at", "step"), [("on_train_batch_end", 3, 3), ("on_validation_batch_end", 2, 4)])
+def test_a_replica_takes_leave_once_and_takes_part_until_the_strategy_ends_it(tmp_path, hook, at, step):
+    strategy, preemption = _EqualReplicas(), Preemption(exit_code=9)
+    run = trainer(tmp_path, Act(hook, at, send), preemption, strategy=strategy)
+    model = Model()
+    run.fit(model)
+    assert strategy.left == [(9, step)]
+    assert model.hooks == run.num_training_batches * run.max_epochs
+    assert preemption.saved is None
+    assert not (tmp_path / FILE).exists()
+
+
+def test_when_all_replicas_leave_the_run_is_saved(tmp_path):
+    preemption = Preemption()
+    told = Act("on_train_batch_end", 5, lambda: tell(run, HearsOfTheEnd))
+    run = trainer(tmp_path, told, preemption, strategy=_EqualReplicas())
+    run.fit(Model())
+    assert preemption.saved == str(tmp_path / FILE)
+    assert torch.load(preemption.saved, weights_only=True)["global_step"] == 5
+
+
+def test_a_replica_cannot_leave_by_returning_from_fit(tmp_path):
+    run = trainer(tmp_path, Preemption(exit_code=None), strategy=_EqualReplicas())
+    with pytest.raises(MisconfigurationException, match=r"exit_code=None.*the other replicas would wait"):
+        run.fit(Model())

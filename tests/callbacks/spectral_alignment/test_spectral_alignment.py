@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from types import SimpleNamespace
@@ -401,7 +402,6 @@ def test_tensor_parallelism_is_refused():
     ("arguments", "reason"),
     [
         (dict(threshold=0.501, hysteresis=0.0005), "the most diverse one had a median of 0.5.* arms a layer"),
-        (dict(look_back=50), "there were 4 observations, fewer than look_back=50"),
         (dict(max_residual=1e-9), "no singular vector had converged to max_residual=1e-09"),
         (dict(include=["extra"]), "none of their forward passes was called"),
     ],
@@ -411,6 +411,18 @@ def test_that_no_layer_was_armed_is_said_once(arguments, reason):
     with pytest.warns(UserWarning, match=f"was ever armed, so no alarm: {reason}") as seen:
         fit(Model(extra=nn.Linear(3, 3)), monitor, max_steps=4)
     assert len([w for w in seen if "ever armed" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize(("action", "said"), [("log", 0), ("warn", 1)])
+def test_a_run_too_short_for_an_alarm_is_no_reason_to_warn(action, said, caplog):
+    """By default a layer can be armed after 320 steps. Who asked for alarms is told, without a warning."""
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="SpectralAlignmentMonitor")
+        fit(Model(), SpectralAlignmentMonitor(action=action), max_steps=60)
+    lines = [record.message for record in caplog.records if "was ever armed" in record.message]
+    assert len(lines) == said
+    assert all("there were 3 observations, fewer than look_back=16" in line for line in lines)
 
 
 def test_autocast_and_low_precision_weights():

@@ -132,17 +132,6 @@ class SavesRandomness(L.Callback):
             set_random_state(self.loaded, torch.device("cpu"))
 
 
-class Backbone(Net):
-    """Two transformer blocks are the backbone, which a callback unfreezes."""
-
-    @property
-    def backbone(self) -> torch.nn.Module:
-        return self.blocks
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
 def _unfrozen(folder: Path, guard: TrainingGuard | None, *around: L.Callback, **more: Any) -> Any:
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=1e-3, verbose=False)
     return fit(None, folder, callback=guard, around=[finetuning, *around], model="backbone", steps=14, **more)
@@ -150,10 +139,6 @@ def _unfrozen(folder: Path, guard: TrainingGuard | None, *around: L.Callback, **
 
 class TestBesideFinetuning:
     """Epochs have six batches; the backbone is unfrozen in the second, which a rollback behind it does not undo."""
-
-    @pytest.fixture(autouse=True)
-    def _model(self, monkeypatch):
-        monkeypatch.setitem(MODELS, "backbone", Backbone)
 
     def test_what_was_unfrozen_stays_so_and_is_trained(self, tmp_path):
         weights = []

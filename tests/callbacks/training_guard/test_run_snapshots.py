@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_eff.callbacks.training_guard.rate_factor import RateFactor
-from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots, tensor_bytes
+from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots
 
 
 def _state(value: float):
@@ -40,7 +40,7 @@ def test_a_state_comes_back_as_it_was(place, tmp_path):
 
 
 def test_its_size():
-    assert tensor_bytes(_state(1.0)) == 12 + 12 + 8
+    assert RunSnapshots(2).bytes_of(_state(1.0)) == 12 + 12 + 8
 
 
 def test_a_rate_that_is_a_tensor_stays_the_same_tensor():

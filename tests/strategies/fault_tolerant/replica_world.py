@@ -36,6 +36,8 @@ class World:
         self.deaths, self.glitches = deaths, glitches
         self.changed = threading.Condition()
         self.alive: set[str] = set()
+        self.silent: set[str] = set()
+        """Those that live and send no heartbeats, so that the lighthouse has forgotten them."""
         self.waiting: dict[str, dict[str, Any]] = {}
         self.previous: list[str] = []
         self.quorum_id = 0
@@ -65,8 +67,9 @@ class World:
         candidates = sorted(asking)
         if any(self.waiting[name]["shrink"] for name in asking) and self.previous:
             candidates = [name for name in candidates if name in self.previous]
-        complete = all(name in asking for name in self.previous) if self.previous else False
-        if not complete and set(asking) != self.alive:
+        known = [name for name in self.previous if name not in self.silent]
+        complete = all(name in asking for name in known) if known else False
+        if not complete and set(asking) != self.alive - self.silent:
             return
         if not candidates:
             return
@@ -243,8 +246,18 @@ class Manager:
     def reset_failures(self) -> None:
         self.failures = self.missed_quorums = 0
 
+    def withdraw_state(self) -> None:
+        """It was copied."""
+
     def set_step(self, step: int) -> None:
         self.step = step
+
+    def ask_for_new_connections(self) -> None:
+        self.failures = 1
+
+    def fall_silent(self) -> None:
+        with self.world.changed:
+            self.world.silent.add(self.name)
 
     def break_off(self) -> None:
         raise AssertionError("nobody is left behind here")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import REPOSITORY
+from harness import REPOSITORY, json_lines
 from tests.strategies.fault_tolerant.replica_checks import REAL, check
 from tests.strategies.fault_tolerant.replica_runs import Fault, Lighthouse, Outcome, Server, run
 
@@ -87,10 +88,12 @@ def test_who_leaves_costs_no_timeout(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_a_stranger_ends_alone(stranger: dict[str, Any], words: str, server: Server, tmp_path: Path) -> None:
-    started: list[tuple[subprocess.Popen[bytes], float]] = []
-    log = tmp_path / "stranger.log"
+    started: list[subprocess.Popen[bytes]] = []
+    log, over = tmp_path / "stranger.log", tmp_path / "over"
 
     def intrude(lighthouse: Lighthouse, pids: dict[int, int], folder: Path) -> None:
+        if started and started[0].poll() is not None:
+            over.touch()
         steps = folder / "steps-0-0.jsonl"
         if started or not steps.exists() or len(steps.read_text().splitlines()) < 5:
             return
@@ -112,27 +115,60 @@ def test_a_stranger_ends_alone(stranger: dict[str, Any], words: str, server: Ser
         }
         command = [sys.executable, "-m", "tests.strategies.fault_tolerant.replica_main", str(file)]
         with log.open("wb") as output:
-            started.append(
-                (
-                    subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=output, stderr=output),
-                    time.monotonic(),
-                )
-            )
+            started.append(subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=output, stderr=output))
 
     outcome = run(
         server,
         tmp_path,
         replicas=2,
-        steps=400,
+        steps=200,
         strategy={"max_replicas": 3, "start_grace": 1.0},
         during=intrude,
         limit=400.0,
         patience=0.0,
-        **{**REAL, "sleep": 0.08},
+        until=str(over),  # slow as long as the stranger has not ended, which takes seconds to come up
+        **{**REAL, "sleep": 0.5},
     )
-    process, _ = started[0]
-    assert process.wait(60) == 1
+    assert over.exists(), log.read_text()
+    assert started[0].wait() == 1
     assert words in log.read_text()
     assert sorted(outcome.exits) == [(0, 0, 0), (1, 0, 0)], outcome.logs()
-    assert [line["step"] for line in outcome.steps[0]] == list(range(1, 401))
+    assert [line["step"] for line in outcome.steps[0]] == list(range(1, 201))
     assert outcome.steps[0][-1]["members"] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["end", "backward"])
+def test_a_loss_is_told_of_who_was_lost(phase: str, server: Server, tmp_path: Path) -> None:
+    """Replica 0, which writes, is stopped between two steps or within one; awake again, it tells of no loss itself."""
+    stopped: list[int] = []
+
+    def wake(lighthouse: Lighthouse, pids: dict[int, int], folder: Path) -> None:
+        made = json_lines.read(folder / "steps-1-0.jsonl")
+        if 0 in pids and not stopped and made and made[-1]["members"] == [1, 2]:
+            stopped.append(pids[0])
+        if stopped and made[-1]["step"] >= 25:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(stopped[0], signal.SIGCONT)
+
+    outcome = check(
+        run(
+            server,
+            tmp_path,
+            steps=60,
+            faults=(Fault(0, 15, phase, signal=signal.SIGSTOP),),
+            strategy={"collective_timeout": 5.0},
+            loggers=["tensorboard"],
+            during=wake,
+            **{**REAL, "sleep": 0.05},
+        ),
+        60,
+    )
+    assert stopped, outcome.logs()
+    events = EventAccumulator(str(next(tmp_path.glob("tensorboard/**/events*")).parent), {"tensors": 0})
+    events.Reload()
+    told = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("ft/events/text_summary")]
+    lost = [index for text in told for index in re.findall(r"replica (\d) is lost", text)]
+    back = [index for text in told for index in re.findall(r"replica (\d) has come in", text)]
+    assert lost == ["0"], told
+    assert back == ["0"], told

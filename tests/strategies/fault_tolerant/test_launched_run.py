@@ -73,9 +73,24 @@ with open(f"{folder}/end-{os.environ['REPLICA_GROUP_ID']}.{os.environ['LOCAL_RAN
 """
 
 
-def launch(folder: Path, victim: str, replicas: int, processes: int) -> dict[str, dict[str, Any]]:
+# The same under Lightning's other name, by the strategy's string.
+OTHER_NAME = {
+    "import lightning as L": "import pytorch_lightning as L",
+    "from lightning.pytorch.callbacks": "from pytorch_lightning.callbacks",
+    "from lightning_eff.strategies import FaultTolerantDDPStrategy": "import lightning_eff",
+    "FaultTolerantDDPStrategy()": "'ddp_ft'",
+}
+
+
+def launch(
+    folder: Path, victim: str, replicas: int, processes: int, package: str = "lightning.pytorch"
+) -> dict[str, dict[str, Any]]:
     folder.mkdir()
-    (folder / "train.py").write_text(SCRIPT)
+    script = SCRIPT
+    for ours, other in OTHER_NAME.items() if package == "pytorch_lightning" else ():
+        assert ours in script
+        script = script.replace(ours, other)
+    (folder / "train.py").write_text(script)
     command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas), "--grace", "60"]
     done = subprocess.run(
         [*command, "--nproc-per-node", str(processes), str(folder / "train.py"), str(folder), victim],
@@ -94,11 +109,18 @@ def flat(weights: Any) -> list[float]:
     return [number for each in weights for number in flat(each)] if isinstance(weights, list) else [weights]
 
 
-@pytest.mark.parametrize(("replicas", "processes", "victim", "steps"), [(3, 1, "1.0", 12), (2, 2, "1.1", 9)])
-def test_a_killed_process_leaves_no_trace_in_the_result(tmp_path, replicas, processes, victim, steps):
+@pytest.mark.parametrize(
+    ("replicas", "processes", "victim", "steps", "package"),
+    [
+        (3, 1, "1.0", 12, "lightning.pytorch"),
+        (2, 2, "1.1", 9, "lightning.pytorch"),
+        (3, 1, "1.0", 12, "pytorch_lightning"),
+    ],
+)
+def test_a_killed_process_leaves_no_trace_in_the_result(tmp_path, replicas, processes, victim, steps, package):
     """AdamW, dropout, accumulation of 2, two data workers with prefetch, a kill in mid-epoch and mid-window."""
     whole = launch(tmp_path / "whole", "nobody", replicas, processes)
-    killed = launch(tmp_path / "killed", victim, replicas, processes)
+    killed = launch(tmp_path / "killed", victim, replicas, processes, package)
     assert [end["step"] for end in whole.values()] == replicas * processes * [steps]
     assert len(killed) >= (replicas - 1) * processes  # the victim has come back, or the run was over before
     reference = whole["end-0.0"]

@@ -80,7 +80,10 @@ def test_nobody_in_the_run_takes_a_strangers_state() -> None:
 class Living:
     """A replica in a thread that makes steps until it is told to stop."""
 
-    def __init__(self, world: World, index: int, run: str = "", count: int = 3, begins_at: int = 0) -> None:
+    def __init__(
+        self, world: World, index: int, run: str = "", count: int = 3, begins_at: int = 0, leaves_behind: int = -1
+    ) -> None:
+        self.leaves_behind = leaves_behind
         self.world, self.name = world, f"{index}:{run}{begins_at}"
         state: dict[str, float] = {}
         handover = Handover(lambda: dict(state), state.update, run)
@@ -95,7 +98,11 @@ class Living:
     def run(self) -> None:
         try:
             while self.replicas.step < self.last:
+                if self.replicas.step == self.leaves_behind:
+                    self.replicas.leave(7)
                 self.replicas.begin()
+                if self.replicas.all_leave:
+                    self.replicas.depart()
                 self.replicas.last_part()
                 self.replicas.within(lambda group: total(group, 1.0, 3), 0.0)
                 if self.replicas.commit() or self.replicas.again():
@@ -142,6 +149,43 @@ def test_a_stranger_is_turned_away_and_the_run_goes_on(arguments: dict[str, Any]
     for living in run:
         living.thread.join(20.0)
     assert [living.error for living in run] == [None, None]
+
+
+def test_who_leaves_takes_part_until_it_is_forgotten_and_no_step_fails() -> None:
+    world = World(0, 0.0, 0.0)
+    run = [Living(world, index) for index in (0, 1, 2)]
+    for living in run:
+        living.replicas._departure.seconds = 0.02
+    run[0].reaches(5)
+    run[1].replicas.leave(7)
+    run[1].thread.join(20.0)
+    assert isinstance(run[1].error, SystemExit)
+    assert run[1].error.code == 7
+    left = run[1].replicas.step
+    run[0].reaches(left + 5)
+    run[2].reaches(left + 5)
+    for living in (run[0], run[2]):
+        living.last = run[0].replicas.step + 100
+    for living in (run[0], run[2]):
+        living.thread.join(20.0)
+        assert living.error is None
+        assert living.replicas.members == [0, 2]
+        assert living.replicas.aborts == 0
+
+
+def test_where_all_leave_at_once_they_end_behind_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[dict[str, Any]] = []
+    monkeypatch.setattr(_launched, "note_progress", lambda **changes: noted.append(changes))
+    world = World(0, 0.0, 0.0)
+    run = [Living(world, index, leaves_behind=10) for index in (0, 1)]
+    for living in run:
+        living.thread.join(20.0)
+        assert isinstance(living.error, SystemExit)
+        assert living.error.code == 7
+        assert living.replicas.step == 10
+        assert living.replicas.aborts == 0
+    assert world.silent == set()
+    assert noted.count({"left": True}) == 2
 
 
 def alone(missed: int | None) -> Replicas:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any, cast
 
 import lightning as L
@@ -161,47 +158,6 @@ def test_shares_are_even_and_complete() -> None:
             assert max(sizes) - min(sizes) <= 1
 
 
-class Evil:
-    """Runs code where it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return os.putenv, ("EVIL", "1")
-
-
-@pytest.fixture
-def peer() -> Iterator[Any]:
-    from lightning_eff.strategies.fault_tolerant.transport import PeerState
-
-    peer = PeerState("127.0.0.1", patience=0.1)
-    yield peer
-    peer.shutdown()
-
-
-def test_a_peer_state_arrives_as_it_was(peer: Any) -> None:
-    state = {"weights": torch.arange(5.0), "step": 7, "nested": [{"a": (1, 2.0, None)}]}
-    peer.send_checkpoint([1], 7, state, timedelta(seconds=5))
-    got = peer.recv_checkpoint(0, peer.metadata(), 7, timedelta(seconds=5))
-    assert torch.equal(got["weights"], state["weights"])
-    assert got["nested"] == state["nested"]
-
-
-def test_a_peer_state_is_for_its_step_and_its_word(peer: Any) -> None:
-    peer.send_checkpoint([1], 7, {"step": 7}, timedelta(seconds=5))
-    host, port, _, note = peer.metadata().split(" ", 3)
-    for metadata, step in ((peer.metadata(), 8), (f"{host} {port} {'0' * 32} {note}", 7)):
-        with pytest.raises(ConnectionError, match="no state for step"):
-            peer.recv_checkpoint(0, metadata, step, timedelta(seconds=5))
-    peer.disallow_checkpoint()
-    with pytest.raises(ConnectionError, match="no state for step 7"):
-        peer.recv_checkpoint(0, peer.metadata(), 7, timedelta(seconds=5))
-
-
-def test_nothing_that_a_peer_sends_is_unpickled(peer: Any) -> None:
-    peer.send_checkpoint([1], 7, {"step": Evil()}, timedelta(seconds=5))
-    with pytest.raises(pickle.UnpicklingError):
-        peer.recv_checkpoint(0, peer.metadata(), 7, timedelta(seconds=5))
-
-
 LEFT_BEHIND = """
 import threading, time
 from datetime import timedelta
@@ -224,5 +180,5 @@ manager.shutdown(wait=False)
 
 def test_a_replica_that_was_left_behind_ends_though_the_lighthouse_never_answers() -> None:
     """Neither the call nor the thread in which it waits keeps the process."""
-    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=150, check=True)
     assert done.stdout == "ended\n"

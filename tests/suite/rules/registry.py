@@ -15,6 +15,8 @@ class Rule:
 
     check: Callable[[Row, Place], None]
     strategies: tuple[Strategy, ...]
+    slow: tuple[Strategy, ...] = ()
+    """Where it is checked by `make test-all` alone."""
 
     @property
     def name(self) -> str:
@@ -24,11 +26,13 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def rule(*strategies: Strategy) -> Callable[[Callable[[Row, Place], None]], Callable[[Row, Place], None]]:
+def rule(
+    *strategies: Strategy, slow: tuple[Strategy, ...] = ()
+) -> Callable[[Callable[[Row, Place], None]], Callable[[Row, Place], None]]:
     """Register a rule; without strategies it is checked on one device."""
 
     def register(check: Callable[[Row, Place], None]) -> Callable[[Row, Place], None]:
-        RULES[check.__name__] = Rule(check, strategies or (SINGLE,))
+        RULES[check.__name__] = Rule(check, strategies or (SINGLE,), slow)
         return check
 
     return register

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
 from harness.faults import InjectedError, fail_at
+from harness.runs import seed_everything
+from lightning_eff.callbacks import ExactResume
 from tests.suite.models import MODELS, STEPS
 from tests.suite.rules.registry import rule
-from tests.suite.runs import Place, SaveAt, differences, expect, fit
+from tests.suite.runs import Place, SaveAt, differences, expect, fit, random_states
 from tests.suite.table import STRATEGIES, Row, Strategy
 
 _SAFE = (Tensor, bool, int, float, str, list, tuple, dict, type(None))
@@ -42,6 +46,36 @@ def _crash_and_resume(row: Row, strategy: Strategy, model: str, folder: Path) ->
         run = fit(row, folder, strategy=strategy, model=model, resume=path)
         assert run.trainer.global_step == STEPS * MODELS[model].optimizer_count
         resumed[step] = run.outcome()
+    return unbroken, resumed
+
+
+@rule()
+def data_and_randomness_resume_exactly(row: Row, place: Place) -> None:
+    """Beside ExactResume the run that was broken off in an epoch also sees the batches, and draws the numbers."""
+    check_data_and_randomness(row, place, steps=(5,))
+
+
+def check_data_and_randomness(row: Row, place: Place, steps: Sequence[int]) -> None:
+    """The rule, at several steps."""
+    for rank, (unbroken, resumed) in enumerate(place.run(_draw_and_resume, row, place.strategy, place.folder, steps)):
+        for step, outcome in resumed.items():
+            wrong = differences(unbroken, outcome)
+            assert not wrong, f"rank {rank}, broken off after step {step}: {wrong}"
+
+
+def _draw_and_resume(row: Row, strategy: Strategy, folder: Path, steps: Sequence[int]) -> tuple[Any, dict[int, Any]]:
+    def draw(seed: int, *around: L.Callback, **arguments: Any) -> Any:
+        seed_everything(seed)
+        exact = [] if row.callback is ExactResume else [ExactResume()]
+        return fit(row, folder, strategy=strategy, model="drawn", around=[*exact, *around], **arguments)
+
+    paths = {step: folder / f"drawn-{step}.ckpt" for step in steps}
+    run = draw(0, *(SaveAt(step, path) for step, path in paths.items()))
+    unbroken = {**run.outcome(), "last": run.model.seen[-1], "random": random_states()}
+    resumed = {}
+    for step, path in paths.items():
+        run = draw(1, resume=path)
+        resumed[step] = {**run.outcome(), "last": run.model.seen[-1], "random": random_states()}
     return unbroken, resumed
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from harness.operators import OperatorCounter
 from lightning_eff.callbacks import Alarm, TrainingGuard, sound
 from lightning_eff.training.hooks import HasRunState
+from tests.suite.device import generator_state
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, fit
 from tests.suite.table import Row
@@ -46,7 +46,7 @@ class _Draws(L.Callback):
         self.states: dict[int, list[Tensor]] = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.states.setdefault(trainer.global_step + 1, []).append(torch.get_rng_state())
+        self.states.setdefault(trainer.global_step + 1, []).append(generator_state())
 
 
 class _Sounds(L.Callback):

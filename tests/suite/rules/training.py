@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 
 from harness.poison import PoisonedEmpty
+from tests.suite.device import DEVICE
 from tests.suite.models import STEPS, EndlessIndices, Indices, Net
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, build_trainer, differences, fit
@@ -61,7 +62,7 @@ def trains_in_bfloat16(row: Row, place: Place) -> None:
 @rule()
 def survives_overflow(row: Row, place: Place) -> None:
     """`16-mixed`: steps that the GradScaler drops leave no trace in the weights that follow."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-15, growth_interval=1000)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**40, backoff_factor=2.0**-15, growth_interval=1000)
     overflowed = fit(row, place.folder, plugins=[_half(scaler)])
     drops = {2.0**25: 1, 2.0**10: 2, 2.0**-5: 3}.get(scaler.get_scale())
     assert drops, f"the scale went from 2^40 to {scaler.get_scale()}: no overflow, or one at every step"
@@ -69,7 +70,7 @@ def survives_overflow(row: Row, place: Place) -> None:
     state = overflowed.outcome()["callback"]
     assert not _not_numbers(state), f"NaN in the state: {_not_numbers(state)}"
 
-    scaler = torch.amp.GradScaler("cpu", init_scale=scaler.get_scale(), growth_interval=1000)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=scaler.get_scale(), growth_interval=1000)
     later = {"skip_steps": drops}
     without = fit(row, place.folder, plugins=[_half(scaler)], steps=STEPS - drops, model_arguments=later)
     wrong = differences(without.parameters(), overflowed.parameters())
@@ -78,7 +79,7 @@ def survives_overflow(row: Row, place: Place) -> None:
 
 def _half(scaler: torch.amp.GradScaler) -> MixedPrecision:
     # Passed as a plugin: `precision="16-mixed"` on the CPU becomes bfloat16, which needs no scaler.
-    return MixedPrecision("16-mixed", "cpu", scaler)
+    return MixedPrecision("16-mixed", DEVICE, scaler)
 
 
 @rule()

@@ -76,9 +76,8 @@ class OrphanRuns:
         trainer: Any = self._trainer
         own = StepSnapshot(trainer, again=False)
         profiler, trainer.profiler = trainer.profiler, PassThroughProfiler()  # it may be in the midst of a step
-        self.passes.aside = True
         torch.clear_autocast_cache()  # where it is of these weights, which are others now
-        with self.replay.aside(), self.fresh.put_aside():
+        with self.passes.run_aside(), self.replay.aside(), self.fresh.put_aside():
             try:
                 for shard in orphans:
                     self.replay.start.restore()
@@ -91,7 +90,6 @@ class OrphanRuns:
             except OtherPathError as error:
                 self.complaint = str(error)
             finally:
-                self.passes.aside = False
                 own.restore()
                 torch.clear_autocast_cache()
                 trainer.profiler = profiler

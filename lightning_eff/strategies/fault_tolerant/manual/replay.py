@@ -13,6 +13,7 @@ from lightning_eff.strategies.fault_tolerant.logged_values import LoggedValues
 from lightning_eff.strategies.fault_tolerant.manual.events import Event, Leave, OtherPathError, name_of
 from lightning_eff.strategies.fault_tolerant.manual.gradients import NewGradients
 from lightning_eff.strategies.fault_tolerant.manual.snapshot import StepSnapshot
+from lightning_eff.training.logged import accumulators, set_accumulators
 from lightning_eff.training.run_parts import set_group_values
 
 
@@ -42,7 +43,7 @@ class Replay:
         self._safe_events = self._safe_results = 0  # that are committed
         self._at = self._result_at = 0  # where the present run is
         self._aside = False
-        self._real_results = trainer.fit_loop.epoch_loop._results
+        self._real_results = accumulators(trainer)
         self._logged = LoggedValues(self._real_results, trainer.lightning_module)
         self._logged_at = 0  # as many events had been when `_logged` was taken
 
@@ -55,15 +56,14 @@ class Replay:
         self._at = self._result_at = 0
         self._leaving = self.reduces_more = self.unsynced = False
         self.fresh.forget(self.trainer.lightning_module.parameters())
-        loop = self.trainer.fit_loop.epoch_loop
         if self._logged_at > 0:  # it is logged already
-            loop._results = type(self._real_results)(training=True)
+            set_accumulators(self.trainer, None)
         else:
             self._log_from_here()
         try:
             yield
         finally:
-            loop._results = self._real_results
+            set_accumulators(self.trainer, self._real_results)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -76,6 +76,15 @@ class Replay:
         finally:
             self._aside, self._at, self.unsynced = False, at, unsynced
             logged.restore()
+
+    @contextmanager
+    def unsynchronised(self) -> Iterator[None]:
+        """Around backward passes that reduce nothing."""
+        before, self.unsynced = self.unsynced, True
+        try:
+            yield
+        finally:
+            self.unsynced = before
 
     def from_the_start(self) -> None:
         """Everything is as training_step has found it, for a run aside."""
@@ -157,13 +166,13 @@ class Replay:
         self._at += 1
         if self._aside:
             return
-        if self._at == self._logged_at and self.trainer.fit_loop.epoch_loop._results is not self._real_results:
+        if self._at == self._logged_at and accumulators(self.trainer) is not self._real_results:
             self._log_from_here()
         elif self._logged_at < self._at <= self._safe_events:  # a peer's part, which is logged as it comes by
             self._log_is_safe()
 
     def _log_from_here(self) -> None:
-        self.trainer.fit_loop.epoch_loop._results = self._real_results
+        set_accumulators(self.trainer, self._real_results)
         self._logged.restore()
 
     def _log_is_safe(self) -> None:

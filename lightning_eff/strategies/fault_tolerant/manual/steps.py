@@ -39,8 +39,7 @@ class ManualSteps(Steps):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._fresh = NewGradients()
-        self._replay: Replay | None = None  # while training_step runs
-        self._orphans: OrphanRuns | None = None  # likewise
+        self._running: OrphanRuns | None = None  # what there is while training_step runs; has its replay
         self._parts = 0  # that are committed
         self._kind = END  # of the last one
         self._handed: dict[str, Any] | None = None  # of a peer that is ahead
@@ -48,17 +47,16 @@ class ManualSteps(Steps):
         self._applying = False
 
     @property
-    def replay(self) -> Replay:
-        """Of the training_step that runs."""
-        if self._replay is None:
-            raise RuntimeError("with ddp_ft, backward passes and optimizer steps have to be made in training_step")
-        return self._replay
-
-    @property
     def orphans(self) -> OrphanRuns:
         """Of the training_step that runs."""
-        assert self._orphans is not None
-        return self._orphans
+        if self._running is None:
+            raise RuntimeError("with ddp_ft, backward passes and optimizer steps have to be made in training_step")
+        return self._running
+
+    @property
+    def replay(self) -> Replay:
+        """Of the training_step that runs."""
+        return self.orphans.replay
 
     @override
     def begin(self) -> None:
@@ -74,8 +72,8 @@ class ManualSteps(Steps):
         self.gradients.forget_orphans()
         self.buffers.begin()
         self._fresh.listen(self.module.parameters())
-        self._replay = replay = Replay(self.trainer, self._fresh)
-        self._orphans = orphans = OrphanRuns(self.passes, self.values, replay, self._fresh)
+        replay = Replay(self.trainer, self._fresh)
+        self._running = orphans = OrphanRuns(self.passes, self.values, replay, self._fresh)
         device = self.trainer.strategy.root_device
         while True:
             orphans.start_over()
@@ -90,7 +88,7 @@ class ManualSteps(Steps):
                 self._try_again()
             replay.start.restore()
         self.buffers.note_changes()
-        self._replay = self._orphans = None
+        self._running = None
         self.replicas.goes_on(False)
         if self.buffers.changing:
             self.buffers.adopt(self.replicas.agree(self.buffers.share, None))
@@ -163,12 +161,8 @@ class ManualSteps(Steps):
     @contextmanager
     def without_sum(self) -> Iterator[None]:
         """Around backward passes that reduce nothing: what they leave is reduced with the next one, or at the end."""
-        replay = self.replay
-        before, replay.unsynced = replay.unsynced, True
-        try:
+        with self.replay.unsynchronised():
             yield
-        finally:
-            replay.unsynced = before
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], update: Callable[[Once], Any]) -> Any:
@@ -193,9 +187,9 @@ class ManualSteps(Steps):
 
     @override
     def recorded(self, operate: Callable[[], Any], alone: Any) -> Any:
-        if self.aside or self._replay is None or self.values.count is None:
+        if self.aside or self._running is None or self.values.count is None:
             return super().recorded(operate, alone)
-        return self._replay.recorded(operate, alone)
+        return self.replay.recorded(operate, alone)
 
     @override
     def reduced(self, value: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
@@ -301,7 +295,8 @@ class ManualSteps(Steps):
     @override
     def handover(self) -> dict[str, Any]:
         """For a replica that takes this one's state: before a step, or after a part that it has missed."""
-        named, replay = dict(self.module.named_parameters()), self._replay
+        named = dict(self.module.named_parameters())
+        replay = None if self._running is None else self.replay
         own = [] if replay is None else [name for name, p in named.items() if self._fresh.has(p)]  # not yet reduced
         gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None and name not in own}
         results = [] if replay is None else replay.results

@@ -1,0 +1,265 @@
+"""ExactResume: is a killed run the unbroken one, what does a batch pay for it, and how soon is it in its place?
+
+python -m benchmarks.exact_resume kills   # kill -9 of every rank at random batches, plain Lightning against ours
+python -m benchmarks.exact_resume cost    # process CPU time a batch, and bytes beside a checkpoint
+python -m benchmarks.exact_resume seek    # a shuffled DataLoader, from its start to behind batch 100,000
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.rows import show, write_rows
+from examples.gpt.model import GPT, GPTConfig
+from harness.processes import environment
+from harness.runs import begin, quiet_trainer
+from harness.timing import in_turn, ratio
+from lightning_eff.callbacks import ExactResume
+from lightning_eff.callbacks.exact_resume.loader import PlacedLoader
+from lightning_eff.cli.verify_resume import run as verify
+
+BATCHES = 24  # of three epochs
+
+
+class Noisy(Dataset[Tensor]):
+    """Samples with noise of all three generators."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([index, random.random(), float(np.random.rand()), float(torch.rand(()))])
+
+
+class Net(L.LightningModule):
+    """Dropout and BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.BatchNorm1d(32), nn.Dropout(0.3), nn.Linear(32, 1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layers(batch / batch.max()).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def script(exact: bool, folder: str) -> None:
+    """What is killed: two ranks, two workers, augmentations, dropout, accumulation, shuffled."""
+    begin(int(os.environ.get("RANK", 0)))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    data = DataLoader(Noisy(BATCHES // 3 * 4 * ranks), batch_size=4, shuffle=True, num_workers=2)
+    trainer = quiet_trainer(
+        *([ExactResume()] if exact else []),
+        ModelCheckpoint(save_top_k=0),
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=3,
+        accumulate_grad_batches=2,
+        default_root_dir=folder,
+    )
+    trainer.fit(Net(), data)
+
+
+def kills(number: int, ranks: int) -> None:
+    os.environ.update(environment(GLOO_SOCKET_IFNAME="lo", PYTHONPATH=os.environ.get("PYTHONPATH", "")))
+    rows = []
+    for exact in (False, True):
+        name = "ExactResume" if exact else "Lightning"
+        with tempfile.TemporaryDirectory() as folder:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command = [
+                sys.executable,
+                *(torchrun if ranks > 1 else []),
+                "-m",
+                "benchmarks.exact_resume",
+                "script",
+                name,
+            ]
+            orders = {"folder": folder, "batches": BATCHES}
+            draw = random.Random(0)
+            equal, first = 0, Counter[str]()
+            whole: Any = None
+            for _ in range(number):
+                save_at = draw.randint(1, BATCHES - 2)
+                orders.update(save_at=save_at, kill_at=save_at + 1)
+                for role in ("whole", "broken", "resumed") if whole is None else ("broken", "resumed"):
+                    if problem := verify._run(command, Path(folder), {**orders, "role": role}):
+                        raise SystemExit(problem)
+                whole = whole or verify._notes(Path(folder), "whole")
+                difference = verify._first_difference(whole, verify._notes(Path(folder), "resumed"))
+                equal += not difference
+                if difference:
+                    first[" ".join(difference.split(": ")[1].split()[:2])] += 1
+        rows.append(
+            {
+                "run": name,
+                "ranks": ranks,
+                "workers": 2,
+                "accumulate": 2,
+                "kills": number,
+                "equal_to_the_bit": equal,
+                "first_difference": "; ".join(f"{what} {count}" for what, count in first.most_common()),
+            }
+        )
+    show("Killed by kill -9 at random batches of three epochs, and resumed", rows)
+    write_rows("exact_resume_kills", rows, ("run", "ranks"))
+
+
+class Bytes(L.LightningModule):
+    """A byte GPT of 0.85 M parameters on random bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = GPT(GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self.model(batch[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class CpuTime(L.Callback):
+    """Of this process in training batches, behind the first few."""
+
+    def __init__(self) -> None:
+        self.began = self.ended = 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.ended = time.process_time()
+        if trainer.global_step == 10:
+            self.began = self.ended
+
+
+def cost(rounds: int, steps: int) -> None:
+    sizes: dict[str, int] = {}
+
+    def one(exact: bool, workers: int) -> float:
+        begin(0)
+        clock = CpuTime()
+        own = [ExactResume()] if exact else []
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = quiet_trainer(*own, clock, accelerator="cpu", max_steps=steps, default_root_dir=folder)
+            data = torch.randint(0, 256, (8 * steps, 65))
+            trainer.fit(Bytes(), DataLoader(data, batch_size=8, shuffle=True, num_workers=workers))
+            path = Path(folder) / "last.ckpt"
+            trainer.save_checkpoint(path)
+            beside = sum(file.stat().st_size for file in Path(f"{path}.ranks").glob("*"))
+            sizes[f"{'ExactResume' if exact else 'Lightning'}, {workers} workers"] = path.stat().st_size + beside
+        return (clock.ended - clock.began) / (steps - 10)
+
+    arms = {
+        f"{'ExactResume' if exact else 'Lightning'}, {workers} workers": partial(one, exact, workers)
+        for workers in (0, 2)
+        for exact in (False, True)
+    }
+    figures = in_turn(arms, rounds)
+    rows = []
+    for name, times in figures.items():
+        middle, low, high = ratio(figures, name, name.replace("ExactResume", "Lightning"))
+        rows.append(
+            {
+                "run": name,
+                "rounds": rounds,
+                "steps": steps,
+                "cpu_ms_a_batch": round(1000 * sorted(times)[len(times) // 2], 3),
+                "cpu_ratio": round(middle, 4),
+                "cpu_ratio_low": round(low, 4),
+                "cpu_ratio_high": round(high, 4),
+                "checkpoint_bytes": sizes[name],
+            }
+        )
+    show("An ordinary batch, 0.85 M GPT", rows)
+    write_rows("exact_resume_cost", rows)
+
+
+class Numbers(Dataset[int]):
+    """Nothing to load, and it is counted."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.loaded = samples, 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> int:
+        self.loaded += 1
+        return index
+
+
+def seek(batches: int) -> None:
+    def placed() -> tuple[PlacedLoader, Numbers]:
+        data = Numbers(8 * (batches + 10))
+        loader = DataLoader(data, batch_size=8, shuffle=True)
+        return PlacedLoader(loader, lambda: 0, lambda: False), data
+
+    begin(0)
+    before, data = placed()
+    began = time.process_time()
+    iterator = iter(before.loader)
+    for _ in range(batches):
+        next(iterator)
+    loading = time.process_time() - began
+    wanted = next(iterator)
+    place = {**before.place(1), "batches": batches}
+    after, data = placed()
+    began = time.process_time()
+    found = next(after.resume(place, torch.device("cpu")))
+    seconds = time.process_time() - began
+    if not torch.equal(found, wanted):
+        raise SystemExit("it is not the same batch")
+    rows = [
+        {"run": "loaded again and dropped", "batch": batches, "cpu_seconds": round(loading, 3), "samples": 8 * batches},
+        {"run": "ExactResume", "batch": batches, "cpu_seconds": round(seconds, 3), "samples": data.loaded},
+    ]
+    show("From the start to a batch, 8 samples each, which are numbers", rows)
+    write_rows("exact_resume_seek", rows, ("run", "batch"))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["kills", "cost", "seek", "script"])
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--number", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=100_000)
+    arguments = parser.parse_args(argv)
+    if arguments.what == "script":
+        with tempfile.TemporaryDirectory() as folder:
+            script(arguments.run == "ExactResume", folder)
+    elif arguments.what == "kills":
+        kills(arguments.number, arguments.ranks)
+    elif arguments.what == "cost":
+        cost(arguments.rounds, arguments.steps)
+    else:
+        seek(arguments.batch)
+
+
+if __name__ == "__main__":
+    main()

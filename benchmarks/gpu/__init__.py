@@ -1,0 +1,1 @@
+"""The parts of benchmarks/gpu.sh: `python -m benchmarks.gpu PART`."""

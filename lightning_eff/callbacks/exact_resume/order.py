@@ -1,0 +1,139 @@
+"""What stands in a DataLoader's iterator in place of the user's sampler, and in front of its deliveries."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lightning_eff.callbacks.exact_resume.worker import RawState, raw_random_state
+
+
+@dataclass
+class Pass:
+    """One way through the data: what its order was drawn from."""
+
+    created: dict[str, Any]
+    """Before the iterator was made, which draws the workers' seed."""
+    begun: dict[str, Any]
+    """Before the sampler was asked for an iterator."""
+    drawn: dict[str, Any] | None = None
+    """Before its first index; None until then."""
+
+
+class Placed(Protocol):
+    """What these know of a ``PlacedLoader``."""
+
+    target: dict[str, Any] | None
+    anew: bool
+    is_ahead: bool
+
+    @property
+    def sampler_with_state(self) -> Any:
+        """The sampler that keeps its own place, or None."""
+
+    def begin(self, batches: int = 0, of: Pass | None = None) -> Pass:
+        """A pass begins."""
+
+    def draws(self) -> dict[str, Any]:
+        """What an order is drawn from."""
+
+    def set_draws(self, saved: dict[str, Any]) -> None:
+        """Set it."""
+
+    def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
+        """A batch has come."""
+
+
+class Indices:
+    """Stands in front of a loader's sampler of indices while an iterator is made."""
+
+    def __init__(self, sampler: Any, loader: Placed) -> None:
+        self.sampler_in_front_of = sampler
+        self.loader = loader
+
+    def __iter__(self) -> Order:
+        return Order(self.sampler_in_front_of, self.loader)
+
+    def __len__(self) -> int:
+        return len(self.sampler_in_front_of)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler_in_front_of":  # not there yet: it is being copied
+            raise AttributeError(name)
+        return getattr(self.sampler_in_front_of, name)
+
+
+class Order:
+    """Indices, batch for batch."""
+
+    def __init__(self, sampler: Any, loader: Placed) -> None:
+        self.loader = loader
+        self.keeper = loader.sampler_with_state
+        self.states: deque[Any] = deque()
+        """Of a sampler that keeps its place: behind each batch that is drawn and not delivered."""
+        saved = loader.target
+        self.waits = saved is not None
+        """Nothing is asked of the workers until it stands where it should."""
+        if saved is None:
+            self.of = loader.begin()
+        else:
+            self.of = Pass(**saved["pass"])
+            if not loader.anew:  # with workers a loader asks twice, and draws their seed in between
+                loader.set_draws(self.of.begun)
+            loader.anew = False
+            loader.begin(saved["batches"], self.of)
+            if self.keeper is not None and saved["own"] is not None:
+                self.keeper.load_state_dict(saved["own"])
+        self.indices = iter(sampler)
+
+    def __iter__(self) -> Order:
+        return self
+
+    def __next__(self) -> Any:
+        if self.waits:
+            raise StopIteration
+        if self.of.drawn is None:
+            self.of.drawn = self.loader.draws()
+        drawn = next(self.indices)
+        if self.keeper is not None:
+            self.states.append(self.keeper.state_dict())
+        return drawn
+
+    def go_on(self, batches: int) -> None:
+        """Skip batches that were seen; nothing of them is loaded."""
+        self.waits = False
+        if self.of.drawn is not None:
+            self.loader.set_draws(self.of.drawn)
+        if self.keeper is None:
+            for _ in range(batches):
+                next(self.indices, None)
+
+
+class Delivery:
+    """Stands in front of the method of an iterator through which every batch goes."""
+
+    def __init__(self, iterator: weakref.ref[Any], name: str, loader: Placed) -> None:
+        self.iterator = iterator
+        self.name = name
+        self.loader = loader
+
+    def __call__(self, *args: Any) -> Any:
+        """Called by the iterator for each batch."""
+        iterator: Any = self.iterator()
+        before = raw_random_state() if self.loader.is_ahead and not args else None
+        data = getattr(type(iterator), self.name)(iterator, *args)
+        return self.loader.deliver(iterator, data, args[1] if args else None, before)
+
+
+class Held(_BaseDataLoaderIter):
+    """Has nothing yet."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __next__(self) -> Any:
+        raise StopIteration

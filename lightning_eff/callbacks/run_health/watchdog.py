@@ -1,0 +1,260 @@
+"""Notices in a thread of its own that a run does not go on, and says with the other ranks' threads who holds it up."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_eff.callbacks.run_health import stacks
+from lightning_eff.callbacks.run_health.connections import Connections
+from lightning_eff.callbacks.run_health.last_place import LastPlace
+from lightning_eff.callbacks.run_health.limits import Kind, Limits
+from lightning_eff.callbacks.run_health.phases import Phases
+from lightning_eff.callbacks.run_health.verdict import Standing, Verdict, judge
+
+_LOOK = 0.1  # seconds between two looks at the main thread
+_BEAT = 0.5  # seconds between two messages to the others; longer with very many
+_BEATS_A_SECOND = 100  # that one rank sends, and receives, at most
+_ANSWERS = 0.7  # seconds that the others have to say where they stand
+_TO_WRITE = 2.0  # seconds that the stacks have to reach the disk before the process ends
+_ASLEEP = 1.0  # a look that comes so late: this process was stopped itself
+
+
+class Watchdog:
+    """A thread that looks at the main thread of its rank, and talks to those of the other ranks.
+
+    Args:
+        phases: the clock of the main thread.
+        connections: to the others; closed at the end.
+        limits: how long there may be no sign of life.
+        folder: for the stacks.
+        abort: exit status with which the process is ended when a run hangs; None only says so.
+        replicas: whether the strategy has a limit of its own for waiting for the others (``ddp_ft``): then this process
+            is not ended while it waits, only where it hangs itself, and so leaves the quorum.
+    """
+
+    def __init__(
+        self,
+        phases: Phases,
+        connections: Connections,
+        limits: Limits,
+        folder: Path,
+        abort: int | None,
+        replicas: bool = False,
+    ) -> None:
+        self.phases = phases
+        self.connections = connections
+        self.limits = limits
+        self.folder = folder
+        self.abort = abort
+        self.replicas = replicas
+        self.step = 0
+        """The ``global_step``, set by the main thread."""
+        self.kind: Kind = "start"
+        """What the loops are at, set by the main thread; validation and saving it sees for itself."""
+        self.verdicts: list[Verdict] = []
+        self._place = LastPlace(phases)
+        self._heard: dict[int, tuple[float, dict[str, Any]]] = {}  # rank -> when, and its last message
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._left: dict[int, str] = {}  # ranks that have ended their run, and why
+        self._judge_at: float | None = None
+        self._asking = False  # whether it is this rank that has found the hang
+        self._asked_at = 0.0  # the main thread's last sign of life then
+        self._held: tuple[float, Kind] | None = None  # the main thread's last sign of life in a hang that was judged
+        self._awake = self._looked = time.perf_counter()
+        self._writer: threading.Thread | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="run-health-watchdog")
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def end(self, why: str) -> None:
+        """No more; the others are told that this rank has left the run, and why."""
+        if not self._over.is_set():
+            self._over.set()
+            self._thread.join()
+            self.connections.send({"kind": "left", "why": why})
+            self.connections.close()
+            self._place.close()
+
+    # --- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        ranks = len(self.connections.peers)
+        every = max(_BEAT, ranks / _BEATS_A_SECOND)
+        beat_at = 0.0
+        while not self._over.is_set():
+            message = self.connections.receive(_LOOK)
+            if ranks == 1:
+                self._over.wait(_LOOK)
+            now = time.perf_counter()
+            if message is not None:
+                self._hear(message, now)
+            if now >= beat_at:
+                self.connections.send(self._beat())
+                beat_at = now + every
+            if message is None or now - self._looked > _LOOK:
+                self._look(now)
+
+    def _hear(self, message: dict[str, Any], now: float) -> None:
+        rank, kind = message["from"], message["kind"]
+        if kind == "left":
+            self._left[rank] = message["why"]
+            return
+        if kind == "over":
+            if not self._asking:
+                self._judge_at = None
+            return
+        self._heard[rank] = now, message
+        if kind == "ask" and self._judge_at is None:
+            self._stand(now, "answer")
+        if kind in ("ask", "answer") and self._judge_at is not None:
+            self._answers[rank] = message
+
+    def _look(self, now: float) -> None:
+        if now - self._looked > _ASLEEP:
+            self._awake = now
+        self._looked = now
+        last, kind = self.phases.since, self._kind()
+        if self._held is not None and last != self._held[0]:
+            self._goes_on(now)
+        if self._judge_at is not None:
+            if self._asking and self._asked_at != last:
+                self.connections.send({"kind": "over"})
+                self._judge_at, self._asking = None, False
+            elif now >= self._judge_at or len(self._answers) >= len(self.connections.peers):
+                self._decide(now)
+        elif self._held is None and self._hangs(now - max(last, self._awake), kind):
+            self._asking, self._asked_at = True, last
+            self._stand(now, "ask")
+
+    def _hangs(self, stalled: float, kind: Kind) -> bool:
+        if stalled <= self.limits.of(kind):
+            return False
+        return stalled > self.limits.first_seconds or not stacks.is_compiling(stacks.main_stack())
+
+    def _kind(self) -> Kind:
+        if self.phases.saving:
+            return "save"
+        if self.phases.validating:
+            return "validation"
+        return self.kind
+
+    def _beat(self) -> dict[str, Any]:
+        return {
+            "kind": "beat",
+            "step": self.step,
+            "phase": self.phases.place,
+            "names": self.phases.names,
+            "cell": self._place.descriptor,
+        }
+
+    def _stand(self, now: float, kind: str) -> None:
+        """Say where this rank stands, to the others and in a file."""
+        stack = stacks.main_stack()
+        message = self._beat() | {
+            "kind": kind,
+            "stalled": now - max(self.phases.since, self._awake),
+            "groups": _collectives(),
+            "collective": stacks.collective_in(stack) or _reduction(self.phases),
+            "stack": stacks.innermost(stack),
+        }
+        self.connections.send(message)
+        self._answers = {self.connections.rank: message}
+        self._judge_at = now + _ANSWERS + (0.0 if kind == "ask" else 0.1)
+        head = f"rank {self.connections.rank}, step {self.step}, phase {self.phases.place!r}, {time.ctime()}"
+        # A disk that hangs may be what the run hangs in: it must not hold up the report.
+        what = (self.folder, self.connections.rank, head)
+        self._writer = threading.Thread(target=stacks.write_stacks, args=what, daemon=True, name="run-health-stacks")
+        self._writer.start()
+
+    def _decide(self, now: float) -> None:
+        limit = self.limits.of(self._kind())
+        verdict = judge([self._standing(rank, now, limit) for rank in range(len(self.connections.peers))], limit)
+        speaker = min(self._answers)
+        if now - self.phases.since > limit / 2:
+            self._held = (self.phases.since, self._kind())
+        self._judge_at, self._asking, self._answers = None, False, {}
+        self.verdicts.append(verdict)
+        if self.connections.rank == speaker:
+            where = f"  the stacks of all ranks that answer are in {self.folder}"
+            _say(f"{verdict.text}\n{where}")
+        waits = self.replicas and stacks.waits_for_replicas(stacks.main_stack())
+        if self.abort is not None and not waits:
+            _say(f"RunHealth: rank {self.connections.rank} ends with exit status {self.abort}\n\n{stacks.all_stacks()}")
+            if self._writer is not None:
+                self._writer.join(_TO_WRITE)
+            os._exit(self.abort)
+
+    def _standing(self, rank: int, now: float, limit: float) -> Standing:
+        peer = self.connections.peers[rank]
+        answer = self._answers.get(rank)
+        if answer is not None:
+            return Standing(
+                rank,
+                peer.name,
+                answer["step"],
+                answer["phase"],
+                answer["stalled"],
+                answer["groups"],
+                answer["collective"],
+                answer["stack"],
+            )
+        if rank in self._left:
+            return Standing(rank, peer.name, *self._last(rank), 0.0, silent=f"has left the run: {self._left[rank]}")
+        heard = self._heard.get(rank)
+        same = peer.machine == self.connections.peers[self.connections.rank].machine
+        state = stacks.state_of(peer.pid) if same else "nothing is known of its process"
+        # One that was never heard of may be behind a firewall; and of one that lives an answer may be late or lost.
+        unknown = heard is None and not (same and state != stacks.LIVES)
+        if unknown or (heard is not None and now - heard[0] < limit / 2):
+            return Standing(rank, peer.name, *self._last(rank), 0.0)
+        silence = "" if heard is None else f"has been silent for {now - heard[0]:.1f} s: "
+        return Standing(rank, peer.name, *self._last(rank), 0.0, silent=f"{silence}{state}")
+
+    def _last(self, rank: int) -> tuple[int, str]:
+        """Step and phase in which a rank that does not answer was last."""
+        if rank not in self._heard:
+            return 0, "unknown"
+        message = self._heard[rank][1]
+        peer, here = self.connections.peers[rank], self.connections.peers[self.connections.rank]
+        if peer.machine == here.machine:
+            seen = LastPlace.of(peer.pid, message["cell"])
+            if seen is not None:
+                step, phase = seen
+                return step, message["names"][phase] if phase < len(message["names"]) else "callbacks"
+        return message["step"], message["phase"]
+
+    def _goes_on(self, now: float) -> None:
+        assert self._held is not None
+        (last, kind), self._held = self._held, None
+        self.limits.was_wrong(kind, now - last)
+        _say(f"RunHealth: rank {self.connections.rank} goes on, after {now - last:.1f} s in one place")
+
+
+def _reduction(phases: Phases) -> str | None:
+    return "the reduction of gradients" if phases.place == "waiting" else None
+
+
+def _collectives() -> dict[str, int]:
+    """Name of each process group of this rank -> how many collectives it has entered there."""
+    found: dict[str, int] = {}
+    if dist.is_available() and dist.is_initialized():
+        for group, name in list(dist.distributed_c10d._world.pg_names.items()):
+            with suppress(RuntimeError, AttributeError):  # a backend that does not count
+                found[name] = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return found
+
+
+def _say(text: str) -> None:
+    """By the thread that is not stuck."""
+    print(text, file=sys.stderr, flush=True)
