@@ -87,11 +87,11 @@ ENTRIES = (
 
 OTHERS = {
     "fsdp2": (
-        "lightning_eff.strategies.fsdp2:FSDP2Strategy",
+        "FSDP2Strategy",
         "FSDP2 on any module: weights, gradients and optimizer state are sharded over all ranks",
     )
 }
-"""Strings of strategies that are no DDP: what builds the strategy, and what it says of itself."""
+"""Strings of strategies that are no DDP: the class that builds the strategy, and what it says of itself."""
 
 
 def register() -> None:
@@ -121,7 +121,7 @@ def _fill(strategies: ModuleType) -> None:
                 **entry.arguments,
             )
     for name, (factory, description) in OTHERS.items():
-        registry.register(name, partial(_build, factory), description=description, override=True)
+        registry.register(name, partial(_build, ours, factory), description=description, override=True)
 
 
 def _build(module: str, factory: str, **arguments: Any) -> Any:

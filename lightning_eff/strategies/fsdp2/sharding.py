@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.structure import clean_named_modules, find_blocks
 from lightning_eff.structure.select import select
+from lightning_eff.training.namespaces import MisconfigurationException
 
 
 def is_sharded(module: nn.Module) -> bool:
