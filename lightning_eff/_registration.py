@@ -91,7 +91,7 @@ OTHERS = {
         "FSDP2 on any module: weights, gradients and optimizer state are sharded over all ranks",
     )
 }
-"""Strings of strategies that are no DDP: what builds the strategy, and what it says of itself."""
+"""Strings of strategies that are no DDP: the class that builds the strategy, and what it says of itself."""
 
 
 def register() -> None:

@@ -94,6 +94,7 @@ class ShardedSaves:
         message = [announced]
         dist.broadcast_object_list(message, src=0, group=agreeing)
         if message[0]["failure"] is not None:
+            wait([job.done for job in self._jobs])  # until this rank knows it too, and none is told twice
             self._failure = None
             raise ShardedSaveError(message[0]["failure"])
         job = _Job(message[0]["path"], message[0]["token"])

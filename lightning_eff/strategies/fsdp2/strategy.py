@@ -11,7 +11,6 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
@@ -20,8 +19,8 @@ from typing_extensions import override
 from lightning_eff.arguments import check, check_flag, check_globs, check_text
 from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
-from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights, lightning_base
-from lightning_eff.training.namespaces import MisconfigurationException
+from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights
+from lightning_eff.training.namespaces import MisconfigurationException, overrides
 from lightning_eff.training.optimizer_state import allow_absent_states
 
 # Lightning asks an instance of ModelParallelStrategy, but no string.
@@ -101,7 +100,7 @@ class FSDP2(_Base):
         if self._whole is not None:
             self._whole.before_step = self._share_buffers
         self._has_buffers = any(True for _ in module.buffers())
-        lacks = not is_overridden("configure_model", module, lightning_base(type(module)))
+        lacks = not overrides(module, "configure_model")
         if lacks:  # Lightning asks for one
             module.configure_model = _nothing  # type: ignore[method-assign]
         try:
@@ -163,6 +162,17 @@ class FSDP2(_Base):
         assert self.model is not None
         # Where they are: the save copies them to the host, once.
         state: dict[str, Any] = get_model_state_dict(self.model)
+        return state
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self.saves_later:
+            return super().optimizer_state(optimizer)  # type: ignore[no-any-return]
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        assert self.model is not None
+        inner = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner)
         return state
 
     @override

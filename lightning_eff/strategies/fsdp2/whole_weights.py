@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from lightning_eff.training.namespaces import both
 
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _TOGGLES = ("toggle_optimizer", "untoggle_optimizer")
@@ -140,15 +143,10 @@ def _of_shards(error: Exception) -> bool:
     return within or _MIXED in str(error)
 
 
-def lightning_base(cls: type) -> type:
-    """``LightningModule``, by whichever of its two names the class has it."""
-    names = ("lightning.pytorch.", "pytorch_lightning.")
-    return next(c for c in cls.__mro__ if c.__name__ == "LightningModule" and c.__module__.startswith(names))
-
-
 def _own_methods(cls: type) -> set[str]:
     """What the user's classes define, down to LightningModule."""
-    classes = cls.__mro__[: cls.__mro__.index(lightning_base(cls))]
+    bases = both(LightningModule)
+    classes = itertools.takewhile(lambda each: each not in bases, cls.__mro__)
     return {
         name
         for each in classes

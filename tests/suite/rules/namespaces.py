@@ -23,18 +23,13 @@ def does_the_same_under_pytorch_lightning(row: Row, place: Place) -> None:
 
 def _under_both(row: Row, strategy: Strategy, folder: Path) -> tuple[Any, Any]:
     usual = fit(row, folder, strategy=strategy).outcome()
-    build = {FSDP2.name: _fsdp2, ARC_TOPK.name: _arc_topk}.get(strategy.name, strategy.build)  # others are strings
+    build = {ARC_TOPK.name: _arc_topk}.get(strategy.name, strategy.build)  # others are strings
     strategy = replace(strategy, package="pytorch_lightning", build=build)
     path, step = folder / "other.ckpt", row.crash_steps[-1]
     with expect(InjectedError, f"the run did not get to step {step}"):
         around = [SaveAt(step, path), fail_at(step=step)]
         fit(row, folder, strategy=strategy, around=around, enable_checkpointing=False)  # no Checkpoint of that name
     return usual, fit(row, folder, strategy=strategy, resume=path).outcome()
-
-
-def _fsdp2(optimizers: int) -> Any:
-    strategies = import_module("pytorch_lightning.strategies")
-    return strategies.ModelParallelStrategy(2, 1, process_group_backend="gloo")
 
 
 def _arc_topk(optimizers: int) -> Any:
