@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.utilities import rank_zero_warn
@@ -23,6 +22,7 @@ from lightning_eff.callbacks.exact_resume.logged import logged, set_logged
 from lightning_eff.callbacks.exact_resume.run_place import BETWEEN_EPOCHS, RunPlace
 from lightning_eff.callbacks.exact_resume.worker import keeps_state
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.random_state import random_state, set_random_state
 from lightning_eff.training.rank_state import KEY as RANK_STATE
 from lightning_eff.training.rank_state import RankState
@@ -245,7 +245,7 @@ class ExactResume(Callback):
             combined._iterator._idx = saved["place"]["batches"]
         if hasattr(combined._iterator, "_consumed"):
             combined._iterator._consumed = list(saved["consumed"]) if within else [False] * len(iterators)
-        if resumed and isinstance(fetcher, _PrefetchDataFetcher) and fetcher.length is None:
+        if resumed and is_a(fetcher, _PrefetchDataFetcher) and fetcher.length is None:
             befores = (loader.get("before_next") for loader in saved["loaders"].values())
             self._prefetch(fetcher, next((before for before in befores if before), None), device)
 
@@ -257,7 +257,7 @@ class ExactResume(Callback):
             set_random_state(before, torch.device("cpu"))
         fetcher.done, fetcher.batches = False, []
         with suppress(StopIteration):
-            fetcher.batches.append(_DataFetcher.__next__(fetcher))
+            fetcher.batches.append(super(type(fetcher), fetcher).__next__())
         if before is not None:
             set_random_state(now, device)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from torch.utils.data import DataLoader, IterableDataset
@@ -28,6 +27,7 @@ from lightning_eff.callbacks.exact_resume.worker import (
     keeps_state,
     readable,
 )
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.random_state import random_state, set_random_state
 from lightning_eff.training.wrapping import Wrapper
 
