@@ -257,7 +257,7 @@ class ExactResume(Callback):
             set_random_state(before, torch.device("cpu"))
         fetcher.done, fetcher.batches = False, []
         with suppress(StopIteration):
-            fetcher.batches.append(_DataFetcher.__next__(fetcher))
+            fetcher.batches.append(super(type(fetcher), fetcher).__next__())
         if before is not None:
             set_random_state(now, device)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import sys
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eff.training.logged import logged_values, set_logged_values
@@ -60,14 +61,17 @@ def _made(result: _ResultMetric) -> dict[str, Any]:
 
 def _make(trainer: Trainer, made: dict[str, Any]) -> _ResultMetric:
     reduce_fx = getattr(torch if made["of_torch"] else builtins, made["reduce_fx"])
-    meta = _Metadata(**{field: made[field] for field in _PLAIN}, reduce_fx=reduce_fx)
+    # The classes of the name under which this Trainer goes: what is logged next is compared with them.
+    classes = sys.modules[type(trainer.fit_loop.epoch_loop._results).__module__]
+    meta = classes._Metadata(**{field: made[field] for field in _PLAIN}, reduce_fx=reduce_fx)
     sync = {"_should": made["sync"], "rank_zero_only": made["rank_zero_only"]}
-    meta.sync = _Sync(fn=trainer.strategy.reduce, **sync)
-    result = _ResultMetric(meta, is_tensor=made["metric_attribute"] is None)
+    meta.sync = classes._Sync(fn=trainer.strategy.reduce, **sync)
+    result: Any = classes._ResultMetric(meta, is_tensor=made["metric_attribute"] is None)
     result.has_reset = made["has_reset"]
     if made["metric_attribute"] is not None:
         result.value = _metric(trainer.lightning_module, made)
-    return result.to(trainer.lightning_module.device)
+    made_here: _ResultMetric = result.to(trainer.lightning_module.device)
+    return made_here
 
 
 def _metric(module: torch.nn.Module, made: dict[str, Any]) -> Any:

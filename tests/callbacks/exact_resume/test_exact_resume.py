@@ -102,7 +102,7 @@ def test_without_it_nothing_of_this_holds(tmp_path):
 @pytest.mark.parametrize(
     "how",
     [
-        dict(workers=2, hooks=BATCH_END, every=5, accumulate_grad_batches=2),
+        dict(workers=2, hooks=BATCH_END, every=4, accumulate_grad_batches=2),
         pytest.param(dict(workers=0, every=2, val_check_interval=2), marks=pytest.mark.slow),
         pytest.param(dict(workers=2, every=2, accumulate_grad_batches=2), marks=pytest.mark.slow),
     ],
