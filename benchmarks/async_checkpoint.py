@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -288,7 +289,7 @@ def faults(kills: int) -> None:
 
 def _sentence(said: str) -> str:
     lines = [line for line in said.splitlines() if "could not be written" in line]
-    return lines[-1].replace(tempfile.gettempdir(), "...") if lines else "nothing"
+    return re.sub(r"\S*/", "", lines[-1]) if lines else "nothing"  # names without their folders
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class AsyncCheckpoint(Callback):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Of any optimizer of the process. A closure has forward and backward in it, and Lightning's hook as well."""
-        if not (args or kwargs.get("closure")):
+        if not (args[1:] or kwargs.get("closure")):  # the first one is the optimizer
             self._io.settle()
 
     @override

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -40,12 +41,14 @@ class Memory(L.Callback):
 class Look(L.Callback):
     """Checkpoints that are without the files of their ranks, at the begin of each step."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.steps, self.incomplete = folder, 0, []
+    def __init__(self, folder: Path, gate: threading.Event) -> None:
+        self.folder, self.gate, self.steps, self.incomplete = folder, gate, 0, []
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         trainer.strategy.barrier()
         self.steps += 1
+        if self.steps == 5:
+            self.gate.set()
         self.incomplete += incomplete(self.folder)
         trainer.strategy.barrier()
 
@@ -73,19 +76,25 @@ def identity(path: Path) -> str | None:
         return None
 
 
-def run(folder: Path, failures: int = 0, resume: str | None = None, **arguments: Any) -> dict[str, Any]:
-    """A fit in which rank zero writes slowly, and fails to write the first files."""
+def run(
+    folder: Path, failures: int = 0, hold: bool = False, resume: str | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """A fit in which rank zero writes slowly, or nothing before the fifth step, and fails to write the first files."""
     write, left, wrote = io.write_staged, [OSError(28, "No space left on device")] * failures, []
 
     def slow(staged: Any, path: str) -> None:
         time.sleep(0.02)
+        assert gate.wait(100)
         if left:
             raise left.pop()
         write(staged, path)
         wrote.append(os.path.basename(path))
 
+    gate = threading.Event()
+    if not hold:
+        gate.set()
     io.write_staged = slow
-    memory, look = Memory(), Look(folder)
+    memory, look = Memory(), Look(folder, gate)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
     callback = AsyncCheckpoint(retries=0, **arguments)
     found: dict[str, Any] = {"error": None}

@@ -18,17 +18,18 @@ from lightning_eff.plugins.async_checkpoint import staging
 class Model(L.LightningModule):
     """Has BatchNorm, whose statistics change in the forward, and validates."""
 
-    def __init__(self, manual: bool = False) -> None:
+    def __init__(self, manual: bool | str = False) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
         self.automatic_optimization = not manual
+        self.manual = manual
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.net(batch).square().mean()
         self.log("loss", loss)
         if self.automatic_optimization:
             return loss
-        optimizer: Any = self.optimizers()
+        optimizer: Any = self.trainer.optimizers[0] if self.manual == "raw" else self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()

@@ -44,7 +44,7 @@ class AlarmOnce(L.Callback):
             sound(trainer, Alarm("test", trainer.global_step, "on purpose"))
 
 
-@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("manual", [False, True, "raw"])  # raw: past Lightning, which calls no hook then
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("late", [False, True])
 def test_a_save_in_any_hook_holds_the_state_of_that_moment(tmp_path, monkeypatch, hook, manual, late):
