@@ -478,6 +478,7 @@ ROWS = (
     Row(
         RunHealth,
         {"every_n_steps": 1, "weights_every_n_steps": 2, "gc_every_n_steps": 3},
+        crash_steps=(3,),
         changes_training=False,
         tags=_HEALTH_TAGS,
         tags_two_optimizers=_HEALTH_TAGS,
@@ -499,6 +500,7 @@ ROWS = (
     Row(
         FaultInjector,
         {"fault": "corrupt", "step": 1000},
+        crash_steps=(3,),
         changes_training=False,
         bad_arguments=(
             {"fault": "explode"},
@@ -513,6 +515,7 @@ ROWS = (
     Row(
         GradientStats,
         {"every_n_steps": 2},
+        crash_steps=(3,),
         changes_training=False,
         tags=(
             *_GRADIENT_TAGS,
