@@ -516,6 +516,7 @@ ROWS = (
         GradientStats,
         {"every_n_steps": 2},
         crash_steps=(3,),
+        syncs_per_log=17,  # sixteen tags, and the copy that all of them are read from
         changes_training=False,
         tags=(
             *_GRADIENT_TAGS,
@@ -523,8 +524,8 @@ ROWS = (
         ),
         tags_two_optimizers=tuple(
             f"gradients/{index}{group}/{name}"
-            for index in (0, 1)
-            for group in ("", "/other")
+            for index, groups in ((0, ("", "/other")), (1, ("", "/other", "/ffn")))
+            for group in groups
             for name in _GRADIENT_NUMBERS
         ),
         bad_arguments=(
