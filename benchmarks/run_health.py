@@ -51,6 +51,7 @@ class Bytes(Dataset[torch.Tensor]):
     def __init__(self, block_size: int, stuck_at: int | None = None) -> None:
         self.data = torch.randint(0, 256, (4096, block_size + 1), generator=torch.Generator().manual_seed(0))
         self.stuck_at = stuck_at
+        self.rank = os.getpid()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -58,6 +59,8 @@ class Bytes(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         while self.stuck_at is not None and index >= self.stuck_at:
             time.sleep(0.1)
+            if os.getppid() != self.rank:  # which has been killed
+                os._exit(1)
         return self.data[index]
 
 

@@ -482,6 +482,7 @@ ROWS = (
     Row(
         RunHealth,
         {"every_n_steps": 1, "weights_every_n_steps": 2, "gc_every_n_steps": 3},
+        crash_steps=(3,),
         changes_training=False,
         tags=_HEALTH_TAGS,
         tags_two_optimizers=_HEALTH_TAGS,
@@ -503,6 +504,7 @@ ROWS = (
     Row(
         FaultInjector,
         {"fault": "corrupt", "step": 1000},
+        crash_steps=(3,),
         changes_training=False,
         bad_arguments=(
             {"fault": "explode"},
@@ -517,6 +519,8 @@ ROWS = (
     Row(
         GradientStats,
         {"every_n_steps": 2},
+        crash_steps=(3,),
+        syncs_per_log=17,  # sixteen tags, and the copy that all of them are read from
         changes_training=False,
         tags=(
             *_GRADIENT_TAGS,
@@ -524,8 +528,8 @@ ROWS = (
         ),
         tags_two_optimizers=tuple(
             f"gradients/{index}{group}/{name}"
-            for index in (0, 1)
-            for group in ("", "/other")
+            for index, groups in ((0, ("", "/other")), (1, ("", "/other", "/ffn")))
+            for group in groups
             for name in _GRADIENT_NUMBERS
         ),
         bad_arguments=(

@@ -69,7 +69,7 @@ class RunHealth(Callback):
         when each hook begins and ends.
     Reads: clocks; every ``weights_every_n_steps`` the weights.
     Changes: nothing.
-    Collectives: one all-gather of about 400 bytes every ``every_n_steps`` steps on a gloo group of its own, read when
+    Collectives: one all-gather of 320 bytes every ``every_n_steps`` steps on a gloo group of its own, read when
         the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
     Host syncs: none; on CUDA the device's times are read when it has long passed them.
     Strategies: all. Under FSDP2 waiting is within forward and backward, so that a rank which is slow in these is not

@@ -118,7 +118,7 @@ class Watchdog:
         if kind == "ask" and self._judge_at is None:
             self._stand(now, "answer")
         if kind in ("ask", "answer") and self._judge_at is not None:
-            self._answers[rank] = message
+            self._answers[rank] = {**message, "heard": now}
 
     def _look(self, now: float) -> None:
         if now - self._looked > _ASLEEP:
@@ -163,13 +163,14 @@ class Watchdog:
         stack = stacks.main_stack()
         message = self._beat() | {
             "kind": kind,
+            "since": max(self.phases.since, self._awake),
             "stalled": now - max(self.phases.since, self._awake),
             "groups": _collectives(),
             "collective": stacks.collective_in(stack) or _reduction(self.phases),
             "stack": stacks.innermost(stack),
         }
         self.connections.send(message)
-        self._answers = {self.connections.rank: message}
+        self._answers = {self.connections.rank: {**message, "heard": now}}
         self._judge_at = now + _ANSWERS + (0.0 if kind == "ask" else 0.1)
         head = f"rank {self.connections.rank}, step {self.step}, phase {self.phases.place!r}, {time.ctime()}"
         # A disk that hangs may be what the run hangs in: it must not hold up the report.
@@ -198,21 +199,16 @@ class Watchdog:
     def _standing(self, rank: int, now: float, limit: float) -> Standing:
         peer = self.connections.peers[rank]
         answer = self._answers.get(rank)
+        same = peer.machine == self.connections.peers[self.connections.rank].machine
         if answer is not None:
-            return Standing(
-                rank,
-                peer.name,
-                answer["step"],
-                answer["phase"],
-                answer["stalled"],
-                answer["groups"],
-                answer["collective"],
-                answer["stack"],
-            )
+            # On one machine the ranks have one clock: an answer that came late on a busy one does not blur who has
+            # stood there longest.
+            stalled = now - answer["since"] if same else answer["stalled"] + now - answer["heard"]
+            where = (answer["groups"], answer["collective"], answer["stack"])
+            return Standing(rank, peer.name, answer["step"], answer["phase"], stalled, *where)
         if rank in self._left:
             return Standing(rank, peer.name, *self._last(rank), 0.0, silent=f"has left the run: {self._left[rank]}")
         heard = self._heard.get(rank)
-        same = peer.machine == self.connections.peers[self.connections.rank].machine
         state = stacks.state_of(peer.pid) if same else "nothing is known of its process"
         # One that was never heard of may be behind a firewall; and of one that lives an answer may be late or lost.
         unknown = heard is None and not (same and state != stacks.LIVES)

@@ -27,6 +27,7 @@ class Data(Dataset):
 
     def __init__(self, stuck_at: int | None = None) -> None:
         self.stuck_at = stuck_at
+        self.rank = os.getpid()
 
     def __len__(self) -> int:
         return 4000
@@ -34,6 +35,8 @@ class Data(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         while self.stuck_at is not None and index >= self.stuck_at:
             time.sleep(0.1)
+            if os.getppid() != self.rank:  # which has been killed
+                os._exit(1)
         return torch.full((4,), index / 4000)
 
 
