@@ -220,16 +220,15 @@ class SpectralAlignmentMonitor(Callback):
         if trainer.global_step == self._global_step or self._probe is None:
             return  # a batch that is accumulated
         if self._steps % self.every_n_steps == 0:
-            self._observe(trainer, pl_module)
+            self._observe(trainer, pl_module, self._probe)
         self._steps += 1
         if self.layers and logs_now(trainer):
             self._log(trainer, pl_module)
 
-    def _observe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _observe(self, trainer: Trainer, pl_module: LightningModule, probe: AlignmentProbe) -> None:
         """Take in what the probe has counted, on all ranks, and sound the alarm."""
-        assert self._probe is not None
-        self._called |= bool(self._probe.seen)
-        table = trainer.strategy.reduce(self._probe.read(trainer.strategy.root_device), reduce_op="sum")
+        self._called |= bool(probe.seen)
+        table = trainer.strategy.reduce(probe.read(trainer.strategy.root_device), reduce_op="sum")
         self._histograms, (positive, negative, _, _, called, residuals) = table[:, :BINS], table[:, BINS:].unbind(1)
         trusted = (called > 0) & (residuals <= self.max_residual * called)
         majority = majority_fraction(positive, negative)
