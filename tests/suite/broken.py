@@ -148,6 +148,18 @@ class DrawsFromRandom(Probe):
         random.random()
 
 
+class DrawsFromItsOwn(Probe):
+    """Draws from a generator that it does not save."""
+
+    def setup(self, trainer, pl_module, stage):
+        super().setup(trainer, pl_module, stage)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for gradient in _gradients(pl_module):
+            gradient.add_(torch.randn(gradient.shape, generator=self.generator))
+
+
 class SeedsEachStep(Probe):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any):
         torch.manual_seed(trainer.global_step)

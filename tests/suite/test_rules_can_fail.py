@@ -24,6 +24,8 @@ def _row(callback: Any = Probe, **changes: Any) -> Row:
 CASES = [
     ("resumes_exactly", _row(broken.SavesNothing), "net, rank 0, crash after step 3"),
     ("resumes_exactly", _row(broken.LoadsHalf, arguments={"slope": 0.1, "form": "square"}), "crash after step 3"),
+    ("data_and_randomness_resume_exactly", _row(broken.SavesNothing), "broken off after step 5: .*parameters"),
+    ("data_and_randomness_resume_exactly", _row(broken.DrawsFromItsOwn), "broken off after step 5: .*parameters"),
     ("saves_only_what_loads_safely", _row(broken.SavesADefaultdict), r"state\['seen'\]: defaultdict"),
     ("state_survives_a_round_trip", _row(broken.LoadsHalf), r"state.norms\[0\]"),
     ("state_carries_a_version", _row(broken.KnowsNoVersion), r"state\['version'\] is None"),

@@ -22,7 +22,7 @@ from lightning_eff.training.run_parts import (
     set_model_tensors,
     set_optimizer_states,
 )
-from tests.suite.models import Net
+from tests.suite.models import MODELS, Net
 from tests.suite.runs import fit, random_states
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ class _Logs(Net):
 
 @pytest.fixture
 def logs(monkeypatch):
-    monkeypatch.setitem(fit.__globals__["MODELS"], "logs", _Logs)
+    monkeypatch.setitem(MODELS, "logs", _Logs)
 
 
 class TestLogged:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import RestartStage
+from lightning.pytorch.loops.loop import _Loop
 
 from lightning_eff.callbacks.exact_resume.worker import RawState, raw_random_state, readable
 from lightning_eff.training.random_state import random_state
@@ -207,11 +208,16 @@ class RunPlace:
 
     def _reset_fit(self, trainer: Trainer, inner: Callable[[], None]) -> None:
         loop, saved = trainer.fit_loop, self._saved
-        if saved is None or saved["stage"] == "outside":
+        if saved is None:
+            inner()
+            return
+        # FitLoop's own setter says True to all loops of a run that only its steps end. Behind an epoch's last batch no
+        # other puts that right, and each epoch to come would be taken for the one that is over.
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+        if saved["stage"] == "outside":
             inner()
             return
         torch.set_grad_enabled(True)
-        loop.restarting = False
         loop._last_train_dl_reload_epoch = saved["reloaded"]
         stages = {"epoch_start": RestartStage.RESTARTED_ON_EPOCH_START, "epoch_end": RestartStage.NONE}
         loop._restart_stage = stages.get(saved["stage"], RestartStage.RESTARTED_MID_EPOCH)

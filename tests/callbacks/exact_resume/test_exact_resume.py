@@ -39,6 +39,7 @@ FAST = {
     "one process": (loader, dict(every=3)),
     "validation and accumulation": (loader, dict(every=5, val_check_interval=2, accumulate_grad_batches=4)),
     "manual accumulation": (loader, dict(hooks=BATCH_END, manual=True)),
+    "only steps are counted": (loader, dict(hooks=BATCH_END, every=5, max_epochs=-1, max_steps=15)),
     "workers": (partial(loader, 2), dict(every=13)),
     "workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17)),
     "a stream": (partial(loader, 0, lambda: Stream(sized=False)), dict(every=5)),
@@ -53,6 +54,7 @@ FAST = {
 
 SLOW = {
     "one process": (loader, {}),
+    "only steps are counted": (loader, dict(max_epochs=-1, max_steps=15)),
     "workers": (partial(loader, 2), {}),
     "workers and accumulation": (partial(loader, 3), dict(val_check_interval=2, accumulate_grad_batches=4)),
     "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=2)),

@@ -532,6 +532,7 @@ class _Built:
     strategy: Any
     ranks: int = 1
     sharded: bool = False
+    package: str = "lightning.pytorch"
 
     def build(self, optimizers: int) -> Any:
         return self.strategy
