@@ -118,7 +118,9 @@ def test_goes_on_as_it_did_on_two_ranks(tmp_path, pool, how):
 def _on_a_rank(folder, workers, **how):
     # Each rank draws other noise, as users who do not seed have it.
     seed = torch.distributed.get_rank()
-    loaders = partial(loader, workers, partial(Noisy, 40))
+    # The pool's ranks are spawned, and their workers would be too: each would import everything anew, for seconds.
+    context = "fork" if workers else None
+    loaders = partial(loader, workers, partial(Noisy, 40), multiprocessing_context=context)
     return first_differences(loaders, folder, seed=seed, strategy="ddp", devices=2, max_epochs=2, **how)
 
 
