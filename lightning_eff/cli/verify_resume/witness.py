@@ -7,7 +7,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ class _Witness:
     def _checkpoint(self) -> Path:
         return self.folder / "verify.ckpt"
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Redirect what the run writes, and give it the checkpoint."""
-        if stage != "fit":
-            return
+    def redirect(self, trainer: Any) -> None:
+        """Redirect what the run writes, and give it the checkpoint.
+
+        Before any ``setup``: Lightning asks loggers for their files before it calls those of callbacks.
+        """
         own = self.folder / self.role
         trainer._default_root_dir = str(own)
         package = type(trainer).__module__.partition(".trainer")[0]
@@ -83,7 +84,15 @@ class _Witness:
 def witness(package: str, orders: str) -> Any:
     """A witness that is a callback of this package; Lightning calls those of checkpoints last."""
     base: Any = import_module(f"{package}.callbacks").Checkpoint
-    return type("ResumeWitness", (_Witness, base), {})(json.loads(orders))
+    found = type("ResumeWitness", (_Witness, base), {})(json.loads(orders))
+
+    def set_up(inner: Callable[[Any], None], trainer: Any) -> None:
+        if found in trainer.callbacks and trainer.state.fn == "fit":
+            found.redirect(trainer)
+        inner(trainer)
+
+    Wrapper(import_module(f"{package}.trainer.call"), "_call_setup_hook", set_up)
+    return found
 
 
 def _seen(trainer: Any, module: Any, outputs: Any, batch: Any) -> Iterator[tuple[str, str]]:
