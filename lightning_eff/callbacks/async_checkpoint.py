@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -22,6 +21,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_number, readable_size
 from lightning_eff.plugins.async_checkpoint import AsyncCheckpointIO
 from lightning_eff.training.hooks import Order
+from lightning_eff.training.namespaces import MisconfigurationException, both, is_a
 from lightning_eff.training.snapshots import free_host_memory
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 from lightning_eff.training.wrapping import Wrapper
@@ -134,7 +134,7 @@ class AsyncCheckpoint(Callback):
         ]
         self._wrappers.append(Wrapper(trainer.strategy, "remove_checkpoint", self._remove))
         for callback in callbacks_of(trainer):
-            if isinstance(callback, ModelCheckpoint):
+            if is_a(callback, ModelCheckpoint):
                 self._wrappers.append(Wrapper(callback, "_link_checkpoint", self._link))
                 self._wrappers.append(Wrapper(callback, "file_exists", self._file_exists))
         self._handle = register_optimizer_step_pre_hook(self._before_step)
@@ -299,16 +299,16 @@ def _refuse(trainer: Trainer) -> None:
     if sum(isinstance(callback, AsyncCheckpoint) for callback in callbacks_of(trainer)) > 1:
         raise MisconfigurationException("two AsyncCheckpoint callbacks would both write the checkpoints: keep one")
     sharded = (
-        isinstance(strategy, DeepSpeedStrategy)
-        or (isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded")
-        or (isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint)
+        is_a(strategy, DeepSpeedStrategy)
+        or (is_a(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded")
+        or (is_a(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint)
     )
     if sharded:
         raise MisconfigurationException(
             f"AsyncCheckpoint does not support {type(strategy).__name__} where each rank writes its shard: let it save "
             "whole checkpoints (save_distributed_checkpoint=False, state_dict_type='full'), or leave this callback out"
         )
-    if type(strategy.checkpoint_io) is not TorchCheckpointIO:
+    if type(strategy.checkpoint_io) not in both(TorchCheckpointIO):
         raise MisconfigurationException(
             f"AsyncCheckpoint brings its own CheckpointIO: take {type(strategy.checkpoint_io).__name__} out of the "
             "Trainer's plugins, or leave this callback out"
