@@ -12,7 +12,6 @@ from harness.runs import fit
 from lightning_eff.callbacks import GradientStats
 from lightning_eff.structure import clean_named_parameters
 from tests.suite.models import Net
-from tests.suite.table import FSDP2
 
 ROLES = {"attention": ("qkv.weight", "proj.weight"), "ffn": ("mlp.0.weight", "mlp.2.weight")}
 
@@ -97,9 +96,8 @@ def test_a_pattern_without_a_parameter_is_named():
 
 def _sharded(folder):
     keep = Keep()
-    module = Net(sharded=True)
-    fit(module, GradientStats(every_n_steps=1), keep, max_steps=2, limit_val_batches=0, log_every_n_steps=1,
-        devices=2, strategy=FSDP2.build(1), default_root_dir=folder)  # fmt: skip
+    fit(Net(), GradientStats(every_n_steps=1), keep, max_steps=2, limit_val_batches=0, log_every_n_steps=1,
+        devices=2, strategy="fsdp2", default_root_dir=folder)  # fmt: skip
     whole = [{name: gradient.full_tensor() for name, gradient in step.items()} for step in keep.gradients]
     return keep.logged, whole
 
