@@ -279,18 +279,18 @@ class RunHealth(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(f"{type(exception).__name__}: {exception}")
+        self._detach(f"{type(exception).__name__}: {exception}", isinstance(exception, Exception))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach("it has come to its end")
 
-    def _detach(self, why: str) -> None:
+    def _detach(self, why: str, failed: bool = False) -> None:
         self._collector.detach()
         self._phases.detach()
         self._phases.on_gradients = None
         if self._watchdog is not None:
-            self._watchdog.end(why)
+            self._watchdog.end(why, failed)
         if self._connections is not None:
             self._connections.close()
             self._connections = None

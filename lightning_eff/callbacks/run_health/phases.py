@@ -61,6 +61,7 @@ class Phases:
         here: index of the phase that the main thread is in.
         since: when it came there, by ``time.perf_counter``: the last sign of life.
         times: seconds of the step in hand, for each of ``names``.
+        passed: how many phases have begun in it, which tells what comes before what on different ranks.
         open: the phases around it, outermost first.
         validating: whether a validation is under way: how many.
     """
@@ -70,6 +71,8 @@ class Phases:
         self.here = OTHER
         self.since = time.perf_counter()
         self.times = [0.0] * len(PHASES)
+        self.passed = 0
+        self._step = -1
         self.on_gradients: Callable[[], None] | None = None  # called behind the last gradient of this rank
         self.cell: Any = bytearray(16)  # where ``here`` is written to as well, see last_place.py
         self.open: list[int] = []
@@ -87,10 +90,13 @@ class Phases:
         self.times[self.here] += now - self.since
         self.here, self.since = phase, now
         self.cell[0] = phase
+        self.passed += 1
 
     def step_begins(self, step: int) -> None:
-        """For those who look at a process that was stopped."""
+        """For those who look at a process that was stopped, and for what is counted within a step."""
         struct.pack_into("<q", self.cell, 8, step)
+        if step != self._step:
+            self._step, self.passed = step, 0
 
     def take(self) -> list[float]:
         """The times since the last call, which begin anew; callbacks are summed up under their phase too."""
@@ -226,6 +232,7 @@ class _Span:
         clock.open.append(clock.here)
         clock.here = clock.cell[0] = VALIDATION if clock.validating else self.phase
         clock.since = now
+        clock.passed += 1
 
     def __exit__(self, *_: object) -> None:
         """Back to the phase around it."""

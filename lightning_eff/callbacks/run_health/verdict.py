@@ -20,6 +20,7 @@ class Standing:
         collective: what it stands in, as far as Python knows.
         stack: the innermost lines of its main thread's stack.
         silent: why it cannot answer, in words; None if it has.
+        passed: how many of the clock's marks the main thread has passed in its step: all ranks pass the same ones.
     """
 
     rank: int
@@ -31,6 +32,7 @@ class Standing:
     collective: str | None = None
     stack: Sequence[str] = ()
     silent: str | None = None
+    passed: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Verdict:
 def judge(standings: Sequence[Standing], limit: float) -> Verdict:
     """The ranks that do not answer; or else those that have not entered a collective in which others wait.
 
-    Where a rank has left one collective out and stands in another, each lacks somewhere: then it counts who has waited
-    longest, since what hangs first holds up what hangs later.
+    Where a rank has left one collective out and stands in another, each lacks somewhere: then it counts which of the
+    two comes first in the program, as those who wait there have not come to the other yet. At the same place it counts
+    who has waited longest.
     """
     silent = [one for one in standings if one.silent is not None]
     group, behind = _missing([one for one in standings if one.silent is None])
@@ -96,14 +99,16 @@ def _what_it_lacks(group: str | None, one: Standing, waiting: Sequence[Standing]
 
 def _missing(standings: Sequence[Standing]) -> tuple[str | None, list[Standing]]:
     """The process group whose collective is held up, and who has not entered it."""
-    found: list[tuple[float, str, list[Standing]]] = []
+    found: list[tuple[tuple[int, int], float, str, list[Standing]]] = []
     for group in {name for one in standings for name in one.groups}:
         members = [one for one in standings if group in one.groups]
         last, furthest = (extreme(one.groups[group] for one in members) for extreme in (min, max))
         if last < furthest:  # a broadcast lets some go on: only the last of all holds up the others
-            waited = max(one.stalled for one in members if one.groups[group] > last)
-            found.append((waited, group, [one for one in members if one.groups[group] == last]))
+            waiting = [one for one in members if one.groups[group] > last]
+            place = min((one.step, one.passed) for one in waiting)
+            waited = max(one.stalled for one in waiting)
+            found.append((place, -waited, group, [one for one in members if one.groups[group] == last]))
     if not found:
         return None, []
-    _, group, behind = max(found, key=lambda each: (each[0], each[1] == "0"))
+    *_, group, behind = min(found, key=lambda each: (*each[:2], each[2] != "0"))
     return group, behind

@@ -23,6 +23,7 @@ _LOOK = 0.1  # seconds between two looks at the main thread
 _BEAT = 0.5  # seconds between two messages to the others; longer with very many
 _BEATS_A_SECOND = 100  # that one rank sends, and receives, at most
 _ANSWERS = 0.7  # seconds that the others have to say where they stand
+_ASKS = 4  # times that those who live are asked: on a busy machine an answer may take its time
 _TO_WRITE = 2.0  # seconds that the stacks have to reach the disk before the process ends
 _ASLEEP = 1.0  # a look that comes so late: this process was stopped itself
 
@@ -65,21 +66,28 @@ class Watchdog:
         self._answers: dict[int, dict[str, Any]] = {}
         self._left: dict[int, str] = {}  # ranks that have ended their run, and why
         self._judge_at: float | None = None
+        self._asks = 0  # how often the others have been asked
         self._asking = False  # whether it is this rank that has found the hang
         self._asked_at = 0.0  # the main thread's last sign of life then
         self._held: tuple[float, Kind] | None = None  # the main thread's last sign of life in a hang that was judged
         self._awake = self._looked = time.perf_counter()
         self._writer: threading.Thread | None = None
         self._over = threading.Event()
+        self._failed = False
         self._thread = threading.Thread(target=self._run, daemon=True, name="run-health-watchdog")
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
-    def end(self, why: str) -> None:
-        """No more; the others are told that this rank has left the run, and why."""
+    def end(self, why: str, failed: bool = False) -> None:
+        """No more; the others are told that this rank has left the run, and why.
+
+        After a failure a judgement that is under way is given first: with ``abort`` one of the others may have given
+        its own and ended, which is an error in the collective that this rank stood in.
+        """
         if not self._over.is_set():
+            self._failed = failed
             self._over.set()
             self._thread.join()
             self.connections.send({"kind": "left", "why": why})
@@ -104,6 +112,8 @@ class Watchdog:
                 beat_at = now + every
             if message is None or now - self._looked > _LOOK:
                 self._look(now)
+        if self._failed and self._judge_at is not None:
+            self._judge_with_what_is_there()
 
     def _hear(self, message: dict[str, Any], now: float) -> None:
         rank, kind = message["from"], message["kind"]
@@ -114,9 +124,12 @@ class Watchdog:
             if not self._asking:
                 self._judge_at = None
             return
-        self._heard[rank] = now, message
+        # On one machine the ranks have one clock: what lay in the queue for long was not said just now.
+        self._heard[rank] = message["at"] if self._is_here(rank) else now, message
         if kind == "ask" and self._judge_at is None:
             self._stand(now, "answer")
+        elif kind == "ask":
+            self._say_again(now, "answer")
         if kind in ("ask", "answer") and self._judge_at is not None:
             self._answers[rank] = {**message, "heard": now}
 
@@ -131,7 +144,7 @@ class Watchdog:
             if self._asking and self._asked_at != last:
                 self.connections.send({"kind": "over"})
                 self._judge_at, self._asking = None, False
-            elif now >= self._judge_at or len(self._answers) >= len(self.connections.peers):
+            elif self._knows_all(now) or (now >= self._judge_at and not self._waits_longer(now)):
                 self._decide(now)
         elif self._held is None and self._hangs(now - max(last, self._awake), kind):
             self._asking, self._asked_at = True, last
@@ -152,6 +165,7 @@ class Watchdog:
     def _beat(self) -> dict[str, Any]:
         return {
             "kind": "beat",
+            "at": time.perf_counter(),
             "step": self.step,
             "phase": self.phases.place,
             "names": self.phases.names,
@@ -165,18 +179,51 @@ class Watchdog:
             "kind": kind,
             "since": max(self.phases.since, self._awake),
             "stalled": now - max(self.phases.since, self._awake),
+            "passed": self.phases.passed,
             "groups": _collectives(),
             "collective": stacks.collective_in(stack) or _reduction(self.phases),
             "stack": stacks.innermost(stack),
         }
         self.connections.send(message)
         self._answers = {self.connections.rank: {**message, "heard": now}}
+        self._asks = 1
         self._judge_at = now + _ANSWERS + (0.0 if kind == "ask" else 0.1)
         head = f"rank {self.connections.rank}, step {self.step}, phase {self.phases.place!r}, {time.ctime()}"
         # A disk that hangs may be what the run hangs in: it must not hold up the report.
         what = (self.folder, self.connections.rank, head)
         self._writer = threading.Thread(target=stacks.write_stacks, args=what, daemon=True, name="run-health-stacks")
         self._writer.start()
+
+    def _say_again(self, now: float, kind: str) -> None:
+        mine = self._answers[self.connections.rank]
+        self.connections.send({**mine, "kind": kind, "at": now, "stalled": now - mine["since"]})
+
+    def _knows_all(self, now: float) -> bool:
+        """Whether nobody is left who could still answer."""
+        missing = [rank for rank in range(len(self.connections.peers)) if rank not in self._answers]
+        limit = self.limits.of(self._kind())
+        return all(
+            rank in self._left
+            or (self._is_here(rank) and self._state(rank) != stacks.LIVES and self._silence(rank, now, limit))
+            for rank in missing
+        )
+
+    def _waits_longer(self, now: float) -> bool:
+        """Ask again, if one that was heard of lately has not answered."""
+        limit = self.limits.of(self._kind())
+        late = [rank for rank in self._heard if rank not in self._answers and not self._silence(rank, now, limit)]
+        if not late or self._asks == _ASKS:
+            return False
+        self._asks += 1
+        self._judge_at = now + _ANSWERS
+        self._say_again(now, "ask")
+        return True
+
+    def _judge_with_what_is_there(self) -> None:
+        while (message := self.connections.receive(0.0)) is not None:
+            self._hear(message, time.perf_counter())
+        if self._judge_at is not None:
+            self._decide(time.perf_counter())
 
     def _decide(self, now: float) -> None:
         limit = self.limits.of(self._kind())
@@ -197,34 +244,42 @@ class Watchdog:
             os._exit(self.abort)
 
     def _standing(self, rank: int, now: float, limit: float) -> Standing:
-        peer = self.connections.peers[rank]
+        name = self.connections.peers[rank].name
         answer = self._answers.get(rank)
-        same = peer.machine == self.connections.peers[self.connections.rank].machine
-        if answer is not None:
-            # On one machine the ranks have one clock: an answer that came late on a busy one does not blur who has
-            # stood there longest.
-            stalled = now - answer["since"] if same else answer["stalled"] + now - answer["heard"]
-            where = (answer["groups"], answer["collective"], answer["stack"])
-            return Standing(rank, peer.name, answer["step"], answer["phase"], stalled, *where)
+        if answer is None:
+            return Standing(rank, name, *self._last(rank), 0.0, silent=self._silence(rank, now, limit))
+        # On one machine the ranks have one clock: an answer that came late on a busy one does not blur who has
+        # stood there longest.
+        stalled = now - answer["since"] if self._is_here(rank) else answer["stalled"] + now - answer["heard"]
+        where = (answer["groups"], answer["collective"], answer["stack"])
+        return Standing(rank, name, answer["step"], answer["phase"], stalled, *where, passed=answer["passed"])
+
+    def _silence(self, rank: int, now: float, limit: float) -> str | None:
+        """Why a rank does not answer, in words; None for one that may yet, or of which nothing is known."""
         if rank in self._left:
-            return Standing(rank, peer.name, *self._last(rank), 0.0, silent=f"has left the run: {self._left[rank]}")
-        heard = self._heard.get(rank)
-        state = stacks.state_of(peer.pid) if same else "nothing is known of its process"
-        # One that was never heard of may be behind a firewall; and of one that lives an answer may be late or lost.
-        unknown = heard is None and not (same and state != stacks.LIVES)
-        if unknown or (heard is not None and now - heard[0] < limit / 2):
-            return Standing(rank, peer.name, *self._last(rank), 0.0)
-        silence = "" if heard is None else f"has been silent for {now - heard[0]:.1f} s: "
-        return Standing(rank, peer.name, *self._last(rank), 0.0, silent=f"{silence}{state}")
+            return f"has left the run: {self._left[rank]}"
+        state = self._state(rank)
+        if rank not in self._heard:  # it may be behind a firewall
+            return state if self._is_here(rank) and state != stacks.LIVES else None
+        quiet = now - self._heard[rank][0]
+        return None if quiet < limit / 2 else f"has been silent for {quiet:.1f} s: {state}"
+
+    def _is_here(self, rank: int) -> bool:
+        """Whether a rank is on this machine."""
+        peers = self.connections.peers
+        return peers[rank].machine == peers[self.connections.rank].machine
+
+    def _state(self, rank: int) -> str:
+        here = self._is_here(rank)
+        return stacks.state_of(self.connections.peers[rank].pid) if here else "nothing is known of its process"
 
     def _last(self, rank: int) -> tuple[int, str]:
         """Step and phase in which a rank that does not answer was last."""
         if rank not in self._heard:
             return 0, "unknown"
         message = self._heard[rank][1]
-        peer, here = self.connections.peers[rank], self.connections.peers[self.connections.rank]
-        if peer.machine == here.machine:
-            seen = LastPlace.of(peer.pid, message["cell"])
+        if self._is_here(rank):
+            seen = LastPlace.of(self.connections.peers[rank].pid, message["cell"])
             if seen is not None:
                 step, phase = seen
                 return step, message["names"][phase] if phase < len(message["names"]) else "callbacks"

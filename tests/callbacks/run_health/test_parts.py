@@ -78,14 +78,23 @@ def test_one_that_does_not_answer_is_named_before_all_others():
     assert "its process is stopped; it stands in step 39, phase 'data'" in verdict.text
 
 
-def test_where_each_lacks_somewhere_it_counts_what_has_hung_longest():
+@pytest.mark.parametrize("stalled", [3.2, 3.0])
+@pytest.mark.parametrize("place", [(4, 17), (3, 40)])
+def test_where_each_lacks_somewhere_it_counts_what_comes_first_in_the_program(place, stalled):
+    """On a busy machine the rank that waits there may have come later than the one that has gone on waits elsewhere."""
     left_out = {"0": 9, "eval": 0}  # went on to the next collective, where the other does not come
     waits = {"0": 8, "eval": 1}
-    one = Standing(0, "h", 4, "forward", 3.2, waits, "barrier")
-    two = Standing(1, "h", 4, "waiting", 3.1, left_out, "all_reduce")
+    one = Standing(0, "h", place[0], "forward", stalled, waits, "barrier", passed=place[1])
+    two = Standing(1, "h", 4, "waiting", 3.1, left_out, "all_reduce", passed=23)
     verdict = judge([one, two], 3.0)
     assert verdict.ranks == (1,)
     assert "has not entered collective 1 of process group 'eval' (barrier)" in verdict.text
+
+
+def test_at_one_place_it_counts_what_has_hung_longest():
+    one = Standing(0, "h", 4, "forward", 3.2, {"0": 8, "eval": 1}, "barrier", passed=17)
+    two = Standing(1, "h", 4, "forward", 3.1, {"0": 9, "eval": 0}, "all_reduce", passed=17)
+    assert judge([one, two], 3.0).ranks == (1,)
 
 
 def test_if_all_stand_in_one_place_nobody_is_accused():
