@@ -25,6 +25,7 @@ from lightning_eff.callbacks import Alarm
 from lightning_eff.functional.grades import GradESConfig, GradESState
 from lightning_eff.functional.misa import SamplerConfig
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState
+from lightning_eff.layers import MoCFeedForward
 from lightning_eff.merging import Merger, open_source
 from lightning_eff.strategies import ArcTopK
 from lightning_eff.training import HearsAlarms
@@ -139,6 +140,8 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "GradESConfig": {"tau": 0.5},
     "MatrixMetric": {"units": [{"w": nn.Parameter(torch.ones(2, 2))}], "metric": "grad"},
     "MeCeFO": {"model": lambda folder: _model()},
+    "MoCFeedForward": {"d_model": 4, "d_ff": 12},
+    "SelectedChannels": {"layer": lambda folder: MoCFeedForward(4, 12)},
     "Merger": {"sources": lambda folder: [open_source(_checkpoint(folder))]},
     "Sampler": {"sizes": [4, 4, 8], "config": SamplerConfig(budget=0.5)},
     "Shadows": {"tensors": [torch.ones(2)]},
@@ -183,6 +186,10 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "leading_singular_pair": {"weight": torch.eye(4), "v": torch.ones(4)},
     "linear_weights": {"steps": [1.0, 2.0]},
     "loss_weights": {"losses": [1.0, 2.0]},
+    "moc_feed_forward": {
+        **{"x": torch.ones(3, 4), "gate": torch.ones(12, 4), "up": torch.ones(12, 4), "down": torch.ones(4, 12)},
+        "k": 2,
+    },
     "open_source": {"path": _checkpoint},
     "posthoc_error": {"steps": [100.0, 200.0], "sigma_rels": [0.1, 0.1], "sigma_rel": 0.1},
     "posthoc_weights": {"steps": [100.0, 200.0], "sigma_rels": [0.1, 0.1], "sigma_rel": 0.1},
