@@ -142,6 +142,8 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "MeCeFO": {"model": lambda folder: _model()},
     "MoCFeedForward": {"d_model": 4, "d_ff": 12},
     "SelectedChannels": {"layer": lambda folder: MoCFeedForward(4, 12)},
+    "SkipV1Attention": {"d_model": 8, "n_head": 2},
+    "SkipV1Cache": {"n_layer": 2, "batch_size": 1, "max_length": 4, "n_kv_head": 2, "head_dim": 4},
     "Merger": {"sources": lambda folder: [open_source(_checkpoint(folder))]},
     "Sampler": {"sizes": [4, 4, 8], "config": SamplerConfig(budget=0.5)},
     "Shadows": {"tensors": [torch.ones(2)]},
