@@ -25,7 +25,7 @@ from lightning_eff.callbacks import Alarm
 from lightning_eff.functional.grades import GradESConfig, GradESState
 from lightning_eff.functional.misa import SamplerConfig
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState
-from lightning_eff.layers import MoCFeedForward
+from lightning_eff.layers import CR, CRFirst, CRLinear, MoCFeedForward
 from lightning_eff.merging import Merger, open_source
 from lightning_eff.strategies import ArcTopK
 from lightning_eff.training import HearsAlarms
@@ -108,6 +108,10 @@ def _model() -> nn.Module:
     return GPT(GPTConfig(block_size=4, n_layer=2, n_head=1, n_embd=4))
 
 
+def _cr_blocks() -> list[nn.Module]:
+    return [nn.Sequential(CRFirst(nn.Linear(4, 4))), nn.Sequential(CRLinear(4, 4, 2))]
+
+
 def _checkpoint(folder: Path) -> Path:
     path = folder / "one.ckpt"
     torch.save({"w": torch.ones(2)}, path)
@@ -142,6 +146,9 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "MeCeFO": {"model": lambda folder: _model()},
     "MoCFeedForward": {"d_model": 4, "d_ff": 12},
     "SelectedChannels": {"layer": lambda folder: MoCFeedForward(4, 12)},
+    "CRFirst": {"linear": nn.Linear(4, 4)},
+    "CRLinear": {"in_features": 4, "out_features": 4, "rank": 2},
+    "CRStack": {"blocks": lambda folder: _cr_blocks()},
     "SkipV1Attention": {"d_model": 8, "n_head": 2},
     "SkipV1Cache": {"n_layer": 2, "batch_size": 1, "max_length": 4, "n_kv_head": 2, "head_dim": 4},
     "Merger": {"sources": lambda folder: [open_source(_checkpoint(folder))]},
@@ -167,6 +174,9 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "clean_named_parameters": {"model": lambda folder: _model()},
     "debiased": {"values": torch.ones(3), "turns": torch.ones(3), "beta": 0.9},
     "decay_from_weights": {"weights": [0.5, 0.5]},
+    "describe_plan": {"plan": {"replaced": {}, "left": {}}},
+    "replace_layers": {"model": lambda folder: _model(), "linear": CR(rank=1)},
+    "uptrain": {"model": lambda folder: GPT(GPTConfig(block_size=4, n_layer=2, n_head=2, n_embd=8))},
     "divisors": {"owners": [0, 1]},
     "ema_update_": {"shadows": [torch.ones(2)], "tensors": [torch.ones(2)], "decay": 0.9},
     "evolve": {"evaluate": lambda folder: _score, "start": [[1.0]]},

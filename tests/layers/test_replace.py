@@ -1,0 +1,211 @@
+"""Layers found by structure and replaced, and the plan that does the same to another copy."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.gpt.model import GPT, GPTConfig
+from lightning_eff.layers import CR, CRLinear, MoC, MoCFeedForward, SkipV1, describe_plan, replace_layers, uptrain
+from lightning_eff.layers.replace import connections
+from lightning_eff.structure import find_blocks
+
+CONFIG = GPTConfig(block_size=17, n_layer=3, n_head=2, n_embd=16)
+
+
+def gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+class Gated(nn.Module):
+    """A gated network whose names tell nothing, and whose order is not the usual one."""
+
+    def __init__(self, activation=F.silu, bias: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 40, bias=bias), nn.Linear(16, 40, bias=bias)
+        self.three = nn.Linear(40, 16, bias=bias)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.three(self.one(x) * self.activation(self.two(x))))
+
+
+def swiglu(**arguments) -> GPT:
+    model = gpt()
+    for block in model.blocks:
+        block.mlp = Gated(**arguments)
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_swiglu_keeps_its_weights_and_is_told_by_what_it_computes():
+    model = swiglu()
+    weights = [(block.mlp.two.weight, block.mlp.one.weight, block.mlp.three.weight) for block in model.blocks]
+    wanted = model.eval()(tokens())
+    model.train()
+    plan = replace_layers(model, feed_forward=MoC(k=40))
+    assert set(plan["replaced"]) == {f"blocks.{index}.mlp" for index in range(3)}
+    for block, (gate, up, down) in zip(model.blocks, weights, strict=True):
+        assert block.mlp.gate.weight is gate
+        assert block.mlp.up.weight is up
+        assert block.mlp.down.weight is down
+        assert block.mlp.training
+    torch.testing.assert_close(model(tokens()), wanted)  # with all of its channels it is what it was
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"activation": F.gelu}, "it does not compute down"),
+        ({"activation": torch.sigmoid}, "it does not compute down"),
+        ({"bias": True}, "it has biases"),
+        ({"dropout": 0.5}, "it has a dropout"),
+    ],
+)
+def test_other_gated_networks_are_left_with_the_reason(arguments, words):
+    model = swiglu(**arguments)
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f"feed_forward: nothing can be replaced: .*{words}"):
+        replace_layers(model, feed_forward=MoC())
+    assert dict(model.named_modules()) == before
+
+
+def test_a_network_without_a_gate_becomes_one_of_as_many_new_weights_where_that_is_asked():
+    model = gpt()
+    before = sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="new_weights=True makes new ones"):
+        replace_layers(model, feed_forward=MoC())
+    state = torch.get_rng_state()
+    deviations = [block.mlp.up.weight.std().item() for block in model.blocks]
+    replace_layers(model, feed_forward=MoC(new_weights=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.blocks[0].mlp.gate.out_features == 40  # 64 * 2 / 3, a multiple of 8
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(before, rel=0.07)
+    for block, deviation in zip(model.blocks, deviations, strict=True):
+        assert block.mlp.gate.weight.std().item() == pytest.approx(deviation, rel=0.15)
+        assert block.mlp.k == 8
+    model.loss(tokens()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_values_of_the_first_layer():
+    model = gpt()
+    plan = replace_layers(model, attention=SkipV1())
+    assert [block.attn.value.weight.shape for block in model.blocks] == [(16, 16), (8, 16), (8, 16)]
+    assert plan["replaced"]["blocks.0.attn.value"] == "FirstValue"
+    assert plan["replaced"]["blocks.2.attn.value"] == "SkippedValue, 1 of 2 heads of its own"
+    model.loss(tokens()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_uptraining_begins_with_the_mean_of_each_two_heads():
+    model = gpt()
+    values = [block.attn.value.weight.detach().clone() for block in model.blocks]
+    uptrain(model)
+    assert torch.equal(model.blocks[0].attn.value.weight, values[0])
+    for block, value in list(zip(model.blocks, values, strict=True))[1:]:
+        assert torch.equal(block.attn.value.weight, value.view(2, 8, 16).mean(0))
+
+
+def test_heads_come_from_attributes_a_config_or_the_argument():
+    for change, words in (
+        (lambda attn: setattr(attn, "n_head", 1), "it has 1 value head, and half"),
+        (lambda attn: delattr(attn, "n_head"), "give head_dim"),
+        (lambda attn: setattr(attn, "value", nn.Identity()), "it is a Identity and no nn.Linear"),
+    ):
+        model = gpt()
+        for block in model.blocks:
+            change(block.attn)
+        with pytest.raises(ValueError, match=f"attention: nothing can be replaced: .*({words}|no attention)"):
+            replace_layers(model, attention=SkipV1())
+    model = gpt()
+    for block in model.blocks:
+        del block.attn.n_head
+        block.attn.config = type("Config", (), {"num_attention_heads": 8, "num_key_value_heads": 4})
+    assert "2 of 4 heads" in replace_layers(model, attention=SkipV1())["replaced"]["blocks.1.attn.value"]
+    model = gpt()
+    plan = replace_layers(model, attention=SkipV1(head_dim=2, value=["*.key"]))
+    assert "4 of 8 heads" in plan["replaced"]["blocks.1.attn.key"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_projections_become_low_rank_differences(recompute):
+    model = gpt()
+    state = torch.get_rng_state()
+    plan = replace_layers(model, linear=CR(rank=0.25, recompute=recompute))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(plan["replaced"]) == 3 * 6
+    assert plan["replaced"]["blocks.1.mlp.up"] == "CRLinear of rank 4"
+    layers = [module for module in model.modules() if isinstance(module, CRLinear)]
+    assert sum(layer.a.weight.numel() + layer.b.weight.numel() for layer in layers) == 2 * 4 * (4 * 32 + 2 * 80)
+    assert (layers[0].b.weight @ layers[0].a.weight).std().item() == pytest.approx(0.02, rel=0.3)
+    for _ in range(2):
+        model.zero_grad()
+        model.loss(tokens()).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    (connection,) = connections(model)
+    assert connection.passes == (2 if recompute else 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"feed_forward": MoC(new_weights=True)},
+        {"feed_forward": MoC(pattern="2:8", new_weights=True), "attention": SkipV1()},
+        {"linear": CR(rank=3, recompute=True)},
+    ],
+    ids=str,
+)
+def test_the_plan_does_the_same_to_another_copy(settings):
+    model, other = gpt(), gpt()
+    plan = replace_layers(model, **settings, seed=5)
+    plan = json.loads(json.dumps(plan))  # plain data
+    assert replace_layers(other, plan) == plan
+    for (name, one), (again, two) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert name == again
+        assert torch.equal(one, two)
+    assert describe_plan(plan).startswith(f"replaced {len(plan['replaced'])} layers: blocks.0.")
+    for deep in (copy.deepcopy(model), other):
+        deep.load_state_dict(model.state_dict())
+        torch.testing.assert_close(deep(tokens()), model(tokens()))
+    with torch.device("meta"):
+        shapes = GPT(CONFIG)
+    replace_layers(shapes, plan)
+    assert {n: p.shape for n, p in shapes.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert all(parameter.is_meta for parameter in shapes.parameters())
+
+
+def test_a_plan_of_another_model_and_a_second_time_are_refused():
+    plan = replace_layers(gpt(), attention=SkipV1())
+    deeper = GPT(GPTConfig(block_size=17, n_layer=4, n_head=2, n_embd=16))
+    with pytest.raises(ValueError, match=r"plan is of another model: they differ in blocks\.3\.attn\.value"):
+        replace_layers(deeper, plan)
+    model = gpt()
+    replace_layers(model, plan)
+    with pytest.raises(ValueError, match=r"model='blocks\.0\.attn\.value, .* whose layers have not been replaced"):
+        replace_layers(model, plan)
+    with pytest.raises(ValueError, match="plan='a plan' is not allowed: it must be given without"):
+        replace_layers(gpt(), plan, linear=CR())
+    with pytest.raises(ValueError, match=r"linear=.* it must be alone"):
+        replace_layers(gpt(), linear=CR(), attention=SkipV1())
+    with pytest.raises(ValueError, match="feed_forward=None"):
+        replace_layers(gpt())
+    with pytest.raises(ValueError, match=r"nothing can be replaced: .*no repeated blocks"):
+        replace_layers(nn.Sequential(nn.Linear(3, 4)), feed_forward=MoC())
+
+
+def test_roles_stay_what_they_were():
+    model = swiglu()
+    replace_layers(model, feed_forward=MoC(), attention=SkipV1())
+    roles = {matrix.name: matrix.role for block in find_blocks(model) for matrix in block.matrices}
+    assert {role for name, role in roles.items() if ".mlp." in name} == {"ffn"}
+    assert isinstance(model.blocks[0].mlp, MoCFeedForward)
