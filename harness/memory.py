@@ -1,9 +1,14 @@
-"""The memory of this process, where Linux says it; elsewhere NaN."""
+"""The memory of this process, where Linux says it, elsewhere NaN; and what a forward pass keeps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Variables of a process whose memory goes back when it is freed, so that its peak is one of tensors. It takes time."""
@@ -25,3 +30,22 @@ def _status(field: str) -> float:
     except OSError:
         return math.nan
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(field)), math.nan)
+
+
+def kept_bytes(forward: Callable[[], Any], without: Iterable[Tensor] = ()) -> int:
+    """Of all storages that autograd saves while ``forward`` runs, each once, but those of ``without``."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    found: dict[int, int] = {}
+    alive = []  # an address is not given out again while its tensor lives
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(found.values())

@@ -8,6 +8,7 @@ from lightning_eff.callbacks.fault_injector import FaultInjector, InjectedError
 from lightning_eff.callbacks.grades import GradES
 from lightning_eff.callbacks.gradient_stats import GradientStats
 from lightning_eff.callbacks.misa import MISA
+from lightning_eff.callbacks.model_surgery import ModelSurgery
 from lightning_eff.callbacks.preemption import Preemption
 from lightning_eff.callbacks.run_health import RunHealth
 from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
@@ -38,6 +39,7 @@ __all__ = [
     "GradientSpikes",
     "GradientStats",
     "InjectedError",
+    "ModelSurgery",
     "NonFiniteLoss",
     "Preemption",
     "RunHealth",

@@ -134,6 +134,12 @@ def uptrain(model: nn.Module, head_dim: int | None = None) -> dict[str, Any]:
     return replace_layers(model, attention=SkipV1(mean=True, head_dim=head_dim))
 
 
+def is_replaced(model: nn.Module) -> bool:
+    """Whether a model has layers of this room in place of its own."""
+    check_instance("model", model, nn.Module, "an nn.Module")
+    return any(isinstance(module, OURS) for module in model.modules())
+
+
 def connections(model: nn.Module) -> list[Connection]:
     """What connects the blocks of a model whose projections are :class:`CRLinear`; none in any other."""
     check_instance("model", model, nn.Module, "an nn.Module")

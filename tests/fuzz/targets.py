@@ -25,7 +25,7 @@ from lightning_eff.callbacks import Alarm
 from lightning_eff.functional.grades import GradESConfig, GradESState
 from lightning_eff.functional.misa import SamplerConfig
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState
-from lightning_eff.layers import CR, CRFirst, CRLinear, MoCFeedForward
+from lightning_eff.layers import CR, CRFirst, CRLinear, MoCFeedForward, SkipV1
 from lightning_eff.merging import Merger, open_source
 from lightning_eff.strategies import ArcTopK
 from lightning_eff.training import HearsAlarms
@@ -152,6 +152,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "SkipV1Attention": {"d_model": 8, "n_head": 2},
     "SkipV1Cache": {"n_layer": 2, "batch_size": 1, "max_length": 4, "n_kv_head": 2, "head_dim": 4},
     "Merger": {"sources": lambda folder: [open_source(_checkpoint(folder))]},
+    "ModelSurgery": {"attention": SkipV1()},
     "Sampler": {"sizes": [4, 4, 8], "config": SamplerConfig(budget=0.5)},
     "Shadows": {"tensors": [torch.ones(2)]},
     "ShardedLoader": {"loader": lambda folder: DataLoader(range(8), batch_size=2), "shards": 2},  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from harness.memory import kept_bytes
 from lightning_eff.layers import MoCFeedForward, SelectedChannels, moc_feed_forward
 from lightning_eff.layers.moc import SHORT, select_channels
 from lightning_eff.structure import find_blocks
-from tests.layers.kept import kept_bytes
 
 
 def weights(d_model: int, d_ff: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -22,6 +22,7 @@ from lightning_eff.callbacks import (
     FaultInjector,
     GradES,
     GradientStats,
+    ModelSurgery,
     Preemption,
     RunHealth,
     SpectralAlignmentMonitor,
@@ -119,6 +120,9 @@ class Row:
     exceptions: dict[str, str] = field(default_factory=dict)
     """Rule, or rule-strategy, that is not kept -> the reason; a strict xfail."""
 
+    slow: bool = False
+    """A second row of a class that `make test-all` alone checks."""
+
     @property
     def id(self) -> str:
         return self.name or self.callback.__name__
@@ -164,6 +168,12 @@ _MISA_WAITS = (
 _SPECTRAL_TAGS = tuple(
     f"spectral_alignment/{name}" for name in ("worst_majority", "worst_layer", "collapsed_layers", "armed_layers")
 )
+
+_MOC = {"k": 3, "pattern": "global", "recompute": False, "new_weights": True}
+_CR = {"rank": 2, "beta": 0.5, "std": None, "recompute": True, "max_growth": 32.0}
+_SURGERY = "the layers that it has put into the model stay there"
+
+_SURGERY_WAITS = "AdamW on the CPU reads its count of steps for each parameter, and there are more or fewer than before"
 
 _GRADIENT_NUMBERS = ("norm", "max_abs", "zeros", "nonfinite")
 _GRADIENT_TAGS = tuple(f"gradients/{name}" for name in _GRADIENT_NUMBERS)
@@ -538,6 +548,27 @@ ROWS = (
             {"exclude": []},
             {"log_details": 1},
         ),
+    ),
+    Row(
+        ModelSurgery,
+        {"feed_forward": _MOC},
+        crash_steps=(3,),
+        refused_models={"gan": "nothing can be replaced"},
+        exceptions={"an_exception_leaves_nothing_behind": _SURGERY, "waits_for_nothing": _SURGERY_WAITS},
+        bad_arguments=({"feed_forward": 1}, {"attention": "skipv1"}, {"linear": 0}, {"seed": -1}),
+    ),
+    Row(
+        ModelSurgery,
+        {"linear": _CR},
+        name="ModelSurgery-cr",
+        slow=True,
+        crash_steps=(3,),
+        refused_models={"gan": "nothing can be replaced"},
+        exceptions={
+            "an_exception_leaves_nothing_behind": _SURGERY,
+            "waits_for_nothing": _SURGERY_WAITS,
+            "accumulates": "it counts forward passes, of which a step of two micro-batches has two",
+        },
     ),
     Row(
         AsyncCheckpoint,

@@ -24,7 +24,7 @@ def _cases() -> Iterator[Any]:
                 reason = row.exceptions.get(f"{name}-{strategy.name}", row.exceptions.get(name))
                 # What a row cannot keep on the CPU, where AdamW reads its steps, it may keep on a GPU.
                 marks = [pytest.mark.xfail(reason=reason, strict=DEVICE == "cpu")] if reason else []
-                marks += [pytest.mark.slow] if strategy in rule.slow else []
+                marks += [pytest.mark.slow] if strategy in rule.slow or row.slow else []
                 yield pytest.param(row, rule, strategy, id=f"{row.id}-{name}-{strategy.name}", marks=marks)
 
 

@@ -1,0 +1,135 @@
+"""Where in a run the layers are replaced, and what is said where weights do not fit."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from examples.gpt import GPT, GPTConfig, GPTModule
+from harness.runs import fit
+from lightning_eff.callbacks import ModelSurgery
+from lightning_eff.layers import CR, CRLinear, MoC, MoCFeedForward, SkipV1, replace_layers
+from lightning_eff.layers.replace import connections
+
+TINY = GPTConfig(block_size=8, n_layer=3, n_head=2, n_embd=16)
+
+
+def data() -> torch.utils.data.DataLoader:
+    tokens = torch.randint(0, 256, (12, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.utils.data.DataLoader(tokens, batch_size=2)
+
+
+def module() -> GPTModule:
+    torch.manual_seed(0)
+    return GPTModule(TINY, schedule="constant", warmup_steps=1)
+
+
+class Saves(L.Callback):
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class Late(GPTModule):
+    """Its model is built in one of Lightning's hooks."""
+
+    where = "configure_model"
+
+    def build(self) -> None:
+        if not hasattr(self, "model"):
+            torch.manual_seed(0)
+            self.model = GPT(TINY)
+
+    def __init__(self) -> None:
+        super().__init__(TINY, schedule="constant", warmup_steps=1)
+        del self.model
+
+
+class InConfigureModel(Late):
+    def configure_model(self) -> None:
+        self.build()
+
+
+class InSetup(Late):
+    def setup(self, stage: str) -> None:
+        self.build()
+
+
+@pytest.mark.parametrize("make", [module, InConfigureModel, InSetup])
+def test_wherever_the_model_is_built_its_layers_are_replaced_before_the_optimizer_is_made(make):
+    model, callback = make(), ModelSurgery(feed_forward=MoC(new_weights=True), attention=SkipV1())
+    before = set(vars(model))
+    trainer = fit(model, callback, data=data(), max_steps=2)
+    assert all(isinstance(block.mlp, MoCFeedForward) for block in model.model.blocks)
+    optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in model.parameters()}
+    assert len(callback.plan["replaced"]) == 6
+    assert set(vars(model)) - before <= {"model"}  # what it has wrapped is as it was
+    assert not model._load_state_dict_post_hooks
+    plan = callback.plan
+    fit(model, callback, data=data(), max_steps=2)  # a second time there is nothing to do
+    assert callback.plan == plan
+
+
+@pytest.mark.parametrize("linear", [CR(rank=2), CR(rank=2, recompute=True)])
+def test_the_plan_and_what_is_kept_are_in_the_checkpoint(tmp_path, linear):
+    model = module()
+    fit(model, ModelSurgery(linear=linear), Saves(tmp_path / "last.ckpt"), data=data(), max_steps=6)  # an epoch
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    state = saved["callbacks"]["ModelSurgery"]
+    other = module()
+    assert replace_layers(other, state["plan"]) == state["plan"]
+    other.load_state_dict(saved["state_dict"])
+    (connection,) = connections(model)
+    assert state["connections"] == [connection.state()]
+    assert connection.passes == (6 if linear.recompute else 0)
+    resumed, callback = module(), ModelSurgery(linear=linear)
+    fit(resumed, callback, data=data(), max_steps=8, ckpt_path=tmp_path / "last.ckpt")
+    (connection,) = connections(resumed)
+    assert connection.passes == (8 if linear.recompute else 0)
+    assert isinstance(resumed.model.blocks[1].attn.query, CRLinear)
+
+
+def test_weights_of_other_layers_are_refused_in_words(tmp_path):
+    fit(module(), Saves(tmp_path / "plain.ckpt"), data=data(), max_steps=1)
+    with pytest.raises(
+        RuntimeError, match=r"the weights are of a model with other layers .*replace_layers\(model, plan\)"
+    ):
+        fit(module(), ModelSurgery(linear=CR()), data=data(), ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_what_cannot_be_replaced_is_said_with_the_mend():
+    with pytest.raises(
+        MisconfigurationException, match=r"ModelSurgery: feed_forward: nothing can be replaced: .*new_weights"
+    ):
+        fit(module(), ModelSurgery(feed_forward=MoC()), data=data())
+
+
+def test_arguments():
+    for arguments, words in (
+        ({}, "feed_forward=None is not allowed"),
+        ({"linear": CR(), "attention": SkipV1()}, "linear=.* it must be given alone"),
+        ({"feed_forward": {"key": 1}}, "feed_forward=.* a dict of k, new_weights, pattern, recompute"),
+        ({"feed_forward": {"k": 0}}, "k=0 is not allowed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ModelSurgery(**arguments)
+
+
+def test_what_was_done_is_said(caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(module(), ModelSurgery(attention=SkipV1()), data=data(), max_steps=1)
+    assert "ModelSurgery: replaced 3 layers: model.blocks.0.attn.value (FirstValue)" in caplog.text
+
+
+def test_validation_of_a_trained_model_replaces_too(tmp_path):
+    model, callback = module(), ModelSurgery(attention=SkipV1())
+    L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[callback]).validate(
+        model, data(), verbose=False
+    )
+    assert callback.plan is not None
+    assert model.model.blocks[1].attn.value.weight.shape == (8, 16)
