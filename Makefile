@@ -48,7 +48,7 @@ $(VENV)-architectures/.installed: pyproject.toml constraints-architectures.txt
 
 test-architectures: $(VENV)-architectures/.installed ## The structure finder against eighty models of other packages
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
-	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure $(ARGS)
+	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure tests/layers/test_others.py $(ARGS)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check

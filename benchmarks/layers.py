@@ -1,12 +1,13 @@
 """What the layers that keep less keep, what they cost, and what they do to the loss.
 
-    python -m benchmarks.layers bytes     # a feed-forward network: bytes kept for the backward pass, time of its step
-    python -m benchmarks.layers cache     # attention: bytes of the cache and time of a token, MHA, GQA, SkipV1, both
+    python -m benchmarks.layers bytes     # kept by a feed-forward network for the backward pass, and by a KV cache
+    python -m benchmarks.layers steps     # a feed-forward network's forward and backward pass: time over dense
+    python -m benchmarks.layers cache     # attention's time for one token: MHA, GQA, SkipV1, both
     python -m benchmarks.layers decode    # a feed-forward network's time for one token: dense and selected channels
     python -m benchmarks.layers quality   # 1 M GPT with SwiGLU at equal tokens: dense, MoC, 2:8, SkipV1, CR-Net
     python -m benchmarks.layers uptrain   # a trained 1 M GPT goes on as a SkipV1Former, or as it was
 
-Rows go to benchmarks/results/layers_<part>.csv. `bytes`, `cache` and `decode` want the machine for themselves.
+Rows go to benchmarks/results/layers_<part>.csv. `steps`, `cache` and `decode` want the machine for themselves.
 """
 
 from __future__ import annotations
@@ -64,24 +65,50 @@ class SwiGLU(nn.Module):
 # --- a feed-forward network ------------------------------------------------------------------------------------------
 
 
-def feed_forward(width: int, channels: int, tokens: int, rounds: int) -> None:
-    """Bytes beside the input, against the formulas, and the time of forward and backward pass over the dense one's."""
+def networks(width: int, channels: int) -> dict[str, nn.Module]:
+    """The same weights in each; "dense" stands for itself and for its recomputation."""
     torch.manual_seed(0)
-    dense = SwiGLU(width, channels).to(DEVICE)
-    made = {
-        "dense": dense,
-        "dense, checkpointed": dense,
-        "moc": MoCFeedForward(width, channels),
-        "moc, recompute": MoCFeedForward(width, channels, recompute=True),
-        "moc 2:8": MoCFeedForward(width, channels, pattern="2:8"),
-        "moc 2:8, recompute": MoCFeedForward(width, channels, pattern="2:8", recompute=True),
-    }
-    calls: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name, layer in made.items():
-        if layer is not dense:
-            layer.to(DEVICE).load_state_dict(dense.state_dict())
-        checkpointed = name == "dense, checkpointed"
-        calls[name] = (lambda x: checkpoint(dense, x, use_reentrant=False)) if checkpointed else layer
+    dense = SwiGLU(width, channels)
+    made: dict[str, nn.Module] = {"dense": dense, "dense, checkpointed": dense}
+    for pattern, name in (("global", "moc"), ("2:8", "moc 2:8")):
+        for recompute, ending in ((False, ""), (True, ", recompute")):
+            made[f"{name}{ending}"] = MoCFeedForward(width, channels, pattern=pattern, recompute=recompute)
+            made[f"{name}{ending}"].load_state_dict(dense.state_dict())
+    return {name: layer.to(DEVICE) for name, layer in made.items()}
+
+
+def kept(width: int, channels: int, tokens: int, context: int) -> None:
+    """Bytes beside the input against the formulas, and those of a cache; nothing is timed."""
+    rows = []
+    for name, layer in networks(width, channels).items():
+        moc, checkpointed = isinstance(layer, MoCFeedForward), name == "dense, checkpointed"
+        k = layer.k if moc else channels
+        values = 0 if checkpointed else 2 if name.endswith("recompute") else 4
+        for dtype in (torch.float32, torch.bfloat16):
+            found = 0 if checkpointed else _kept(layer, tokens, width, dtype)
+            formula = tokens * k * (values * dtype.itemsize + 2 * moc)
+            assert found == formula, (name, found, formula)
+            row = {"variant": name, "d_model": width, "d_ff": channels, "k": k, "tokens": tokens}
+            row |= {"dtype": str(dtype).removeprefix("torch."), "kept_bytes": found}
+            rows.append(row | {"over_dense": round(found / (tokens * channels * 4 * dtype.itemsize), 4)})
+    publish("Kept for the backward pass beside the input", "layers_bytes", rows)
+    made = stacks(width, 8, 24, context, 1)
+    sizes = {name: sum(each.nbytes for each in caches) for name, (_, caches, _) in made.items()}
+    rows = [
+        {
+            **{"variant": name, "d_model": width, "heads": 8, "layers": 24, "context": context, "batch": 1},
+            **{"cache_bytes": size, "over_mha": round(size / sizes["mha"], 4)},
+        }
+        for name, size in sizes.items()
+    ]
+    publish("A cache", "layers_cache_bytes", rows)
+
+
+def steps(width: int, channels: int, tokens: int, rounds: int) -> None:
+    """The time of forward and backward pass over the dense network's."""
+    calls: dict[str, Callable[[Tensor], Tensor]] = dict(networks(width, channels))
+    dense = calls["dense"]
+    calls["dense, checkpointed"] = lambda x: checkpoint(dense, x, use_reentrant=False)
     x = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
     gradient = torch.randn(tokens, width, device=DEVICE)
 
@@ -91,26 +118,19 @@ def feed_forward(width: int, channels: int, tokens: int, rounds: int) -> None:
     for call in calls.values():
         step(call)
     figures = in_turn({name: lambda call=call: step(call) for name, call in calls.items()}, rounds)
-    rows = []
-    for name, layer in made.items():
-        k = layer.k if isinstance(layer, MoCFeedForward) else channels
-        values = 0 if "checkpointed" in name else 4 if "recompute" not in name else 2
-        index = 2 * k if isinstance(layer, MoCFeedForward) else 0
-        row = {"variant": name, "d_model": width, "d_ff": channels, "k": k, "tokens": tokens}
-        for dtype in (torch.float32, torch.bfloat16):
-            kept = _kept(layer, tokens, width, dtype)
-            kept = 0 if "checkpointed" in name else kept
-            formula = tokens * (values * k * dtype.itemsize + index)
-            assert kept == formula, (name, kept, formula)
-            row[f"kept_bytes_{str(dtype).removeprefix('torch.')}"] = kept
-        row |= {"rounds": rounds, "step_ms": round(1000 * statistics.median(figures[name]), 2)}
-        row |= over(figures, name, "dense", "over_dense", digits=3)
-        rows.append(row)
-    publish("A feed-forward network's step", "layers_bytes", rows)
+    rows = [
+        {
+            **{"variant": name, "d_model": width, "d_ff": channels, "tokens": tokens, "rounds": rounds},
+            "step_ms": round(1000 * statistics.median(figures[name]), 2),
+            **over(figures, name, "dense", "over_dense", digits=3),
+        }
+        for name in calls
+    ]
+    publish("A feed-forward network's step", "layers_steps", rows)
 
 
 def _kept(layer: nn.Module, tokens: int, width: int, dtype: torch.dtype) -> int:
-    """Beside the input and the weights."""
+    """Beside the input and the weights, counted by autograd's hooks."""
     x = torch.randn(tokens, width, device=DEVICE, dtype=dtype, requires_grad=True)
     layer = layer.to(dtype)
     kept = kept_bytes(lambda: layer(x), without=[x, *layer.parameters()])
@@ -150,10 +170,16 @@ def decode(width: int, channels: int, rounds: int) -> None:
 # --- a cache ---------------------------------------------------------------------------------------------------------
 
 
-def cache(width: int, heads: int, layers: int, context: int, batch: int, rounds: int) -> None:
-    """Attentions alone, behind a full context. MHA and GQA run the same code with values of their own."""
+Stack = tuple[list[SkipV1Attention], list[SkipV1Cache], list[LayerCache]]
+
+
+def stacks(width: int, heads: int, layers: int, context: int, batch: int) -> dict[str, Stack]:
+    """Attentions behind a full context, their caches, and what each layer sees of them.
+
+    MHA and GQA run the same code with all value heads of their own in every layer.
+    """
     torch.manual_seed(0)
-    rows, variants, sizes = [], {}, {}
+    made = {}
     for name, kv, skips in (
         ("mha", heads, False),
         ("gqa", heads // 2, False),
@@ -161,26 +187,32 @@ def cache(width: int, heads: int, layers: int, context: int, batch: int, rounds:
         ("skipv1, gqa", heads // 2, True),
     ):
         stack = [SkipV1Attention(width, heads, kv, first=not (skips and n)).to(DEVICE) for n in range(layers)]
-        like = torch.empty(0, device=DEVICE)
-        caches = [SkipV1Cache(layers if skips else 1, batch, context + 1, kv, width // heads, like)]
-        caches += [
-            SkipV1Cache(1, batch, context + 1, kv, width // heads, like) for _ in range(0 if skips else layers - 1)
-        ]
+        shape = (batch, context + 1, kv, width // heads, torch.empty(0, device=DEVICE))
+        caches = [SkipV1Cache(layers, *shape)] if skips else [SkipV1Cache(1, *shape) for _ in range(layers)]
         for each in caches:
             for buffer in (each.keys, each.own, each.shared):
                 buffer.normal_()
             each.length = context
         views = [caches[0].layer(n) if skips else caches[n].layer(0) for n in range(layers)]
-        sizes[name] = sum(each.nbytes for each in caches)
-        variants[name] = lambda stack=stack, views=views: _token(stack, views, batch, width)
+        made[name] = (stack, caches, views)
+    return made
+
+
+def cache(width: int, heads: int, layers: int, context: int, batch: int, rounds: int) -> None:
+    """The attentions' time for one token behind a full context."""
+    made = stacks(width, heads, layers, context, batch)
+    variants = {name: lambda s=stack, v=views: _token(s, v, batch, width) for name, (stack, _, views) in made.items()}
     for run in variants.values():
         run()
     figures = in_turn(variants, rounds)
-    for name in variants:
-        row = {"variant": name, "d_model": width, "heads": heads, "layers": layers, "context": context, "batch": batch}
-        row |= {"cache_bytes": sizes[name], "bytes_over_mha": round(sizes[name] / sizes["mha"], 4), "rounds": rounds}
-        row |= {"token_ms": round(1000 * statistics.median(figures[name]), 3)}
-        rows.append(row | over(figures, name, "mha", "time_over_mha", digits=3))
+    rows = [
+        {
+            **{"variant": name, "d_model": width, "heads": heads, "layers": layers, "context": context, "batch": batch},
+            **{"rounds": rounds, "token_ms": round(1000 * statistics.median(figures[name]), 3)},
+            **over(figures, name, "mha", "over_mha", digits=3),
+        }
+        for name in made
+    ]
     publish("A token behind a full context", "layers_cache", rows)
 
 
@@ -316,20 +348,22 @@ def uptraining(steps: int, seeds: range) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["bytes", "cache", "decode", "quality", "uptrain"])
-    parser.add_argument("--rounds", type=int, default=15, help="for bytes, cache and decode")
-    parser.add_argument("--d-model", type=int, default=512, help="for bytes, cache and decode")
-    parser.add_argument("--d-ff", type=int, default=1376, help="for bytes and decode")
-    parser.add_argument("--tokens", type=int, default=1024, help="for bytes")
-    parser.add_argument("--context", type=int, default=1024, help="for cache")
-    parser.add_argument("--steps", type=int, default=200, help="of quality and uptrain")
+    parser.add_argument("part", choices=["bytes", "steps", "cache", "decode", "quality", "uptrain"])
+    parser.add_argument("--rounds", type=int, default=15, help="for steps, cache and decode")
+    parser.add_argument("--d-model", type=int, default=512, help="for all but quality and uptrain")
+    parser.add_argument("--d-ff", type=int, default=1376, help="for bytes, steps and decode")
+    parser.add_argument("--tokens", type=int, default=1024, help="for bytes and steps")
+    parser.add_argument("--context", type=int, default=1024, help="for bytes and cache")
+    parser.add_argument("--steps", type=int, default=200, help="for quality and uptrain")
     parser.add_argument("--first-seed", type=int, default=0, help="for quality and uptrain")
     parser.add_argument("--seeds", type=int, default=3, help="for quality and uptrain")
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), help="for quality; all by default")
     args = parser.parse_args()
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.part == "bytes":
-        feed_forward(args.d_model, args.d_ff, args.tokens, args.rounds)
+        kept(args.d_model, args.d_ff, args.tokens, args.context)
+    elif args.part == "steps":
+        steps(args.d_model, args.d_ff, args.tokens, args.rounds)
     elif args.part == "decode":
         decode(args.d_model, args.d_ff, args.rounds)
     elif args.part == "cache":

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_instance
+from lightning_eff.kernels import moc as kernels
 
 Pattern = Literal["global", "2:8"]
 
@@ -64,20 +65,9 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
     return gates.gather(-1, channels), channels
 
 
-def activate(up: Tensor, values: Tensor, channels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From all channels (tokens, d_ff) and the selected gates (tokens, K): u, s, z of the selected, and z in place."""
-    u = up.gather(-1, channels)
-    s = F.silu(values)
-    z = s * u
-    return u, s, z, torch.zeros_like(up).scatter_(-1, channels, z)
-
-
-def activate_backward(grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of z in place (tokens, d_ff): those of the gates and of u in place, zero where not selected."""
-    selected = grad.gather(-1, channels)
-    d_gate = torch.ops.aten.silu_backward(selected * u, values)
-    zeros = torch.zeros_like(grad)
-    return zeros.scatter(-1, channels, d_gate), zeros.scatter_(-1, channels, selected * s)
+def _kernels() -> Any:
+    """The kernels or their references; while something compiles, plain torch, which it can see through and fuse."""
+    return kernels.reference if torch.compiler.is_compiling() else kernels
 
 
 class _MoC(torch.autograd.Function):
@@ -87,26 +77,26 @@ class _MoC(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         values, channels = select_channels(rows @ gate.T, k, pattern)
-        u, s, z, hidden = activate(rows @ up.T, values, channels)
+        u, s, z, hidden = _kernels().activate(rows @ up.T, values, channels)
         narrow = channels.to(torch.int16 if gate.shape[0] <= SHORT else torch.int32)
         ctx.save_for_backward(x, gate, up, down, values, narrow, u, *(() if recompute else (s, z)))
-        return (hidden @ down.T).view(*x.shape[:-1], down.shape[0])
+        y: Tensor = hidden @ down.T
+        return y.view(*x.shape[:-1], down.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, down, values, narrow, u, *kept = ctx.saved_tensors
         s, z = kept or (F.silu(values), None)
-        channels = narrow.to(torch.int64)
         dy, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
         dx = d_gate = d_up = d_down = None
         if needs_down:
             z = s * u if z is None else z
-            hidden = torch.zeros(len(rows), gate.shape[0], dtype=z.dtype, device=z.device).scatter_(-1, channels, z)
+            hidden = z.new_zeros(len(rows), gate.shape[0]).scatter_(-1, narrow.to(torch.int64), z)
             d_down = dy.T @ hidden
         if needs_x or needs_gate or needs_up:
-            dg, du = activate_backward(dy @ down, values, channels, u, s)
+            dg, du = _kernels().activate_backward(dy @ down, values, narrow, u, s)
             d_gate = dg.T @ rows if needs_gate else None
             d_up = du.T @ rows if needs_up else None
             dx = torch.addmm(dg @ gate, du, up).view_as(x) if needs_x else None
@@ -261,7 +251,8 @@ class SelectedChannels(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         values, channels = select_channels(rows @ self.gate.T, self.k, self.pattern)
         if len(rows) > self.most_tokens:
-            return (activate(rows @ self.up.T, values, channels)[3] @ self.down).view(x.shape)
+            hidden: Tensor = _kernels().activate(rows @ self.up.T, values, channels)[3]
+            return (hidden @ self.down).view(x.shape)
         chosen = self.up.index_select(0, channels.flatten()).view(*channels.shape, -1)
         z = F.silu(values) * torch.bmm(chosen, rows[:, :, None]).squeeze(-1)
         # A bag of K rows with a weight each: nothing but these rows is read, and nothing is copied.

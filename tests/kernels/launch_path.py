@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lightning_eff.kernels import alignment, grad_norm, row_pack, row_sketch, tensor_stats, zclip
+from lightning_eff.kernels import alignment, grad_norm, moc, row_pack, row_sketch, tensor_stats, zclip
 from lightning_eff.kernels.dispatch import Choice
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
     triton.runtime.driver.set_active(CompilingDriver())
     triton.JITFunction.run = compile_only
-    for op in (alignment, grad_norm, row_pack, row_sketch, tensor_stats):
+    for op in (alignment, grad_norm, moc, row_pack, row_sketch, tensor_stats):
         op.choose = lambda *_: Choice("triton", "compiled only")  # type: ignore[attr-defined]
 
     selected = torch.tensor([0])
@@ -56,6 +56,9 @@ def main() -> None:
         buffer = row_pack.pack_rows(matrices, selected, [1], 1, errors)
         row_pack.scatter_rows_(matrices, buffer, selected, [1], errors, torch.tensor(1))
         alignment.alignment_stats(matrices[0], torch.ones(shape[1]))
+        gates, channels = matrices[0].topk(1)
+        u, s, _, _ = moc.activate(matrices[0], gates, channels)
+        moc.activate_backward(matrices[0], gates, channels.to(torch.int16), u, s)
     values, norm = torch.zeros(17, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     constants = zclip.Constants(*[1.0] * 10)
     for warmup_steps, percentile, to_mean in itertools.product((1, 25), (False, True), (False, True)):

@@ -65,6 +65,8 @@ def test_the_launchers_pass_what_the_kernels_take(tmp_path_factory: pytest.TempP
         [sys.executable, "-m", "tests.kernels.launch_path"], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [
+        "_activate",
+        "_activate_backward",
         "_count",
         "_decide",
         "_finish",

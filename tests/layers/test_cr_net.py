@@ -263,6 +263,7 @@ def test_the_layers_kept_go_on_after_a_resume():
         assert other.connection.state() == model.connection.state()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's, on its own way
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_it_is_the_same(recompute):

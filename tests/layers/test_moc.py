@@ -165,6 +165,7 @@ def test_no_tokens_are_no_trouble():
     assert W[0].grad.abs().sum() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_and_under_checkpointing_the_gradients_are_the_same(recompute):
     layer = MoCFeedForward(8, 24, recompute=recompute)

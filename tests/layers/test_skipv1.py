@@ -118,6 +118,7 @@ def test_gradients_of_all_layers_meet_in_the_first_ones_values():
     assert own.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same():
     layer, x, v1 = SkipV1Attention(32, 4, 2), torch.randn(2, 7, 32), torch.randn(2, 7, 8)
     y, _ = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, v1)
@@ -243,6 +244,7 @@ def test_a_trained_model_begins_with_the_mean_of_each_two_heads():
     assert torch.equal(SkippedValue(usual.value, Relay(), 4).weight, torch.cat(heads[:2]))
 
 
+@pytest.mark.slow
 def test_compiled_beside_a_models_code():
     model, x = beside(), torch.randn(2, 7, 32)
     wanted = grads(model, model, x)

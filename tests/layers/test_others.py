@@ -1,0 +1,80 @@
+"""Layers replaced in models of other people; `make test-architectures` has the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_eff.layers import CR, MoC, SkipV1, replace_layers
+
+transformers = pytest.importorskip("transformers", reason="`make test-architectures` has it")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL = dict(
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+)
+IDS = torch.arange(18).view(2, 9) % 64
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    config, model = (getattr(transformers, f"{name}{ending}") for ending in ("Config", "ForCausalLM"))
+    return model(config(**SMALL))
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"feed_forward": MoC()}, {"attention": SkipV1(mean=True)}, {"linear": CR(rank=0.25, recompute=True)}],
+    ids=["moc", "skipv1", "cr"],
+)
+def test_it_trains_and_decodes_with_its_own_cache(settings: Any, name: str) -> None:
+    model: Any = build(name)
+    plan = replace_layers(model, **settings)
+    assert len(plan["replaced"]) == (21 if "linear" in settings else 3)
+    assert not plan["left"]
+    assert all(grad is not None for grad in gradients(model))
+    model.eval()
+    with torch.no_grad():
+        whole = model(input_ids=IDS, use_cache=False).logits
+        first = model(input_ids=IDS[:, :5], use_cache=True)
+        rest = model(input_ids=IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
+def test_with_all_of_its_channels_it_is_what_it_was(name: str) -> None:
+    model: Any = build(name).eval()
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        replace_layers(model, feed_forward=MoC(k=88))
+        torch.testing.assert_close(model(input_ids=IDS).logits, before)
+
+
+@pytest.mark.parametrize("settings", [{"feed_forward": MoC()}, {"attention": SkipV1()}], ids=["moc", "skipv1"])
+def test_its_own_activation_checkpointing_gives_the_same_gradients(settings: Any) -> None:
+    model: Any = build("Llama")
+    replace_layers(model, **settings)
+    wanted = gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for got, right in zip(gradients(model), wanted, strict=True):
+        torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("settings", [{"feed_forward": MoC()}, {"attention": SkipV1()}, {"linear": CR()}], ids=str)
+def test_gpt2_whose_matrices_are_no_linear_layers_is_left_with_the_reason(settings: Any) -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    with pytest.raises(ValueError, match=r"nothing can be replaced: transformer\.h\.0"):
+        replace_layers(model, **settings)
