@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
@@ -12,6 +14,7 @@ from harness.runs import fit
 from lightning_eff.callbacks import ModelSurgery
 from lightning_eff.layers import CR, CRLinear, MoC, MoCFeedForward, SkipV1, replace_layers
 from lightning_eff.layers.replace import connections
+from tests.suite.runs import weights
 
 TINY = GPTConfig(block_size=8, n_layer=3, n_head=2, n_embd=16)
 
@@ -133,3 +136,23 @@ def test_validation_of_a_trained_model_replaces_too(tmp_path):
     )
     assert callback.plan is not None
     assert model.model.blocks[1].attn.value.weight.shape == (8, 16)
+
+
+def _trained(settings: dict[str, Any], strategy: str) -> dict[str, torch.Tensor]:
+    model = module()
+    fit(model, ModelSurgery(**settings), data=data(), max_steps=3, strategy=strategy, devices=2)
+    return weights(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"attention": SkipV1()}, {"feed_forward": MoC(new_weights=True)}, {"linear": CR(rank=4, recompute=True)}],
+    ids=["skipv1", "moc", "cr"],
+)
+def test_sharded_it_learns_what_ddp_does(settings, pool):
+    (wanted, _), (got, other) = (pool.run(_trained, settings, strategy) for strategy in ("ddp", "fsdp2"))
+    assert wanted.keys() == got.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=1e-5)
+        assert torch.equal(got[name], other[name])
