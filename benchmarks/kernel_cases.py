@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
-from lightning_eff.kernels import alignment, grad_norm, row_pack, row_sketch, tensor_stats
+from lightning_eff.kernels import alignment, grad_norm, moc, row_pack, row_sketch, tensor_stats
 
 RANK = 4
 RATIO = 0.2
@@ -82,6 +82,7 @@ def cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) 
     yield from stats_cases(size, dtype, device, compiled)
     yield from row_cases(size, dtype, device, compiled)
     yield from alignment_cases(size, dtype, device, compiled)
+    yield from moc_cases(size, dtype, device, compiled)
 
 
 def _with_compiled(
@@ -313,3 +314,36 @@ def alignment_cases(size: Size, dtype: torch.dtype, device: torch.device, compil
     reference = functools.partial(alignment.reference.alignment_counts, x, v, BINS, 1e-6)
     _with_compiled(providers, compiled, lambda: counted(reference()), n, slack)
     yield Case("alignment", providers, truth)
+
+
+def moc_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) -> Iterator[Case]:
+    """Half of the width's channels of a SwiGLU network, between its products; both ways write d_ff-wide zeros."""
+    k, d_ff, w = size.width // 2, size.width * 8 // 3, dtype.itemsize
+    up, grad = (values((size.tokens, d_ff), dtype, device, seed) for seed in (0, 1))
+    gates, channels = values((size.tokens, d_ff), dtype, device, 2).topk(k, sorted=False)
+    narrow = channels.to(torch.int16)
+    u, s, _, _ = moc.reference.activate(up, gates, channels)
+    zeros = up.numel() * w
+    exactness = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+    def true_forward() -> list[Tensor]:
+        return list(moc.reference.activate(up.double(), gates.double(), channels))
+
+    def true_backward() -> list[Tensor]:
+        wide = [tensor.double() for tensor in (grad, gates, u, s)]
+        return list(moc.reference.activate_backward(wide[0], wide[1], channels, wide[2], wide[3]))
+
+    chosen = gates.numel()
+    for name, call, given, truth, ours, plain in (
+        ("forward", "activate", (up, gates, channels), true_forward, 6 * w + 8, 9 * w + 16),
+        ("backward", "activate_backward", (grad, gates, narrow, u, s), true_backward, 6 * w + 2, 12 * w + 34),
+    ):
+        kernel, torchs = (functools.partial(getattr(module, call), *given) for module in (moc, moc.reference))
+        buffers, copied = (zeros, 0) if name == "forward" else (2 * zeros, zeros)
+        providers = {
+            "ours": Provider(lambda f=kernel: list(f()), buffers + chosen * ours, exactness),
+            # gather, silu, product, scatter; backward with an index made of 8 bytes, and zeros that are copied once
+            "torch": Provider(lambda f=torchs: list(f()), buffers + copied + chosen * plain, exactness),
+        }
+        _with_compiled(providers, compiled, lambda f=torchs: list(f()), buffers + chosen * ours, exactness)
+        yield Case(f"moc: {name}", providers, truth)
