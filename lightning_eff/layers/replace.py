@@ -29,6 +29,9 @@ VALUES = ("v_proj", "value", "v", "wv", "to_v", "v_lin", "value_proj", "v_linear
 _HEAD_COUNTS = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")
 _ALL_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "heads")
 
+PLAIN: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+"""Where and in what is drawn, whatever the defaults are where the model is built."""
+
 _SPECS: dict[str, Callable[..., Any]] = {"feed_forward": MoC, "attention": SkipV1, "linear": CR}
 
 
@@ -214,7 +217,7 @@ def _moc(module: nn.Module, spec: MoC, generator: torch.Generator) -> MoCFeedFor
 
 def _drawn(like: Tensor, shape: tuple[int, int], generator: torch.Generator) -> nn.Parameter:
     """A normal matrix with the standard deviation of another one, where that one is."""
-    drawn = torch.randn(shape, generator=generator) * _spread(like)
+    drawn = torch.randn(shape, generator=generator, **PLAIN) * _spread(like)
     return nn.Parameter(drawn.to(like.device, like.dtype))
 
 
@@ -245,9 +248,9 @@ def _swiglu(module: nn.Module, linears: list[nn.Linear]) -> list[nn.Linear] | st
         return "its three matrices are not those of a gated network"
     generator = torch.Generator().manual_seed(0)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    drawn = {names[id(each.weight)]: torch.randn(each.weight.shape, generator=generator) for each in linears}
-    others = {name: torch.ones(p.shape) for name, p in module.named_parameters() if name not in drawn}
-    x = torch.randn(2, 3, wide[0].in_features, generator=generator)
+    drawn = {names[id(each.weight)]: torch.randn(each.weight.shape, generator=generator, **PLAIN) for each in linears}
+    others = {name: torch.ones(p.shape, **PLAIN) for name, p in module.named_parameters() if name not in drawn}
+    x = torch.randn(2, 3, wide[0].in_features, generator=generator, **PLAIN)
     x = x / x.norm(dim=-1, keepdim=True)
     training = module.training
     try:
@@ -390,5 +393,7 @@ def _cr(linear: nn.Linear, spec: CR, generator: torch.Generator) -> CRLinear:
     check_number("std", std, least=0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # its own draws do not count
         layer = CRLinear(linear.in_features, linear.out_features, rank, spec.beta, linear.bias is not None, std)
+    layer.to(**PLAIN)
+    nn.init.constant_(layer.beta, spec.beta)
     layer.reset_parameters(generator)
     return layer.to(linear.weight.device, linear.weight.dtype)

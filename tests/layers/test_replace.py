@@ -184,6 +184,33 @@ def test_the_plan_does_the_same_to_another_copy(settings):
     assert all(parameter.is_meta for parameter in shapes.parameters())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"feed_forward": MoC(new_weights=True)}, {"attention": SkipV1()}, {"linear": CR(rank=3)}],
+    ids=["moc", "skipv1", "cr"],
+)
+def test_where_the_model_is_built_other_defaults_change_nothing(settings):
+    """Strategies build models within a default device, and half precision within a default dtype."""
+    model, other = gpt(), gpt()
+    replace_layers(model, **settings)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            replace_layers(other, **settings)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+        assert one.dtype is two.dtype
+
+
+def test_a_swiglu_is_told_apart_under_other_defaults_too():
+    model = swiglu()
+    with torch.device("meta"):
+        replace_layers(model, feed_forward=MoC())
+    assert isinstance(model.blocks[0].mlp, MoCFeedForward)
+
+
 def test_a_plan_of_another_model_and_a_second_time_are_refused():
     plan = replace_layers(gpt(), attention=SkipV1())
     deeper = GPT(GPTConfig(block_size=17, n_layer=4, n_head=2, n_embd=16))
