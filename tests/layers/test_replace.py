@@ -235,4 +235,5 @@ def test_roles_stay_what_they_were():
     replace_layers(model, feed_forward=MoC(), attention=SkipV1())
     roles = {matrix.name: matrix.role for block in find_blocks(model) for matrix in block.matrices}
     assert {role for name, role in roles.items() if ".mlp." in name} == {"ffn"}
+    assert {role for name, role in roles.items() if ".attn." in name} == {"attention"}
     assert isinstance(model.blocks[0].mlp, MoCFeedForward)
