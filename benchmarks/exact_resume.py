@@ -2,7 +2,7 @@
 
 python -m benchmarks.exact_resume kills   # kill -9 of every rank at random batches, plain Lightning against ours
 python -m benchmarks.exact_resume cost    # process CPU time a batch, and bytes beside a checkpoint
-python -m benchmarks.exact_resume seek    # a shuffled DataLoader, from its start to behind batch 100,000
+python -m benchmarks.exact_resume seek    # a shuffled DataLoader, to batch 100,000; asks for torchdata
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,16 @@ class CpuTime(L.Callback):
             self.began = self.ended
 
 
-def cost(rounds: int, steps: int) -> None:
-    sizes: dict[str, int] = {}
+_RUNS: dict[str, list[Any]] = {"Lightning": [], "ExactResume": [{}], "ExactResume, seeded": [{"randomness": "seeded"}]}
 
-    def one(exact: bool, workers: int) -> float:
+
+def cost(rounds: int, steps: int) -> None:
+    sizes: dict[tuple[str, int], int] = {}
+
+    def one(run: str, workers: int) -> float:
         begin(0)
         clock = CpuTime()
-        own = [ExactResume()] if exact else []
+        own = [ExactResume(**arguments) for arguments in _RUNS[run]]
         with tempfile.TemporaryDirectory() as folder:
             trainer = quiet_trainer(*own, clock, accelerator="cpu", max_steps=steps, default_root_dir=folder)
             data = torch.randint(0, 256, (8 * steps, 65))
@@ -169,30 +172,27 @@ def cost(rounds: int, steps: int) -> None:
             path = Path(folder) / "last.ckpt"
             trainer.save_checkpoint(path)
             beside = sum(file.stat().st_size for file in Path(f"{path}.ranks").glob("*"))
-            sizes[f"{'ExactResume' if exact else 'Lightning'}, {workers} workers"] = path.stat().st_size + beside
+            sizes[run, workers] = path.stat().st_size + beside
         return (clock.ended - clock.began) / (steps - 10)
 
-    arms = {
-        f"{'ExactResume' if exact else 'Lightning'}, {workers} workers": partial(one, exact, workers)
-        for workers in (0, 2)
-        for exact in (False, True)
-    }
-    figures = in_turn(arms, rounds)
     rows = []
-    for name, times in figures.items():
-        middle, low, high = ratio(figures, name, name.replace("ExactResume", "Lightning"))
-        rows.append(
-            {
-                "run": name,
-                "rounds": rounds,
-                "steps": steps,
-                "cpu_ms_a_batch": round(1000 * sorted(times)[len(times) // 2], 3),
-                "cpu_ratio": round(middle, 4),
-                "cpu_ratio_low": round(low, 4),
-                "cpu_ratio_high": round(high, 4),
-                "checkpoint_bytes": sizes[name],
-            }
-        )
+    for workers in (0, 2):
+        figures = in_turn({run: partial(one, run, workers) for run in _RUNS}, rounds)
+        for run, times in figures.items():
+            middle, low, high = ratio(figures, run, "Lightning")
+            rows.append(
+                {
+                    "run": run,
+                    "workers": workers,
+                    "rounds": rounds,
+                    "steps": steps,
+                    "cpu_ms_a_batch": round(1000 * sorted(times)[len(times) // 2], 3),
+                    "cpu_ratio": round(middle, 4),
+                    "cpu_ratio_low": round(low, 4),
+                    "cpu_ratio_high": round(high, 4),
+                    "checkpoint_bytes": sizes[run, workers],
+                }
+            )
     show("An ordinary batch, 0.85 M GPT", rows)
     write_rows("exact_resume_cost", rows)
 
@@ -211,33 +211,79 @@ class Numbers(Dataset[int]):
         return index
 
 
-def seek(batches: int) -> None:
-    def placed() -> tuple[PlacedLoader, Numbers]:
-        data = Numbers(8 * (batches + 10))
-        loader = DataLoader(data, batch_size=8, shuffle=True)
-        return PlacedLoader(loader, lambda: 0, lambda: False), data
+def seek(batches: int, workers: int) -> None:
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ImportError as error:
+        raise SystemExit("seek measures torchdata's StatefulDataLoader too: pip install torchdata") from error
+
+    def new(kind: Any = DataLoader, size: int = 8) -> Any:
+        return kind(Numbers(8 * (batches + 10)), batch_size=size, shuffle=True, num_workers=workers)
+
+    rows: list[dict[str, Any]] = []
+    wanted = torch.empty(0)
+
+    def row(
+        run: str, make: Callable[[], Any], start: Callable[[Any], Any], exact: bool = True, rounds: int = 5
+    ) -> Tensor:
+        """From a new loader to its first batch, in the middle of some rounds; two batches."""
+        times = []
+        for _ in range(rounds):
+            loader = make()
+            began = time.perf_counter()
+            iterator = start(loader)
+            found = next(iterator)
+            times.append(time.perf_counter() - began)
+            if exact and len(wanted) and not torch.equal(found, wanted[: len(found)]):
+                raise SystemExit(f"{run}: these are not the samples that come next")
+        about = {"run": run, "batch": batches, "workers": workers, "goes_on_with_the_right_samples": exact}
+        # Workers count by themselves.
+        loaded = "" if workers else loader.dataset.loaded
+        rows.append(
+            {**about, "rounds": rounds, "seconds": round(sorted(times)[rounds // 2], 3), "samples_loaded": loaded}
+        )
+        return torch.cat([found, next(iterator)])
+
+    def walk(loader: Any) -> Any:
+        iterator = iter(loader)
+        for _ in range(batches):
+            next(iterator)
+        return iterator
 
     begin(0)
-    before, data = placed()
-    began = time.process_time()
-    iterator = iter(before.loader)
-    for _ in range(batches):
-        next(iterator)
-    loading = time.process_time() - began
-    wanted = next(iterator)
-    place = {**before.place(1), "batches": batches}
-    after, data = placed()
-    began = time.process_time()
-    found = next(after.resume(place, torch.device("cpu")))
-    seconds = time.process_time() - began
-    if not torch.equal(found, wanted):
-        raise SystemExit("it is not the same batch")
-    rows = [
-        {"run": "loaded again and dropped", "batch": batches, "cpu_seconds": round(loading, 3), "samples": 8 * batches},
-        {"run": "ExactResume", "batch": batches, "cpu_seconds": round(seconds, 3), "samples": data.loaded},
-    ]
+    loader = new()
+    before = PlacedLoader(loader, lambda: 0, lambda: False)
+    place: dict[str, Any] = {}
+
+    def walk_and_note(loader: Any) -> Any:
+        iterator = walk(loader)
+        place.update(before.place(1))
+        return iterator
+
+    wanted = row("loaded again and dropped", lambda: loader, walk_and_note, rounds=1)
+
+    def resume(loader: Any) -> Any:
+        after = PlacedLoader(loader, lambda: 0, lambda: False)
+        return after.resume(after.fitting(place)[0], torch.device("cpu"))
+
+    row("Lightning: the epoch anew", new, iter, exact=False)
+    row("ExactResume", new, resume)
+    row("ExactResume, dealt in batches of 16", partial(new, size=16), resume)
+
+    for every in (1, 1000):
+        begin(0)
+        stateful = partial(new, partial(StatefulDataLoader, snapshot_every_n_steps=every))
+        loader = stateful()
+        iterator = walk(loader)
+        state, wanted = loader.state_dict(), next(iterator)
+
+        def resume_stateful(loader: Any, state: Any = state) -> Any:
+            loader.load_state_dict(state)
+            return iter(loader)
+
+        row(f"StatefulDataLoader, snapshot every {every}", stateful, resume_stateful)
     show("From the start to a batch, 8 samples each, which are numbers", rows)
-    write_rows("exact_resume_seek", rows, ("run", "batch"))
+    write_rows("exact_resume_seek", rows, ("run", "batch", "workers"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -249,6 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args(argv)
     if arguments.what == "script":
         with tempfile.TemporaryDirectory() as folder:
@@ -258,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.what == "cost":
         cost(arguments.rounds, arguments.steps)
     else:
-        seek(arguments.batch)
+        seek(arguments.batch, arguments.workers)
 
 
 if __name__ == "__main__":
