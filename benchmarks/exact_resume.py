@@ -83,11 +83,10 @@ def script(exact: bool, folder: str) -> None:
     trainer.fit(Net(), data)
 
 
-def kills(number: int, ranks: int) -> None:
+def kills(number: int, ranks: int, only: str | None) -> None:
     os.environ.update(environment(GLOO_SOCKET_IFNAME="lo", PYTHONPATH=os.environ.get("PYTHONPATH", "")))
     rows = []
-    for exact in (False, True):
-        name = "ExactResume" if exact else "Lightning"
+    for name in ("Lightning", "ExactResume") if only is None else (only,):
         with tempfile.TemporaryDirectory() as folder:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             command = [
@@ -289,7 +288,7 @@ def seek(batches: int, workers: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["kills", "cost", "seek", "script"])
-    parser.add_argument("run", nargs="?")
+    parser.add_argument("run", nargs="?", choices=["Lightning", "ExactResume"], help="kills: this one alone")
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
@@ -301,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             script(arguments.run == "ExactResume", folder)
     elif arguments.what == "kills":
-        kills(arguments.number, arguments.ranks)
+        kills(arguments.number, arguments.ranks, arguments.run)
     elif arguments.what == "cost":
         cost(arguments.rounds, arguments.steps)
     else:
