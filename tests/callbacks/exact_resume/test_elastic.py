@@ -75,7 +75,7 @@ def test_the_other_randomness_is_said(tmp_path):
 
 @DEALT
 @pytest.mark.parametrize("size", [5, 8])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_in_other_batches_each_sample_is_seen_once(tmp_path, size, workers):
     before, after = Seen(), Seen()
     _, saver, _ = run(loader, tmp_path, hooks=BATCH_END, callbacks=(before,))
@@ -104,6 +104,25 @@ def test_in_other_batches_each_sample_is_seen_once(tmp_path, size, workers):
             -len(events) :
         ]
     )
+
+
+@DEALT
+def test_an_epoch_that_was_over_is_over(tmp_path):
+    events, saver, _ = run(loader, tmp_path, hooks=BATCH_END, max_epochs=2)
+    _, happened, path = saver.saved[5]  # behind the first epoch's last batch, and its validation is still to come
+    after = Seen()
+    resumed = run(
+        partial(loader, batch_size=5),
+        tmp_path,
+        resume=path,
+        callbacks=(after,),
+        max_epochs=2,
+        accumulate_grad_batches=2,
+    )[0].events
+    assert [event[0] for event in resumed[:4]] == ["validation", "validation", "validated", "epoch end"]
+    assert resumed[0] == events.events[happened]
+    assert list(after.epochs) == [1]
+    assert sorted(flat(after.epochs[1])) == list(range(SAMPLES))
 
 
 @DEALT

@@ -63,6 +63,8 @@ SLOW = {
     "one process": (loader, {}),
     "only steps are counted": (loader, dict(every=2, max_epochs=-1, max_steps=15)),
     "workers": (partial(loader, 2), {}),
+    "seeded": (loader, dict(randomness="seeded")),
+    "seeded workers and accumulation": (partial(loader, 2), dict(accumulate_grad_batches=4, randomness="seeded")),
     "workers and accumulation": (partial(loader, 3), dict(val_check_interval=2, accumulate_grad_batches=4)),
     "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=2)),
     "workers that stay, and not all batches": (
