@@ -215,10 +215,9 @@ def test_the_order_of_a_random_sampler_is_found_again(generator):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("batches", [0, 1, 3, 5])
+@pytest.mark.parametrize("batches", [0, 3, 5])
 @pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("then", [1, 2, 3])
-@pytest.mark.parametrize("now", [1, 2, 5])
+@pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1), (2, 3), (3, 5)])
 def test_what_is_left_is_what_was_not_seen(shuffle, batches, drop_last, then, now):
     number, size = 43, 4
 

@@ -50,12 +50,7 @@ FAST = {
         lambda: loader(generator=torch.Generator().manual_seed(1)),
         dict(hooks=BATCH_END, every=3),
     ),
-    "seeded": (loader, dict(every=5, val_check_interval=2, randomness="seeded")),
-    "seeded, workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17, randomness="seeded")),
-    "seeded, several loaders": (
-        lambda: [loader(), loader(0, partial(Noisy, 10))],
-        dict(hooks=BATCH_END, every=2, randomness="seeded"),
-    ),
+    "seeded": (loader, dict(every=7, val_check_interval=2, randomness="seeded")),
     "several loaders": (lambda: [loader(), loader(0, partial(Noisy, 10))], dict(hooks=BATCH_END, every=2)),
 }
 
@@ -63,7 +58,12 @@ SLOW = {
     "one process": (loader, {}),
     "only steps are counted": (loader, dict(every=2, max_epochs=-1, max_steps=15)),
     "workers": (partial(loader, 2), {}),
-    "seeded": (loader, dict(randomness="seeded")),
+    "seeded, every": (loader, dict(randomness="seeded")),
+    "seeded, workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17, randomness="seeded")),
+    "seeded, several loaders": (
+        lambda: [loader(), loader(0, partial(Noisy, 10))],
+        dict(hooks=BATCH_END, every=2, randomness="seeded"),
+    ),
     "seeded workers and accumulation": (partial(loader, 2), dict(accumulate_grad_batches=4, randomness="seeded")),
     "workers and accumulation": (partial(loader, 3), dict(val_check_interval=2, accumulate_grad_batches=4)),
     "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=2)),
