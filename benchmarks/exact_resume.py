@@ -2,19 +2,21 @@
 
 python -m benchmarks.exact_resume kills   # kill -9 of every rank at random batches, plain Lightning against ours
 python -m benchmarks.exact_resume cost    # process CPU time a batch, and bytes beside a checkpoint
-python -m benchmarks.exact_resume seek    # a shuffled DataLoader, from its start to behind batch 100,000
+python -m benchmarks.exact_resume seek    # a shuffled DataLoader, to batch 100,000; asks for torchdata
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import os
 import random
-import sys
+import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
-from harness.processes import environment
+from harness.processes import environment, free_port
 from harness.runs import begin, quiet_trainer
 from harness.timing import in_turn, ratio
+from lightning_eff._witness import ORDERS
 from lightning_eff.callbacks import ExactResume
 from lightning_eff.callbacks.exact_resume.loader import PlacedLoader
 from lightning_eff.cli.verify_resume import run as verify
@@ -65,17 +68,18 @@ class Net(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def script(exact: bool, folder: str) -> None:
-    """What is killed: two ranks, two workers, augmentations, dropout, accumulation, shuffled."""
-    begin(int(os.environ.get("RANK", 0)))
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+def train(exact: bool, folder: str, place: dict[str, str], orders: dict[str, Any]) -> None:
+    """What is killed, on one rank: two workers, augmentations, dropout, accumulation, shuffled."""
+    os.environ.update(environment(GLOO_SOCKET_IFNAME="lo", **place, **{ORDERS: json.dumps(orders)}))
+    begin(int(place["RANK"]))
+    ranks = int(place["WORLD_SIZE"])
     data = DataLoader(Noisy(BATCHES // 3 * 4 * ranks), batch_size=4, shuffle=True, num_workers=2)
     trainer = quiet_trainer(
         *([ExactResume()] if exact else []),
         ModelCheckpoint(save_top_k=0),
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy="ddp",
         max_epochs=3,
         accumulate_grad_batches=2,
         default_root_dir=folder,
@@ -83,34 +87,44 @@ def script(exact: bool, folder: str) -> None:
     trainer.fit(Net(), data)
 
 
+def in_a_role(role: str, exact: bool, ranks: int, orders: dict[str, Any]) -> Any:
+    """A run of all ranks, which are forked: what each has seen. The witness of ``verify-resume`` kills them."""
+    folder = Path(orders["folder"])
+    for old in folder.glob(f"{role}.rank*.jsonl"):
+        old.unlink()
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "kills"}
+        arguments = (exact, orders["folder"], place, {**orders, "role": role})
+        processes.append(multiprocessing.get_context("fork").Process(target=train, args=arguments))
+        processes[-1].start()
+    for process in processes:
+        process.join()
+    wanted = -signal.SIGKILL if role == "broken" else 0
+    if codes := [process.exitcode for process in processes if process.exitcode != wanted]:
+        raise SystemExit(f"{role}: exit status {codes}")
+    return verify._notes(folder, role)
+
+
 def kills(number: int, ranks: int) -> None:
-    os.environ.update(environment(GLOO_SOCKET_IFNAME="lo", PYTHONPATH=os.environ.get("PYTHONPATH", "")))
     rows = []
-    for exact in (False, True):
-        name = "ExactResume" if exact else "Lightning"
+    for name in ("Lightning", "ExactResume"):
+        exact = name == "ExactResume"
         with tempfile.TemporaryDirectory() as folder:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command = [
-                sys.executable,
-                *(torchrun if ranks > 1 else []),
-                "-m",
-                "benchmarks.exact_resume",
-                "script",
-                name,
-            ]
-            orders = {"folder": folder, "batches": BATCHES}
+            orders: dict[str, Any] = {"folder": folder, "batches": BATCHES, "save_at": 0, "kill_at": 0}
+            whole = in_a_role("whole", exact, ranks, orders)
             draw = random.Random(0)
-            equal, first = 0, Counter[str]()
-            whole: Any = None
+            first = Counter[str]()
             for _ in range(number):
                 save_at = draw.randint(1, BATCHES - 2)
                 orders.update(save_at=save_at, kill_at=save_at + 1)
-                for role in ("whole", "broken", "resumed") if whole is None else ("broken", "resumed"):
-                    if problem := verify._run(command, Path(folder), {**orders, "role": role}):
-                        raise SystemExit(problem)
-                whole = whole or verify._notes(Path(folder), "whole")
-                difference = verify._first_difference(whole, verify._notes(Path(folder), "resumed"))
-                equal += not difference
+                in_a_role("broken", exact, ranks, orders)
+                resumed = in_a_role("resumed", exact, ranks, orders)
+                difference = verify._first_difference(whole, resumed)
+                if not difference and list(resumed[0]) != list(range(save_at + 1, BATCHES + 1)):
+                    difference = ": batches missing"
                 if difference:
                     first[" ".join(difference.split(": ")[1].split()[:2])] += 1
         rows.append(
@@ -120,7 +134,7 @@ def kills(number: int, ranks: int) -> None:
                 "workers": 2,
                 "accumulate": 2,
                 "kills": number,
-                "equal_to_the_bit": equal,
+                "equal_to_the_bit": number - first.total(),
                 "first_difference": "; ".join(f"{what} {count}" for what, count in first.most_common()),
             }
         )
@@ -155,13 +169,16 @@ class CpuTime(L.Callback):
             self.began = self.ended
 
 
-def cost(rounds: int, steps: int) -> None:
-    sizes: dict[str, int] = {}
+_RUNS: dict[str, list[Any]] = {"Lightning": [], "ExactResume": [{}], "ExactResume, seeded": [{"randomness": "seeded"}]}
 
-    def one(exact: bool, workers: int) -> float:
+
+def cost(rounds: int, steps: int) -> None:
+    sizes: dict[tuple[str, int], int] = {}
+
+    def one(run: str, workers: int) -> float:
         begin(0)
         clock = CpuTime()
-        own = [ExactResume()] if exact else []
+        own = [ExactResume(**arguments) for arguments in _RUNS[run]]
         with tempfile.TemporaryDirectory() as folder:
             trainer = quiet_trainer(*own, clock, accelerator="cpu", max_steps=steps, default_root_dir=folder)
             data = torch.randint(0, 256, (8 * steps, 65))
@@ -169,30 +186,27 @@ def cost(rounds: int, steps: int) -> None:
             path = Path(folder) / "last.ckpt"
             trainer.save_checkpoint(path)
             beside = sum(file.stat().st_size for file in Path(f"{path}.ranks").glob("*"))
-            sizes[f"{'ExactResume' if exact else 'Lightning'}, {workers} workers"] = path.stat().st_size + beside
+            sizes[run, workers] = path.stat().st_size + beside
         return (clock.ended - clock.began) / (steps - 10)
 
-    arms = {
-        f"{'ExactResume' if exact else 'Lightning'}, {workers} workers": partial(one, exact, workers)
-        for workers in (0, 2)
-        for exact in (False, True)
-    }
-    figures = in_turn(arms, rounds)
     rows = []
-    for name, times in figures.items():
-        middle, low, high = ratio(figures, name, name.replace("ExactResume", "Lightning"))
-        rows.append(
-            {
-                "run": name,
-                "rounds": rounds,
-                "steps": steps,
-                "cpu_ms_a_batch": round(1000 * sorted(times)[len(times) // 2], 3),
-                "cpu_ratio": round(middle, 4),
-                "cpu_ratio_low": round(low, 4),
-                "cpu_ratio_high": round(high, 4),
-                "checkpoint_bytes": sizes[name],
-            }
-        )
+    for workers in (0, 2):
+        figures = in_turn({run: partial(one, run, workers) for run in _RUNS}, rounds)
+        for run, times in figures.items():
+            middle, low, high = ratio(figures, run, "Lightning")
+            rows.append(
+                {
+                    "run": run,
+                    "workers": workers,
+                    "rounds": rounds,
+                    "steps": steps,
+                    "cpu_ms_a_batch": round(1000 * sorted(times)[len(times) // 2], 3),
+                    "cpu_ratio": round(middle, 4),
+                    "cpu_ratio_low": round(low, 4),
+                    "cpu_ratio_high": round(high, 4),
+                    "checkpoint_bytes": sizes[run, workers],
+                }
+            )
     show("An ordinary batch, 0.85 M GPT", rows)
     write_rows("exact_resume_cost", rows)
 
@@ -212,48 +226,87 @@ class Numbers(Dataset[int]):
 
 
 def seek(batches: int) -> None:
-    def placed() -> tuple[PlacedLoader, Numbers]:
-        data = Numbers(8 * (batches + 10))
-        loader = DataLoader(data, batch_size=8, shuffle=True)
-        return PlacedLoader(loader, lambda: 0, lambda: False), data
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ImportError as error:
+        raise SystemExit("seek measures torchdata's StatefulDataLoader too: pip install torchdata") from error
+
+    def new(kind: Any = DataLoader, size: int = 8) -> Any:
+        return kind(Numbers(8 * (batches + 10)), batch_size=size, shuffle=True)
+
+    rows: list[dict[str, Any]] = []
+    wanted = torch.empty(0)
+
+    def row(
+        run: str, make: Callable[[], Any], start: Callable[[Any], Any], exact: bool = True, rounds: int = 5
+    ) -> Tensor:
+        """From a new loader to its first batch, in the middle of some rounds; two batches."""
+        times = []
+        for _ in range(rounds):
+            loader = make()
+            began = time.process_time()
+            iterator = start(loader)
+            found = next(iterator)
+            times.append(time.process_time() - began)
+            if exact and len(wanted) and not torch.equal(found, wanted[: len(found)]):
+                raise SystemExit(f"{run}: these are not the samples that come next")
+        about = {"run": run, "batch": batches, "goes_on_with_the_right_samples": exact, "rounds": rounds}
+        seconds = round(sorted(times)[rounds // 2], 4)
+        rows.append({**about, "cpu_seconds": seconds, "samples_loaded": loader.dataset.loaded})
+        return torch.cat([found, next(iterator)])
+
+    def walk(loader: Any) -> Any:
+        iterator = iter(loader)
+        for _ in range(batches):
+            next(iterator)
+        return iterator
 
     begin(0)
-    before, data = placed()
-    began = time.process_time()
-    iterator = iter(before.loader)
-    for _ in range(batches):
-        next(iterator)
-    loading = time.process_time() - began
-    wanted = next(iterator)
-    place = {**before.place(1), "batches": batches}
-    after, data = placed()
-    began = time.process_time()
-    found = next(after.resume(place, torch.device("cpu")))
-    seconds = time.process_time() - began
-    if not torch.equal(found, wanted):
-        raise SystemExit("it is not the same batch")
-    rows = [
-        {"run": "loaded again and dropped", "batch": batches, "cpu_seconds": round(loading, 3), "samples": 8 * batches},
-        {"run": "ExactResume", "batch": batches, "cpu_seconds": round(seconds, 3), "samples": data.loaded},
-    ]
+    loader = new()
+    before = PlacedLoader(loader, lambda: 0, lambda: False)
+    place: dict[str, Any] = {}
+
+    def walk_and_note(loader: Any) -> Any:
+        iterator = walk(loader)
+        place.update(before.place(1))
+        return iterator
+
+    wanted = row("loaded again and dropped", lambda: loader, walk_and_note, rounds=1)
+
+    def resume(loader: Any) -> Any:
+        after = PlacedLoader(loader, lambda: 0, lambda: False)
+        return after.resume(after.fitting(place)[0], torch.device("cpu"))
+
+    row("Lightning: the epoch anew", new, iter, exact=False)
+    row("ExactResume", new, resume)
+    row("ExactResume, dealt in batches of 16", partial(new, size=16), resume)
+
+    for every in (1, 1000):
+        begin(0)
+        stateful = partial(new, partial(StatefulDataLoader, snapshot_every_n_steps=every))
+        loader = stateful()
+        iterator = walk(loader)
+        state, wanted = loader.state_dict(), next(iterator)
+
+        def resume_stateful(loader: Any, state: Any = state) -> Any:
+            loader.load_state_dict(state)
+            return iter(loader)
+
+        row(f"StatefulDataLoader, snapshot every {every}", stateful, resume_stateful)
     show("From the start to a batch, 8 samples each, which are numbers", rows)
     write_rows("exact_resume_seek", rows, ("run", "batch"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kills", "cost", "seek", "script"])
-    parser.add_argument("run", nargs="?")
+    parser.add_argument("what", choices=["kills", "cost", "seek"])
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=100_000)
     arguments = parser.parse_args(argv)
-    if arguments.what == "script":
-        with tempfile.TemporaryDirectory() as folder:
-            script(arguments.run == "ExactResume", folder)
-    elif arguments.what == "kills":
+    if arguments.what == "kills":
         kills(arguments.number, arguments.ranks)
     elif arguments.what == "cost":
         cost(arguments.rounds, arguments.steps)

@@ -128,6 +128,11 @@ class RankState:
         """Whether the checkpoints of a strategy have this state; not where ``fit`` ran in a process of its own."""
         return self._files is not None and self._files.strategy is strategy
 
+    def of_rank(self, path: str, checkpoint: dict[str, Any], rank: int) -> dict[str, Any] | None:
+        """What another rank has saved, for `recover`; None where its file is missing or damaged."""
+        assert self._files is not None
+        return self._files.read(path, checkpoint[KEY]["id"], self.name, rank)
+
     def detach(self) -> None:
         """Follow no longer. The files stay; when the last owner has gone, the strategy is as it was."""
         if self._files is not None:

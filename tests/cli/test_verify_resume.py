@@ -14,6 +14,7 @@ import pytest
 from harness.processes import environment
 from lightning_eff import _witness
 from lightning_eff.cli.verify_resume.run import main
+from tests.suite.table import ROWS
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +67,14 @@ def test_it_says_whether_a_script_goes_on_exactly(tmp_path, how, status, words):
     assert (found, words in output) == (status, True), output
     assert "fit resumes from" in output
     assert not (tmp_path / "own").exists()  # what the script writes is redirected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_beside_every_callback_the_killed_run_goes_on_exactly(tmp_path, row):
+    found, output = _verify(tmp_path, sys.executable, *_script(tmp_path, row.id))
+    assert found == 0, output
 
 
 @pytest.mark.slow

@@ -471,7 +471,11 @@ ROWS = (
         refused_models={"gan": "belong to 2 optimizers"},
         exceptions={"waits_for_nothing": _MISA_WAITS, "a_snapshot_waits_for_nothing": _MISA_COPIES},
     ),
-    Row(ExactResume, changes_training=False, bad_arguments=({"iterable": "sometimes"},)),
+    Row(
+        ExactResume,
+        changes_training=False,
+        bad_arguments=({"iterable": "sometimes"}, {"randomness": "none"}),
+    ),
     Row(
         Preemption,
         {"signals": ["SIGUSR2"], "every_n_steps": 2},

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 
 from lightning_eff.training.dtensor import local
 
+NO_BUFFERS: dict[str, Any] = {"buffers": {}, "sync": None}
 _SYNC = "require_forward_param_sync"
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
+from lightning_eff.training.random_state import seed_of
+
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -50,6 +52,11 @@ class Generators:
             if name in states:
                 _set(generator, states[name])
 
+    def seed(self, seed: int) -> None:
+        """Seed each from its name and a number."""
+        for name, generator in self.found.items():
+            _seed(generator, seed_of(seed, name))
+
 
 def _find(owner: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if id(owner) in seen:
@@ -86,6 +93,16 @@ def _set(generator: Any, state: Any) -> None:
         generator.set_state(_arrays(state))
     else:
         generator.bit_generator.state = _arrays(state)
+
+
+def _seed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits: Any = type(generator.bit_generator)
+        generator.bit_generator.state = bits(seed).state
+    else:
+        generator.seed(seed if isinstance(generator, random.Random) else seed % 2**32)
 
 
 def _plain(value: Any) -> Any:

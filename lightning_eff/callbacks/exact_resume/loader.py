@@ -6,7 +6,7 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_eff.callbacks.exact_resume.dealing import Hand, note_generator, order_of, samples_of, seen
 from lightning_eff.callbacks.exact_resume.generators import Generators
 from lightning_eff.callbacks.exact_resume.order import Delivery, Held, Indices, Pass
+from lightning_eff.callbacks.exact_resume.seeds import SeededDataset, Seeds
 from lightning_eff.callbacks.exact_resume.worker import (
     Carried,
     Carrier,
@@ -28,11 +30,11 @@ from lightning_eff.callbacks.exact_resume.worker import (
     readable,
 )
 from lightning_eff.training.namespaces import MisconfigurationException
-from lightning_eff.training.random_state import random_state, set_random_state
+from lightning_eff.training.random_state import random_state, seeded, set_random_state
 from lightning_eff.training.wrapping import Wrapper
 
 _CPU = torch.device("cpu")
-_NAMES = {"samples": "samples", "batch_size": "batch size", "sampler": "sampler", "batch_sampler": "batch sampler"}
+_NAMES = {"batch_size": "batch size", "batch_sampler": "batch sampler", "replicas": "ranks"}
 
 
 @dataclass
@@ -64,15 +66,26 @@ class PlacedLoader:
         loader: any DataLoader without a state of its own.
         tag: gives the number of the batch that is being fetched.
         within: whether it is asked within a training batch, where a loader of a ``CombinedLoader`` begins again.
+        seeds: from which the order and each batch are drawn; None: from the generators as they are.
+        number: tells loaders that draw from the same seeds apart.
     """
 
-    def __init__(self, loader: DataLoader[Any], tag: Callable[[], int], within: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        tag: Callable[[], int],
+        within: Callable[[], bool],
+        seeds: Seeds | None = None,
+        number: int = 0,
+    ) -> None:
         self.loader = loader
+        self.seeds, self.number = seeds, number
         self.held = False
         """Iterators are empty until `resume`: the state to begin with is not there yet."""
         self._tag, self._within = tag, within
         self._generators = Generators(loader=loader, dataset=None if loader.num_workers else loader.dataset)
         self.is_ahead = sized_len(loader) is None
+        self.is_seeded = seeds is not None and not isinstance(loader.dataset, IterableDataset)
         self.target: dict[str, Any] | None = None
         self.anew = False
         self._created: dict[str, Any] = {}
@@ -134,13 +147,16 @@ class PlacedLoader:
             "sampler": type(getattr(loader.batch_sampler, "sampler", loader.sampler)).__name__,
             "batch_sampler": type(loader.batch_sampler).__name__,
             "workers": loader.num_workers,
+            "replicas": getattr(loader.sampler, "num_replicas", 1),
         }
 
     def resume(self, saved: dict[str, Any], device: torch.device) -> Iterator[Any]:
-        """An iterator that goes on behind a place. The generators are left as they are, the loader's own as saved."""
+        """An iterator that goes on behind a `fitting` place.
+
+        The generators are left as they are, the loader's own as saved.
+        """
         self.held = False
         _shutdown_workers_and_reset_iterator(self.loader)
-        saved = self._fitting(saved)
         if "pass" not in saved:
             self._generators.set(saved.get("generators", {}))
             return iter(self.loader)
@@ -159,30 +175,61 @@ class PlacedLoader:
         set_random_state(now, device)
         return iter(self.loader) if saved["over"] else iterator
 
-    def _fitting(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The saved place, as far as this loader can take it up."""
+    def fitting(self, saved: dict[str, Any], window: int = 0, last: bool = False) -> tuple[dict[str, Any], int | None]:
+        """A saved place, as far as this loader can take it up.
+
+        Args:
+            saved: what `place` gave.
+            window: of its batches how many no optimizer step has used, whose gradients are lost if it deals anew.
+            last: they are all that the epoch had, whatever it left out.
+
+        Returns:
+            The place; and where the rest of the epoch is dealt anew, of how many batches it is.
+        """
         then, now = saved.get("about", {}), self.about()
         changed = {name: (value, now[name]) for name, value in then.items() if value != now[name]}
         workers = changed.pop("workers", None)
+        order = saved["pass"].get("order") if "pass" in saved else None
+        if order is not None and "seed" in order and isinstance(self.loader.sampler, DistributedSampler):
+            self.loader.sampler.seed = order["seed"]  # for the epochs to come
         if changed:
-            words = ", ".join(f"{_NAMES[name]} {was!r}, now {here!r}" for name, (was, here) in changed.items())
+            others = {"batch_size", "replicas"} & changed.keys()
+            between = "pass" not in saved or saved["over"] or not saved["batches"] + saved["pass"].get("seen", 0)
+            if others and changed.keys() <= {*others, "sampler"}:
+                if between:
+                    return {"about": now, "generators": saved["generators"]}, None
+                if order is not None and order_of(self.loader) is not None:
+                    return self._dealt(saved, window, last)
+            words = ", ".join(
+                f"{_NAMES.get(name, name)} {was!r}, now {here!r}" for name, (was, here) in changed.items()
+            )
             raise MisconfigurationException(
                 f"ExactResume: the training data are not those of the run that was broken off ({words}), so its place "
                 "in them is lost: give it the same, or go on without ExactResume, which begins the epoch's order anew"
             )
         if workers and "pass" in saved:
-            iterable = isinstance(self.loader.dataset, IterableDataset)
-            if iterable:
+            if isinstance(self.loader.dataset, IterableDataset):
                 raise MisconfigurationException(
                     f"ExactResume: an IterableDataset was read by {workers[0]} workers, and is by {workers[1]} now: "
                     "which of them has seen what cannot be dealt anew. Give it as many as before"
                 )
-            rank_zero_warn(
-                f"ExactResume: the loader has {workers[1]} workers and had {workers[0]}: the samples and their order "
-                "are the same, but what its workers draw is not, and from here on the run is not equal to the bit"
-            )
-            return {**saved, "workers": {}, "worker": -1}
-        return saved
+            if not self.is_seeded:
+                rank_zero_warn(
+                    f"ExactResume: the loader has {workers[1]} workers and had {workers[0]}: the samples and their "
+                    "order are the same, but what its workers draw is not, and from here on the run is not equal to "
+                    "the bit"
+                )
+            saved = {**saved, "workers": {}, "worker": -1}
+        return saved, None
+
+    def _dealt(self, saved: dict[str, Any], window: int, last: bool) -> tuple[dict[str, Any], int]:
+        of, batches = saved["pass"], saved["batches"] - min(window, saved["batches"])
+        behind = saved["about"]["samples"] if last else seen(saved["about"], of["seen"], batches)
+        now = self.draws()
+        rest = {**of, "created": now, "begun": now, "drawn": None, "seen": behind}
+        left = Hand(self.loader).batches(saved["about"]["samples"] - behind)
+        place = {"over": False, "batches": 0, "worker": -1, "workers": {}, "own": None, "before_next": None}
+        return {**place, "about": self.about(), "generators": saved["generators"], "pass": rest}, left
 
     # --- iterators ---------------------------------------------------------------------------------------------------
 
@@ -193,21 +240,22 @@ class PlacedLoader:
         saved = self.target
         iterable = isinstance(loader.dataset, IterableDataset)
         self._workers = {}
-        if saved is None:
-            self._created = self.draws()
-        else:
-            self._created = saved["pass"]["created"]
-            self.set_draws(self._created)
+        if saved is not None:
+            self.set_draws(saved["pass"]["created"])
         states = {} if saved is None else self._states(saved)
         index_sampler = "batch_sampler" if loader.batch_sampler is not None else "sampler"
         others: dict[str, Any] = {index_sampler: Indices(getattr(loader, index_sampler), self)}
         if loader.num_workers:
-            others["collate_fn"] = Carrier(loader.collate_fn, getattr(loader.batch_sampler, "batch_size", None))
+            if not self.is_seeded:
+                others["collate_fn"] = Carrier(loader.collate_fn, getattr(loader.batch_sampler, "batch_size", None))
             others["worker_init_fn"] = WorkerStart(loader.worker_init_fn, {} if iterable else states)
         if iterable and states:
             samples = 1 if loader.batch_sampler is None else loader.batch_sampler.batch_size
             others["dataset"] = ResumedDataset(loader.dataset, states, samples)
-        with _with(loader, others):
+        elif self.is_seeded:
+            others["dataset"] = SeededDataset(loader.dataset)
+        with _with(loader, others), nullcontext() if saved else self.drawing():
+            self._created = self.draws()
             iterator = inner()
         # Not a Wrapper: the iterator would refer to itself, and its workers end when nobody refers to it.
         name = "_process_data" if loader.num_workers else "_next_data"
@@ -229,7 +277,9 @@ class PlacedLoader:
 
     def begin(self, batches: int = 0, of: Pass | None = None) -> Pass:
         """A pass through the order begins."""
-        of = of or Pass(self._created, self.draws())
+        if of is None:
+            epoch, times = self._coming()
+            of = Pass(self._created, self.draws(), epoch=epoch, times=times, order=order_of(self.loader))
         tag = self._tag() if self._within() else -1
         worker, own = -1, None
         if self.target is not None:
@@ -245,8 +295,9 @@ class PlacedLoader:
         place = _Place(self._tag(), last.of, last.batches + 1, before=before)
         if worker is not None:
             place.worker = worker
-            self._workers[worker] = (self._workers[worker][0] + 1 if worker in self._workers else 1, data)
-            data, data.batch = data.batch, None
+            if not self.is_seeded:
+                self._workers[worker] = (self._workers[worker][0] + 1 if worker in self._workers else 1, data)
+                data, data.batch = data.batch, None
         elif self._dataset_keeps_state:
             dataset: Any = self.loader.dataset
             place.own = {"dataset": dataset.state_dict(), "ended": iterator._dataset_fetcher.ended}
@@ -277,6 +328,38 @@ class PlacedLoader:
         """Set it."""
         set_random_state(saved["random"], _CPU)
         self._generators.set(saved["generators"])
+
+    def note_drawn(self, of: Pass) -> None:
+        """The first index of a pass is drawn next."""
+        of.drawn = self.draws()
+        if not of.seen:  # else the order is an older one
+            note_generator(of.order, self.loader.sampler)
+
+    def drawing(self, of: Pass | None = None) -> AbstractContextManager[None]:
+        """Around what draws an order: that of a pass, or of the one that begins."""
+        if self.seeds is None:
+            return nullcontext()
+        epoch, times = self._coming() if of is None else (of.epoch, of.times)
+        return seeded(self.seeds.of_order(self.number, epoch, times))
+
+    def _coming(self) -> tuple[int, int]:
+        """Of the pass that begins: its epoch, and how many that has had."""
+        if self.seeds is None:
+            return 0, 0
+        return self.seeds.epoch(), self._places[-1].of.times + 1 if self._within() and self._places else 0
+
+    def numbered(self, of: Pass, batch: int, indices: Any) -> Any:
+        """The indices of a batch, as the dataset is asked for them."""
+        if self.seeds is None or not self.is_seeded:
+            return indices
+        rank = getattr(self.loader.sampler, "rank", self.seeds.rank)  # ranks that share a model load the same
+        return self.seeds.of_samples(self.number, of.epoch, of.times, of.seen, batch, rank), indices
+
+    def left(self, of: Pass) -> list[Any]:
+        """The batches of a pass through what was dealt anew."""
+        assert of.order is not None
+        data: Any = self.loader.dataset
+        return Hand(self.loader).deal(samples_of(of.order, len(data))[of.seen :])
 
 
 @contextmanager

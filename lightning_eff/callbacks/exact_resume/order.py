@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_eff.callbacks.exact_resume.worker import RawState, raw_random_state
+from lightning_eff.training.random_state import undisturbed
 
 
 @dataclass
@@ -22,6 +24,13 @@ class Pass:
     """Before the sampler was asked for an iterator."""
     drawn: dict[str, Any] | None = None
     """Before its first index; None until then."""
+    epoch: int = 0
+    times: int = 0
+    """Passes that the epoch has had before: a short loader beside a longer one has several."""
+    order: dict[str, Any] | None = None
+    """What the order over all ranks is made from, where that is known."""
+    seen: int = 0
+    """Samples of the epoch that were seen before what is left was dealt anew, and this is a pass through that."""
 
 
 class Placed(Protocol):
@@ -30,6 +39,7 @@ class Placed(Protocol):
     target: dict[str, Any] | None
     anew: bool
     is_ahead: bool
+    is_seeded: bool
 
     @property
     def sampler_with_state(self) -> Any:
@@ -37,6 +47,18 @@ class Placed(Protocol):
 
     def begin(self, batches: int = 0, of: Pass | None = None) -> Pass:
         """A pass begins."""
+
+    def drawing(self, of: Pass | None = None) -> AbstractContextManager[None]:
+        """Around what draws an order: that of a pass, or of the one that begins."""
+
+    def note_drawn(self, of: Pass) -> None:
+        """The first index is drawn next."""
+
+    def left(self, of: Pass) -> list[Any]:
+        """The batches of a pass through what was dealt anew."""
+
+    def numbered(self, of: Pass, batch: int, indices: Any) -> Any:
+        """The indices of a batch, as the dataset is asked for them."""
 
     def draws(self) -> dict[str, Any]:
         """What an order is drawn from."""
@@ -78,17 +100,22 @@ class Order:
         saved = loader.target
         self.waits = saved is not None
         """Nothing is asked of the workers until it stands where it should."""
+        self.first = True
+        """No index has been asked for."""
+        self.batch = 0
         if saved is None:
-            self.of = loader.begin()
-        else:
-            self.of = Pass(**saved["pass"])
-            if not loader.anew:  # with workers a loader asks twice, and draws their seed in between
-                loader.set_draws(self.of.begun)
-            loader.anew = False
-            loader.begin(saved["batches"], self.of)
-            if self.keeper is not None and saved["own"] is not None:
-                self.keeper.load_state_dict(saved["own"])
-        self.indices = iter(sampler)
+            with loader.drawing():
+                self.of = loader.begin()
+                self.indices = iter(sampler)
+            return
+        self.of = Pass(**saved["pass"])
+        if not loader.anew:  # with workers a loader asks twice, and draws their seed in between
+            loader.set_draws(self.of.begun)
+        loader.anew = False
+        loader.begin(saved["batches"], self.of)
+        if self.keeper is not None and saved["own"] is not None:
+            self.keeper.load_state_dict(saved["own"])
+        self.indices = iter(loader.left(self.of) if self.of.seen else sampler)
 
     def __iter__(self) -> Order:
         return self
@@ -96,18 +123,25 @@ class Order:
     def __next__(self) -> Any:
         if self.waits:
             raise StopIteration
-        if self.of.drawn is None:
-            self.of.drawn = self.loader.draws()
-        drawn = next(self.indices)
+        if self.first:
+            self.first = False
+            with self.loader.drawing(self.of):
+                if self.of.drawn is None:
+                    self.loader.note_drawn(self.of)
+                drawn = next(self.indices)
+        else:
+            drawn = next(self.indices)
         if self.keeper is not None:
             self.states.append(self.keeper.state_dict())
-        return drawn
+        self.batch += 1
+        return self.loader.numbered(self.of, self.batch - 1, drawn)
 
     def go_on(self, batches: int) -> None:
         """Skip batches that were seen; nothing of them is loaded."""
         self.waits = False
         if self.of.drawn is not None:
             self.loader.set_draws(self.of.drawn)
+        self.batch, self.first = batches, batches == 0
         if self.keeper is None:
             for _ in range(batches):
                 next(self.indices, None)
@@ -125,7 +159,9 @@ class Delivery:
         """Called by the iterator for each batch."""
         iterator: Any = self.iterator()
         before = raw_random_state() if self.loader.is_ahead and not args else None
-        data = getattr(type(iterator), self.name)(iterator, *args)
+        # A dataset that seeds the generators does so here where there are no workers, and the training goes on.
+        with undisturbed() if self.loader.is_seeded and not args else nullcontext():
+            data = getattr(type(iterator), self.name)(iterator, *args)
         return self.loader.deliver(iterator, data, args[1] if args else None, before)
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_eff.callbacks.exact_resume.generators import Generators
+from lightning_eff.callbacks.exact_resume.seeds import SeededDataset
 from lightning_eff.training.random_state import set_random_state
 
 RawState = tuple[Any, Any, Any]
@@ -83,7 +84,7 @@ class WorkerStart:
     def __call__(self, worker: int) -> None:
         """Called in a worker when it starts."""
         information: Any = get_worker_info()  # type: ignore[no-untyped-call]
-        if isinstance(information.dataset, ResumedDataset):
+        if isinstance(information.dataset, ResumedDataset | SeededDataset):
             object.__setattr__(information, "dataset", information.dataset.dataset)  # it refuses a plain assignment
         if self.function is not None:
             self.function(worker)

@@ -29,8 +29,8 @@ from lightning_eff.strategies.fault_tolerant.rendezvous import (
     strangers,
     writer_of,
 )
-from lightning_eff.strategies.fault_tolerant.shard_plan import seed_of
 from lightning_eff.strategies.fault_tolerant.start import leave_if_over
+from lightning_eff.training.random_state import seed_of
 
 T = TypeVar("T")
 

@@ -6,12 +6,8 @@ As many shards as replicas at most, however many are alive, so that a batch neve
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
-import random
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,38 +23,10 @@ from torch.utils.data import (
 
 from lightning_eff.arguments import check_count, check_flag
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
+from lightning_eff.training.random_state import seed_of, seeded
 
 _MOST_RANKS = 1_000_000
 """Each shard and process has at least one sample, and what is missing is repeated."""
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed of 63 bits from what it is for, such as ``(seed, epoch, shard, index)``; the same on every machine.
-
-    Example:
-        >>> seed_of(0, 1, 2) == seed_of(0, 1, 2) != seed_of(0, 12)
-        True
-    """
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's, Python's and NumPy's generators of the CPU; they go on afterwards as if nothing had been drawn."""
-    numpy = sys.modules.get("numpy")  # who has not imported it does not draw from it
-    states = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would seed the GPUs as well
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        if numpy:
-            numpy.random.set_state(states[2])
 
 
 class ShardPlan:

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from lightning_eff.arguments import check, check_count
-from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan, seeded
+from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan
+from lightning_eff.training.random_state import seeded
 from lightning_eff.training.state_version import check_version
 
 

@@ -122,6 +122,28 @@ class Net(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
 
 
+class Gan(Net):
+    """Two optimizers in turn, each with its own noise."""
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+        self.judge = nn.Sequential(nn.Linear(1, 4), nn.Dropout(0.2), nn.Linear(4, 1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for optimizer, sign in zip(self.optimizers(), (1, -1), strict=True):
+            self.toggle_optimizer(optimizer)
+            made = self(batch + torch.randn_like(batch))
+            loss = sign * self.judge(made).mean() + made.square().mean()
+            self.log(f"loss {sign}", loss, on_epoch=True, batch_size=len(batch))
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (self.layers, self.judge)]
+
+
 class Events(L.Callback):
     """Everything that happens, in order, as numbers to the bit."""
 
@@ -195,17 +217,19 @@ def run(
     resume: Path | None = None,
     seed: int = 0,
     manual: bool = False,
+    gan: bool = False,
     callbacks: tuple[L.Callback, ...] = (),
     exact: bool = True,
+    randomness: Any = "stock",
     **arguments: Any,
 ) -> tuple[Events, SaveEverywhere, L.Trainer]:
     """Two and a half epochs, or so."""
     seed_everything(seed)
-    module, events = Net(manual), Events()
+    module, events = Gan() if gan else Net(manual), Events()
     saver = SaveEverywhere(events, folder, hooks)
     validation = DataLoader(Noisy(8), batch_size=4, shuffle=True)
     defaults = {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1, "num_sanity_val_steps": 1}
-    own = [ExactResume()] if exact else []
+    own = [ExactResume(randomness=randomness)] if exact else []
     trainer = quiet_trainer(*own, *callbacks, events, saver, default_root_dir=folder, **{**defaults, **arguments})
     trainer.fit(module, loaders(), validation, ckpt_path=resume)
     return events, saver, trainer

@@ -1,10 +1,14 @@
-"""A user's training script: shuffled data with noise in workers, dropout, accumulation. Arguments: a folder, exact."""
+"""A user's training script: shuffled data with noise in workers, dropout, accumulation.
+
+Arguments: a folder; and "exact", "plain", or the id of a row of the contract's table, whose callback trains beside.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -12,6 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_eff.callbacks import ExactResume
 from tests.callbacks.exact_resume.runs import Net, Noisy, loader
+from tests.suite.runs import fit
+from tests.suite.table import ROWS
 
 
 def main(folder: str, exact: bool) -> None:
@@ -34,5 +40,15 @@ def main(folder: str, exact: bool) -> None:
     trainer.fit(Net(), loader(2, partial(Noisy, 22 * ranks)), loader(0, partial(Noisy, 8)))
 
 
+def beside(folder: str, name: str) -> None:
+    """Another callback."""
+    L.seed_everything(0, verbose=False)
+    row = next(row for row in ROWS if row.id == name)
+    fit(row, Path(folder), model="drawn", around=[] if row.callback is ExactResume else [ExactResume()])
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "exact")
+    if sys.argv[2] in ("exact", "plain"):
+        main(sys.argv[1], sys.argv[2] == "exact")
+    else:
+        beside(*sys.argv[1:])

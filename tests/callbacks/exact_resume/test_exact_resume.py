@@ -40,6 +40,7 @@ FAST = {
     "validation and accumulation": (loader, dict(every=5, val_check_interval=2, accumulate_grad_batches=4)),
     "manual accumulation": (loader, dict(hooks=BATCH_END, manual=True)),
     "only steps are counted": (loader, dict(hooks=BATCH_END, every=5, max_epochs=-1, max_steps=15)),
+    "a GAN": (loader, dict(hooks=BATCH_END, every=5, gan=True)),
     "workers": (partial(loader, 2), dict(every=13)),
     "workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17)),
     "a stream": (partial(loader, 0, lambda: Stream(sized=False)), dict(every=5)),
@@ -49,6 +50,7 @@ FAST = {
         lambda: loader(generator=torch.Generator().manual_seed(1)),
         dict(hooks=BATCH_END, every=3),
     ),
+    "seeded": (loader, dict(every=7, val_check_interval=2, randomness="seeded")),
     "several loaders": (lambda: [loader(), loader(0, partial(Noisy, 10))], dict(hooks=BATCH_END, every=2)),
 }
 
@@ -56,6 +58,13 @@ SLOW = {
     "one process": (loader, {}),
     "only steps are counted": (loader, dict(every=2, max_epochs=-1, max_steps=15)),
     "workers": (partial(loader, 2), {}),
+    "seeded, every": (loader, dict(randomness="seeded")),
+    "seeded, workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17, randomness="seeded")),
+    "seeded, several loaders": (
+        lambda: [loader(), loader(0, partial(Noisy, 10))],
+        dict(hooks=BATCH_END, every=2, randomness="seeded"),
+    ),
+    "seeded workers and accumulation": (partial(loader, 2), dict(accumulate_grad_batches=4, randomness="seeded")),
     "workers and accumulation": (partial(loader, 3), dict(val_check_interval=2, accumulate_grad_batches=4)),
     "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=2)),
     "workers that stay, and not all batches": (
@@ -107,6 +116,7 @@ def test_without_it_nothing_of_this_holds(tmp_path):
         dict(workers=2, hooks=BATCH_END, every=4, accumulate_grad_batches=2),
         pytest.param(dict(workers=0, every=2, val_check_interval=2), marks=pytest.mark.slow),
         pytest.param(dict(workers=2, every=2, accumulate_grad_batches=2), marks=pytest.mark.slow),
+        pytest.param(dict(workers=2, every=2, randomness="seeded"), marks=pytest.mark.slow),
     ],
 )
 def test_goes_on_as_it_did_on_two_ranks(tmp_path, pool, how):
@@ -145,7 +155,6 @@ def test_a_resumed_run_is_resumed_again_in_the_same_epoch(tmp_path):
     ("other", "words"),
     [
         (partial(loader, 0, partial(Noisy, 30)), r"samples 22, now 30"),
-        (partial(loader, batch_size=3), r"batch size 4, now 3"),
         (lambda: loader(sampler=range(22)), r"sampler 'RandomSampler', now 'range'"),
     ],
 )

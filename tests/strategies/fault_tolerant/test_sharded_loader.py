@@ -26,8 +26,9 @@ from torch.utils.data import (
 )
 
 from harness.runs import fit
-from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan, seed_of, seeded
+from lightning_eff.strategies.fault_tolerant.shard_plan import ShardPlan
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader, combined_batch
+from lightning_eff.training.random_state import seed_of, seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # two workers on a machine of one core
 
