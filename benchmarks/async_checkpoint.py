@@ -1,6 +1,7 @@
 """AsyncCheckpoint: how long training stands still for a save, and what a fault leaves on disk.
 
 python -m benchmarks.async_checkpoint stall --size 124m   # Lightning's two ways and ours; on an idle machine
+python -m benchmarks.async_checkpoint stall --size 124m --keep FOLDER --runs 1   # the same in pieces, run by run
 python -m benchmarks.async_checkpoint faults --kills 100  # kill -9 while saving, disks that fail, bytes that change
 """
 
@@ -115,19 +116,31 @@ def stall_worker(settings: dict[str, Any]) -> None:
     Path(settings["folder"], "found.json").write_text(json.dumps(found))
 
 
-def stall(size: str, saves: int, every: int, rounds: int, threads: int, batch_size: int) -> None:
-    """Stall and slowdown of each variant; each round measures all of them, in an order that turns."""
+def stall(
+    size: str, saves: int, every: int, rounds: int, threads: int, batch_size: int, keep: str | None, runs: int
+) -> None:
+    """Stall and slowdown of each variant; each round measures all of them, in an order that turns.
+
+    ``keep`` is a folder for what was measured: what is in it is not measured again. At most ``runs`` are made now, and
+    rows are written when none is missing.
+    """
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
-    for turn in range(rounds):
-        for variant in VARIANTS[turn % 3 :] + VARIANTS[: turn % 3]:
-            with tempfile.TemporaryDirectory() as folder:
-                settings = {
-                    "folder": folder, "size": size, "saves": saves, "every": every, "threads": threads,
-                    "variant": variant, "batch_size": batch_size,
-                }  # fmt: skip
-                command = [sys.executable, "-m", "benchmarks.async_checkpoint", "worker", json.dumps(settings)]
-                subprocess.run(command, cwd=REPOSITORY, check=True)
-                found[variant].append(json.loads(Path(folder, "found.json").read_text()))
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = Path(keep or temporary)
+        kept.mkdir(exist_ok=True, parents=True)
+        for turn in range(rounds):
+            for variant in VARIANTS[turn % 3 :] + VARIANTS[: turn % 3]:
+                file = kept / f"{size}-{saves}-{every}-{threads}-{batch_size}-{turn}-{VARIANTS.index(variant)}.json"
+                if not file.exists():
+                    if runs == 0:
+                        return
+                    runs -= 1
+                    settings = {
+                        "size": size, "saves": saves, "every": every, "threads": threads, "variant": variant,
+                        "batch_size": batch_size,
+                    }  # fmt: skip
+                    file.write_text(json.dumps(_measured(settings)))
+                found[variant].append(json.loads(file.read_text()))
     rows = []
     for variant in VARIANTS:
         runs = found[variant]
@@ -152,6 +165,16 @@ def stall(size: str, saves: int, every: int, rounds: int, threads: int, batch_si
     for row in rows:
         row["stall_ratio"] = round(row["stall_ms"] / base, 4)
     publish(f"A save as the training sees it, {size}", f"async_checkpoint_stall_{size}", rows)
+
+
+def _measured(settings: dict[str, Any]) -> dict[str, Any]:
+    """One run, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = json.dumps({"folder": folder, **settings})
+        command = [sys.executable, "-m", "benchmarks.async_checkpoint", "worker", words]
+        subprocess.run(command, cwd=REPOSITORY, check=True)
+        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
+        return found
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -302,6 +325,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--keep", help="folder of what was measured, to go on with later")
+    parser.add_argument("--runs", type=int, default=-1, help="at most so many now; by default all")
     parser.add_argument("--kills", type=int, default=100)
     arguments = parser.parse_args()
     if arguments.what == "worker":
@@ -314,5 +339,6 @@ if __name__ == "__main__":
         faults(arguments.kills)
     else:
         stall(
-            arguments.size, arguments.saves, arguments.every, arguments.rounds, arguments.threads, arguments.batch_size
-        )
+            arguments.size, arguments.saves, arguments.every, arguments.rounds, arguments.threads,
+            arguments.batch_size, arguments.keep, arguments.runs,
+        )  # fmt: skip
