@@ -37,6 +37,7 @@ from harness.processes import environment, eventually
 from harness.runs import fit, quiet_lightning
 from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
+from lightning_eff.training.rank_state import RankState, rank_state_files
 
 SIZES = {"1m": GPT_1M, "124m": GPTConfig(block_size=128, n_layer=17, n_head=12, n_embd=768)}
 VARIANTS = ("Lightning", "Lightning, AsyncCheckpointIO", "AsyncCheckpoint")
@@ -197,6 +198,20 @@ class Counter(L.LightningModule):
         return DataLoader(torch.zeros(100_000, 1))  # type: ignore[arg-type]
 
 
+class Beside(L.Callback):
+    """State of a rank, which lies in a file beside each checkpoint and says of which step it is."""
+
+    def __init__(self) -> None:
+        self.steps = torch.zeros(50_000)
+        self.state = RankState("beside", save=lambda: {"steps": self.steps}, load=lambda state: None)
+
+    def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self.state.attach(trainer.strategy)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.steps.fill_(trainer.global_step)
+
+
 def is_right(checkpoint: dict[str, Any]) -> bool:
     """Whether all weights and all momenta are those of the step that a checkpoint says."""
     weights = torch.cat(list(checkpoint["state_dict"].values()))
@@ -216,7 +231,8 @@ def fault_worker(settings: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (settings["file_size"], settings["file_size"]))
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last="link")
     callback = AsyncCheckpoint(retry_seconds=0.0, **settings.get("arguments", {}))
-    fit(Counter(settings.get("width", 20_000)), callback, saver, max_steps=settings["steps"], default_root_dir=folder)
+    callbacks = [callback, saver, *([Beside()] if settings.get("beside") else [])]
+    fit(Counter(settings.get("width", 20_000)), *callbacks, max_steps=settings["steps"], default_root_dir=folder)
 
 
 def start(folder: Path, steps: int = 100_000, **settings: Any) -> subprocess.Popen[str]:
@@ -228,7 +244,7 @@ def start(folder: Path, steps: int = 100_000, **settings: Any) -> subprocess.Pop
 
 
 def wrong(folder: Path) -> list[str]:
-    """The checkpoints that are there and not what they say; `last` has to be one of them."""
+    """Checkpoints that are not what they say, or without the state beside them; `last` has to be there."""
     names = [name for name in os.listdir(folder) if name.endswith(".ckpt")]
     lost = [] if "last.ckpt" in names else ["last.ckpt"]
     return lost + [name for name in names if not _is_whole(folder / name)]
@@ -236,7 +252,11 @@ def wrong(folder: Path) -> list[str]:
 
 def _is_whole(path: Path) -> bool:
     try:
-        return damage(path) is None and is_right(torch.load(path, weights_only=True))
+        checkpoint = torch.load(path, weights_only=True)
+        files = rank_state_files(str(path), checkpoint)
+        states = [torch.load(file, weights_only=True)["state"]["steps"] for file in files]
+        whole = all(damage(file) is None for file in (path, *files))
+        return whole and is_right(checkpoint) and all((s == checkpoint["global_step"]).all() for s in states)
     except Exception:  # whatever torch says of it
         return False
 
@@ -250,7 +270,7 @@ def kill_worker(settings: dict[str, Any]) -> None:
         child = os.fork()
         if child == 0:
             try:
-                fault_worker({"folder": str(folder), "steps": 100_000})
+                fault_worker({"folder": str(folder), "steps": 100_000, "beside": True})
             finally:
                 os._exit(1)
         try:

@@ -12,6 +12,9 @@ owner and rank, and for an owner whose state is the same on all ranks one file o
 The checkpoint carries the same id, so no file is ever taken for another checkpoint's. The new files are complete before
 the checkpoint is written, and the old ones go after that: whenever a run is killed, the checkpoint on disk has its own.
 A disk that fails here is a warning: the checkpoint is complete without these files.
+
+Where checkpoints are written while training goes on, so are these: copied within the save, and written by each rank.
+Rank zero begins with the checkpoint when it knows that the others have (``later_files``); no step waits for that.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eff.arguments import check, check_flag, check_text
+from lightning_eff.training.later_files import Others, saver_of, write_all
 from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
-from lightning_eff.training.whole_files import Attempts, failure_of, whole_file
+from lightning_eff.training.whole_files import Attempts
 from lightning_eff.training.wrapping import Wrapper
 
 KEY = "lightning_eff_rank_state"  # in the checkpoint: which files belong to it
@@ -54,9 +58,10 @@ class RankState:
     checkpoint. It stays attached after ``fit``, as ``trainer.save_checkpoint`` works there too; ``detach`` ends it.
     Checkpoints with ``save_weights_only`` have no such state.
 
-    Collectives: attaching broadcasts a few bytes; saving reduces one flag behind the checkpoint that Lightning writes;
-    loading reduces one for each owner. A rank's files are written before ``save_checkpoint`` returns, also with an
-    asynchronous ``CheckpointIO``; those of older checkpoints go when the newer one is on disk.
+    Collectives: attaching broadcasts a few bytes; saving reduces one flag behind the checkpoint that Lightning writes,
+    where that is written at once; loading reduces one for each owner. A rank's files are written before
+    ``save_checkpoint`` returns, or where the checkpoint is written later, before that; those of older checkpoints go
+    when the newer one is on disk.
 
     Args:
         name: tells the owners apart, and finds the state again: the same in the run that resumes.
@@ -168,17 +173,14 @@ class _RankFiles:
         self.run = ""
         self.saved = 0
         self.ids: dict[str, list[str]] = {}  # path of a checkpoint -> its id, behind those that may still be on disk
-        self.attempts = Attempts(
-            "state beside a checkpoint", "a run that resumes from this checkpoint is without what is missing"
-        )
+        self.attempts = Attempts("state beside a checkpoint", "a run that resumes from it is without what is missing")
         self.wrappers = [Wrapper(strategy, name, getattr(self, name)) for name in _WRAPPED]
         setattr(strategy, _ATTRIBUTE, self)
 
     def begin(self) -> None:
-        """Agree on a name for this run.
+        """Agree on a name for this run: the id of its n-th checkpoint is that name with n behind it.
 
-        The id of its n-th checkpoint is that name with n behind it. Ranks do not agree when they save: one that saves
-        alone, because of an exception, must not wait for the others before it has.
+        When they save ranks do not agree: one that saves alone, because of an exception, must not wait for the others.
         """
         self.run = self.strategy.broadcast(uuid.uuid4().hex[:16])
         self.saved = 0
@@ -212,8 +214,7 @@ class _RankFiles:
         # Before its files are there: those of an older checkpoint may be removed in another thread at any time.
         self.ids.setdefault(path, []).append(identity)
         if identity:
-            if wrote:
-                error = self.write(path, identity, states)
+            error = self.keep(path, identity, states) if wrote else None
             replicated = [name for name, owner in self.owners.items() if owner.replicated]
             about = {"world_size": self.world_size, "names": list(states), "replicated": replicated}
             checkpoint[KEY] = {"version": 1, "id": identity, **about}
@@ -221,47 +222,57 @@ class _RankFiles:
         while True:
             writes = self.writes
             if identity and writes and not wrote:  # of the replica that has died over it only the files remain
-                error = self.write(path, identity, states)
+                error = self.keep(path, identity, states)
                 wrote = True
             for owner in self.owners.values():
                 if owner.saved is not None:
                     owner.saved(checkpoint, path)
             if not self.of_replicas or self.strategy.is_written(writes):  # type: ignore[attr-defined]
                 break
-        # Only when all ranks have come here is the checkpoint there, with the files of all.
-        everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)
-        self.attempts.note(error if error or everywhere else OSError("on another rank"))
+        if not hasattr(saver_of(self.strategy), "write_later"):
+            # Only when all ranks have come here is the checkpoint there, with the files of all.
+            everywhere = self.strategy.reduce_boolean_decision(error is None, all=True)
+            self.attempts.note(error if error or everywhere else OSError("on another rank"))
         self.when_saved(partial(self.remove_older, path, identity, f"{self.run}-{self.saved}"))
+
+    def keep(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
+        """Write this rank's files, now or later; what has gone wrong now."""
+        files = {}
+        for name, state in states.items():
+            replicated = self.owners[name].replicated
+            if not replicated or self.rank == 0:
+                file = os.path.join(path + _SUFFIX, _name(identity, name, None if replicated else self.rank))
+                files[file] = {"id": identity, "rank": self.rank, "state": state}
+        saver = saver_of(self.strategy)
+        if not hasattr(saver, "write_later"):
+            return write_all(files)
+        others = Others(identity, self.rank, self.world_size, lambda: saver.hurries)
+
+        def write(files: dict[str, Any], save: Callable[[Any, Any], Any]) -> None:
+            errors = others.have_written(write_all(files, save))
+            if self.rank == 0:
+                self.attempts.note(next(iter(errors), None))
+
+        saver.write_later("state of a rank", files, write)
+        return None
 
     def when_saved(self, action: Callable[[], Any], removed: str | None = None) -> None:
         """Do something when all saves so far are on disk, and one is removed: at once, unless that is done later."""
-        later = getattr(self.strategy.checkpoint_io, "after_saves", None)
-        if later is None:
-            action()
+        saver = saver_of(self.strategy)
+        if hasattr(saver, "after_saves"):
+            saver.after_saves(action, here=self.strategy.is_global_zero, while_linked=removed)
         else:
-            later(action, here=self.strategy.is_global_zero, while_linked=removed)
+            action()
 
     def remove_older(self, path: str, identity: str, latest: str) -> None:
         """The checkpoint with this id is on disk, or one of weights only: those before it are not."""
         ids = self.ids.get(path, [])
         first = ids.index(identity) if identity in ids else len(ids)
-        later = getattr(self.strategy, "saves_later", False)
-        if later or is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
+        if is_a(self.strategy.checkpoint_io, AsyncCheckpointIO):
             first = max(0, first - 1)  # the checkpoint on disk may still be the one before
         del ids[:first]
         # Its removal may have been asked for already, and waits for a later save.
         self.remove_files(path, {identity, *ids} - {""}, latest)
-
-    def write(self, path: str, identity: str, states: dict[str, Any]) -> Exception | None:
-        """Write this rank's files, each by itself: one that is too big for the disk leaves the others."""
-        error: Exception | None = None
-        for name, state in states.items():
-            replicated = self.owners[name].replicated
-            if not replicated or self.rank == 0:
-                content = {"id": identity, "rank": self.rank, "state": state}
-                file = os.path.join(path + _SUFFIX, _name(identity, name, None if replicated else self.rank))
-                error = failure_of(partial(_write, content, file)) or error
-        return error
 
     def load_checkpoint(
         self, load: Callable[..., Any], checkpoint_path: _PATH, *args: Any, **kwargs: Any
@@ -392,8 +403,3 @@ def _is_newer(identity: str, than: str) -> bool:
 
 def _name(identity: str, name: str, rank: int | None) -> str:
     return f"{identity}.{name}.pt" if rank is None else f"{identity}.{name}.rank{rank}.pt"
-
-
-def _write(content: dict[str, Any], path: str) -> None:
-    with whole_file(path) as part, get_filesystem(part).open(part, "wb") as stream:
-        torch.save(content, stream)

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
+import lightning_eff.plugins
 from harness.faults import InjectedError, fail_at
 from harness.runs import ddp, fit, fsdp2
 from lightning_eff.training.rank_state import KEY, RankState
@@ -279,15 +280,15 @@ def test_the_files_of_version_0_1_are_read(tmp_path, replicated):
 
 
 def test_a_full_disk_ends_no_training(tmp_path, monkeypatch):
-    import lightning_eff.training.rank_state as module
+    import lightning_eff.training.later_files as module
 
     path, full, write = tmp_path / "a.ckpt", True, module._write
 
-    def write_some(content, path):
+    def write_some(content, path, save):
         if full:
             with open("/dev/full", "wb") as file:
                 torch.save(content, file)
-        write(content, path)
+        write(content, path, save)
 
     monkeypatch.setattr(module, "_write", write_some)
     trainer = _fit(_Memory())
@@ -433,32 +434,36 @@ def test_what_is_equal_on_all_ranks_is_written_once_and_loaded_by_any_number(poo
     assert _resume_what_is_equal(tmp_path / "a.ckpt", 1) == [[3.0, 0.0]]
 
 
-def _fail_on_one_rank(folder):
+def _fail_on_one_rank(folder, later):
     import warnings
 
-    import lightning_eff.training.rank_state as module
+    import lightning_eff.training.later_files as module
 
-    trainer = _fit(_Memory(), strategy=ddp(), devices=2)
+    plugins = [lightning_eff.plugins.AsyncCheckpointIO()] if later else None
+    trainer = _fit(_Memory(), strategy=ddp(), devices=2, plugins=plugins)
     write = module._write
 
-    def full(content, path):
+    def full(content, path, save):
         if content["rank"] == 1:
             raise OSError("disk of rank 1")
-        write(content, path)
+        write(content, path, save)
 
     module._write = full
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.save_checkpoint(folder / "a.ckpt")
+            trainer.strategy.checkpoint_io.teardown()
     finally:
         module._write = write
+    trainer.strategy.barrier()
     return [str(warning.message) for warning in caught if "state beside" in str(warning.message)]
 
 
-def test_a_disk_that_fails_on_another_rank_is_told_by_rank_zero(pool, tmp_path):
-    (told,), silent = pool.run(_fail_on_one_rank, tmp_path)
-    assert "could not be written (on another rank)" in told
+@pytest.mark.parametrize("later", [False, True])
+def test_a_disk_that_fails_on_another_rank_is_told_by_rank_zero(pool, tmp_path, later):
+    (told,), silent = pool.run(_fail_on_one_rank, tmp_path, later)
+    assert f"could not be written (on {'rank 1: OSError: disk of rank 1' if later else 'another rank'})" in told
     assert silent == []
     assert _tree(tmp_path) == {"a.ckpt": 1}
 

@@ -20,9 +20,12 @@ from lightning_eff.callbacks.averaging.files import (
     link_averaged,
     read_averaged,
     remove_averaged,
+    without_training,
     write_averaged,
 )
 from lightning_eff.callbacks.averaging.stand_in import StandIn
+from lightning_eff.training.later_files import Save as SaveObject
+from lightning_eff.training.later_files import saver_of
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.rank_state import KEY
 from lightning_eff.training.trainer import callbacks_of
@@ -59,8 +62,10 @@ class BesideCheckpoints:
 
         def link(make: Callable[..., None], trainer: Trainer, filepath: str, linkpath: str) -> None:
             if self.save != "none" and trainer.is_global_zero and filepath != linkpath:
+                saver = saver_of(trainer.strategy)
                 for name in self._names():
-                    self._attempts(partial(link_averaged, filepath, linkpath, name))
+                    attempt = partial(self._attempts, partial(link_averaged, filepath, linkpath, name))
+                    saver.after_saves(attempt, here=True) if hasattr(saver, "after_saves") else attempt()
             make(trainer, filepath, linkpath)  # and then waits for rank zero
 
         for callback in callbacks_of(trainer):
@@ -96,7 +101,18 @@ class BesideCheckpoints:
                 of = checkpoint.get(KEY, {}).get("id", "")
                 state = as_saved(checkpoint.get("state_dict") or {}, module, state)
                 about = {"version": 1, "step": step, **average.about(label), "of": of}
-                self._attempts(partial(write_averaged, checkpoint, state, paths, about))
+                self._write(saver_of(trainer.strategy), name, without_training(checkpoint), state, paths, about)
+
+    def _write(self, saver: Any, name: str, run: Any, state: Any, paths: Any, about: dict[str, Any]) -> None:
+        """Now, or behind the checkpoint where that is written later."""
+        if not hasattr(saver, "write_later"):
+            self._attempts(partial(write_averaged, run, state, paths, about))
+            return
+
+        def write(copied: tuple[Any, Any], save: SaveObject) -> None:
+            self._attempts(partial(write_averaged, *copied, paths, about, save))
+
+        saver.write_later(f"averaged weights, {name}", (run, state), write)
 
     def recover(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any] | None:
         """The averages beside a checkpoint whose window is lost, if they are of the same step."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.merging.safe_files import safetensors_bytes, save_safetensors
 from lightning_eff.training.dtensor import full, reshard
+from lightning_eff.training.later_files import Save
 from lightning_eff.training.rank_state import KEY as _RANK_STATE
 from lightning_eff.training.whole_files import whole_file
 
@@ -91,24 +92,37 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.device
 
 
+def without_training(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its run: hyperparameters, epoch and step."""
+    return {key: value for key, value in checkpoint.items() if key not in (*_TRAINING, "state_dict")}
+
+
 def write_averaged(
-    checkpoint: Mapping[str, Any], state: dict[str, Tensor], paths: tuple[str | None, str | None], about: dict[str, Any]
+    run: Mapping[str, Any],
+    state: dict[str, Tensor],
+    paths: tuple[str | None, str | None],
+    about: dict[str, Any],
+    save: Save = torch.save,
 ) -> None:
     """Write the safetensors file and the Lightning checkpoint; each appears only when it is complete.
 
     Args:
-        checkpoint: the one that they lie beside: its hyperparameters, epoch and step.
+        run: the checkpoint that they lie beside, ``without_training``.
         state: the averaged weights.
         paths: of the safetensors file and of the checkpoint, None for none.
         about: what the average is; plain Python values.
+        save: writes an object to a stream as ``torch.save``.
     """
-    for path, write in zip(paths, (_write_safetensors, _write_checkpoint), strict=True):
-        if path is not None:
-            with whole_file(path) as part:
-                write(part, checkpoint, state, about)
+    safe, lightning = paths
+    if safe is not None:
+        with whole_file(safe) as part:
+            _write_safetensors(part, state, about)
+    if lightning is not None:
+        with whole_file(lightning) as part, get_filesystem(part).open(part, "wb") as stream:
+            save({**run, "state_dict": state, KEY: about}, stream)
 
 
-def _write_safetensors(path: str, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
+def _write_safetensors(path: str, state: dict[str, Tensor], about: Any) -> None:
     metadata = {key: str(value) for key, value in about.items()}
     fs, place = url_to_fs(path)
     if isinstance(fs, LocalFileSystem):
@@ -116,12 +130,6 @@ def _write_safetensors(path: str, checkpoint: Mapping[str, Any], state: dict[str
         return
     with fs.open(place, "wb") as stream:
         stream.write(safetensors_bytes(state, metadata))
-
-
-def _write_checkpoint(path: str, checkpoint: Mapping[str, Any], state: dict[str, Tensor], about: Any) -> None:
-    rest = {key: value for key, value in checkpoint.items() if key not in _TRAINING}
-    with get_filesystem(path).open(path, "wb") as stream:
-        torch.save({**rest, "state_dict": state, KEY: about}, stream)
 
 
 def read_averaged(checkpoint: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

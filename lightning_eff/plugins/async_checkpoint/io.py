@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check_count, check_flag, check_number
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import check_whole
 from lightning_eff.plugins.async_checkpoint.staging import Stager
-from lightning_eff.plugins.async_checkpoint.writer import Writer, link, write_staged
+from lightning_eff.plugins.async_checkpoint.writer import Save, Writer, link, write_staged
 
 _ACTIONS_ELSEWHERE = 3
 
@@ -140,6 +140,18 @@ class AsyncCheckpointIO(CheckpointIO):
     def take_error(self) -> RuntimeError | None:
         """Why the first save since the last call has failed, if one has."""
         return self._writer.take_error()
+
+    @property
+    def hurries(self) -> bool:
+        """Whether the run ends with an exception, and whoever waits for another rank should give up soon."""
+        return self._writer.hurries
+
+    def write_later(self, kind: str, content: Any, write: Callable[[Any, Save], Any]) -> None:
+        """Copy what belongs beside a checkpoint now, and write it behind all that was asked for before.
+
+        See ``Writer.write_later``. On every rank, for itself.
+        """
+        self._writer.write_later(kind, content, write)
 
     def skip(self) -> None:
         """A save is left out: what would wait for it waits for the next one."""

@@ -5,22 +5,29 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import numpy
+import torch
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.utilities.cloud_io import _is_object_storage
+from torch import UntypedStorage
 
-from lightning_eff.plugins.async_checkpoint.checkpoint_file import put_together
+from lightning_eff.plugins.async_checkpoint.checkpoint_file import put_together, take_apart
+from lightning_eff.plugins.async_checkpoint.copies import Buffers, Turns
 from lightning_eff.plugins.async_checkpoint.staging import Staged
 from lightning_eff.training.whole_files import failure_of, whole_file
 
 _ALL = 1 << 62
+
+Save = Callable[[Any, IO[bytes]], None]
 
 
 class _Waiting(NamedTuple):
@@ -54,6 +61,9 @@ class Writer:
         self._error: RuntimeError | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
+        self._copies: dict[str, Turns] = {}
+        self.hurries = False
+        """Whether somebody waits because the run ends with an exception: what waits for another rank gives up soon."""
 
     @property
     def behind(self) -> int:
@@ -84,6 +94,23 @@ class Writer:
         """
         self.submit(partial(self._wait, _Waiting(self.begun, action, unless_saved, while_linked)))
 
+    def write_later(self, kind: str, content: Any, write: Callable[[Any, Save], Any]) -> None:
+        """Copy something now, and write it behind all that was asked for before.
+
+        Args:
+            kind: what it is. Of one kind two may be waiting, and a third one waits for the first.
+            content: nested containers of tensors and plain values.
+            write: called in the thread with the copy, and with what saves an object to a stream as ``torch.save``.
+        """
+        turns = self._copies.setdefault(kind, Turns())
+        buffers = turns.take()
+        try:
+            copied = buffers.copy(content)
+        except BaseException:
+            turns.give_back(buffers)
+            raise
+        self.submit(partial(self._write, turns, buffers, partial(write, copied, save_object)))
+
     def submit(self, job: Callable[[], Any]) -> None:
         """Do something behind all that was asked for before, whatever comes of that."""
         if self._pool is None:
@@ -92,14 +119,18 @@ class Writer:
 
     def flush(self) -> None:
         """Wait until all is done."""
+        self.hurries = sys.exc_info()[0] is not None
         if self._last is not None:
             self._last.result()
+        self.hurries = False
 
     def close(self) -> None:
-        """Flush, and end the thread; the next job begins another."""
+        """Flush, end the thread and give the memory back; the next job begins another."""
+        self.flush()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         self._pool = self._last = None
+        self._copies = {}
 
     def take_error(self) -> RuntimeError | None:
         """The first failure since the last call."""
@@ -112,7 +143,10 @@ class Writer:
         try:
             job()
         except Exception as error:  # whatever it is, the next job comes, and somebody hears of this one
-            self._note(f"a buffer, a link or a removal of checkpoints failed: {type(error).__name__}: {error}", error)
+            self._note(
+                f"a buffer, a link, a removal or a file beside a checkpoint failed: {type(error).__name__}: {error}",
+                error,
+            )
 
     def _save(self, number: int, path: str, write: Callable[[], None]) -> None:
         self._held = [waiting for waiting in self._held if waiting.unless_saved != path]
@@ -135,6 +169,13 @@ class Writer:
         self._written = number
         self._do_what_is_due()
 
+    def _write(self, turns: Turns, buffers: Buffers, write: Callable[[], Any]) -> None:
+        try:
+            buffers.wait()
+            write()
+        finally:
+            turns.give_back(buffers)
+
     def _wait(self, waiting: _Waiting) -> None:
         self._held.append(waiting)
         self._do_what_is_due()
@@ -154,6 +195,22 @@ class Writer:
         if self._error is None:
             self._error = RuntimeError(message)
             self._error.__cause__ = error
+
+
+def save_object(content: Any, stream: IO[bytes]) -> None:
+    """As ``torch.save``, which holds the interpreter while it computes checksums."""
+    pickled, storages = take_apart(content)
+    parts = [memoryview(_bytes(storage)) for storage in storages]
+    if stream.seekable():
+        put_together(stream, pickled, parts)
+        return
+    whole = io.BytesIO()
+    put_together(whole, pickled, parts)
+    stream.write(whole.getvalue())
+
+
+def _bytes(storage: UntypedStorage) -> Any:
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy() if storage.nbytes() else numpy.empty(0, numpy.uint8)
 
 
 def write_staged(staged: Staged, path: str) -> None:
@@ -193,5 +250,5 @@ def link(target: str, path: str) -> None:
     try:
         os.symlink(os.path.relpath(target, os.path.dirname(path)), part)
     except OSError:  # Windows allows it to some only
-        shutil.copy(target, part)
+        (shutil.copytree if os.path.isdir(target) else shutil.copy)(target, part)
     os.replace(part, path)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from harness.runs import ddp, fit
 from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.plugins.async_checkpoint import io
-from lightning_eff.training import RankState
+from lightning_eff.training import RankState, later_files
 from tests.callbacks.async_checkpoint.runs import Model
 
 
@@ -59,12 +59,17 @@ def files(folder: Path) -> dict[str, list[str]]:
     return {name: sorted(path.name for path in folder.glob(f"{name}.ranks/*")) for name in names}
 
 
-def incomplete(folder: Path) -> list[str]:
-    """Checkpoints without all of their own files; not those that were replaced or removed while we looked."""
+def incomplete(folder: Path, part: str = "") -> list[str]:
+    """Checkpoints without all of their own files; not those that were replaced or removed while we looked.
+
+    ``part`` is what is not sharded of one that is a folder.
+    """
     found = []
     for name, beside in files(folder).items():
-        before, beside = identity(folder / name), files(folder).get(name, beside)
-        if before == identity(folder / name) is not None:
+        if (folder / name).is_symlink():  # its files are those of the other
+            continue
+        before, beside = identity(folder / name / part), files(folder).get(name, beside)
+        if before == identity(folder / name / part) is not None:
             found += [name] if {f"{before}.memory.rank{rank}.pt" for rank in (0, 1)} - {*beside} else []
     return found
 
@@ -79,8 +84,18 @@ def identity(path: Path) -> str | None:
 def run(
     folder: Path, failures: int = 0, hold: bool = False, resume: str | None = None, **arguments: Any
 ) -> dict[str, Any]:
-    """A fit in which rank zero writes slowly, or nothing before the fifth step, and fails to write the first files."""
+    """A fit in which rank zero writes slowly, or nothing before the fifth step, and fails to write the first files.
+
+    Rank one writes its own files more slowly still: a checkpoint must not be there before them.
+    """
     write, left, wrote = io.write_staged, [OSError(28, "No space left on device")] * failures, []
+    beside = later_files._write
+
+    def slower(content: Any, path: str, save: Any) -> None:
+        time.sleep(0.05 if path.endswith("rank1.pt") else 0)
+        beside(content, path, save)
+        names = os.listdir(folder)
+        found["beside"].append((os.path.basename(path), threading.current_thread().name, sorted(names)))
 
     def slow(staged: Any, path: str) -> None:
         time.sleep(0.02)
@@ -93,11 +108,11 @@ def run(
     gate = threading.Event()
     if not hold:
         gate.set()
-    io.write_staged = slow
+    io.write_staged, later_files._write = slow, slower
     memory, look = Memory(), Look(folder, gate)
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
     callback = AsyncCheckpoint(retries=0, **arguments)
-    found: dict[str, Any] = {"error": None}
+    found: dict[str, Any] = {"error": None, "beside": []}
     warnings.filterwarnings("ignore", message=".*could not be written")
     try:
         L.seed_everything(1, verbose=False)
@@ -109,7 +124,7 @@ def run(
     except RuntimeError as error:
         found["error"] = str(error)
     finally:
-        io.write_staged = write
+        io.write_staged, later_files._write = write, beside
     return found | {
         "steps": look.steps, "incomplete": look.incomplete + incomplete(folder),
         "wrote": wrote, "loaded": memory.loaded, "skipped": callback.skipped, "files": files(folder),

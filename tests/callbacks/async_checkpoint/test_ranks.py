@@ -14,6 +14,12 @@ def test_the_files_of_a_rank_stay_as_long_as_their_checkpoint(pool, tmp_path):
     assert [each["io"] for each in found] == ["TorchCheckpointIO"] * 2
     assert found[0]["incomplete"] == []
     assert found[1]["wrote"] == []
+    for each in found:  # of each rank, and by its thread: no step waits for a file
+        assert len(each["beside"]) == 12
+        assert {thread.split("_")[0] for _, thread, _ in each["beside"]} == {"checkpoint-writer"}
+    names, _, there = zip(*found[1]["beside"], strict=True)
+    assert [name.split(".")[0].split("-")[1] for name in names] == [str(number) for number in range(1, 13)]
+    assert [name for name in there[0] if name.endswith(".ckpt")] == []  # it waits for the files of rank one
     assert len(found[0]["wrote"]) == 12  # six steps, each with `last`
     assert sorted(found[0]["files"]) == ["last.ckpt", "step=6.ckpt"]
     for name, beside in found[0]["files"].items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +160,17 @@ def test_fsdp2_loads_what_others_saved(saved_by: Strategy, tmp_path: Path, pool:
 
 
 def test_a_full_disk_keeps_the_file_of_before_and_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
-    path, write, full = tmp_path / "run.ckpt", files._write_checkpoint, False
+    path, write, full = tmp_path / "run.ckpt", files.whole_file, False
 
-    def to_a_disk(part: str, *args: Any) -> None:
-        write(part, *args)
-        if full:
-            with open("/dev/full", "wb") as file:
-                torch.save(torch.zeros(1_000_000), file)
+    @contextmanager
+    def to_a_disk(path: str) -> Iterator[str]:
+        with write(path) as part:
+            yield part
+            if full:
+                with open("/dev/full", "wb") as file:
+                    torch.save(torch.zeros(1_000_000), file)
 
-    monkeypatch.setattr(files, "_write_checkpoint", to_a_disk)
+    monkeypatch.setattr(files, "whole_file", to_a_disk)
     trainer, _ = fit(tmp_path, EMA(0.9), SaveAt(4, path), steps=4)
     full = True
     before = (tmp_path / "ema-run.ckpt").read_bytes()
