@@ -2,7 +2,9 @@
 
 python -m benchmarks.fsdp2 architectures   # the largest difference of a step's loss to DDP's, twelve small models
 python -m benchmarks.fsdp2 memory          # bytes that a rank holds, against the formula
-python -m benchmarks.fsdp2 saves           # seconds and CPU seconds of `save_checkpoint`, against synchronous DCP
+python -m benchmarks.fsdp2 saves           # seconds and CPU seconds of a save, against synchronous DCP
+python -m benchmarks.fsdp2 saves --run 2   # the third of its runs alone, where a machine is quiet for minutes only
+python -m benchmarks.fsdp2 lines           # what a user writes, by hand and with this suite
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
+from benchmarks import fsdp2_lines
 from benchmarks.fsdp2_models import ZOO
 from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
 from harness.pool import Pool
-from harness.runs import fit, seed_everything
+from harness.runs import fit, fsdp2, seed_everything
+from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.strategies import FSDP2Strategy
 from lightning_eff.training.dtensor import local
@@ -102,6 +107,16 @@ def _memory(layers: int, width: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class ByHand(Module):
+    """Shards itself as Lightning's strategy asks for."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 class Saves(L.Callback):
     """How long and how much CPU time of the training thread each save takes, from the state dicts to its return."""
 
@@ -109,50 +124,55 @@ class Saves(L.Callback):
         self.folder, self.every = folder, every
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.steps: list[float] = []
+        self._mark = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.steps.append(time.perf_counter() - self._mark)
         if trainer.global_step % self.every == 0:
             dist.barrier()
             wall, cpu = time.perf_counter(), time.thread_time()
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint()
-            trainer.strategy.save_checkpoint(checkpoint, self.folder / f"{trainer.global_step}.ckpt")
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
             self.wall.append(time.perf_counter() - wall)
             self.cpu.append(time.thread_time() - cpu)
 
 
-def _saves(folder: Path, layers: int, width: int, saves: int, every: int) -> list[dict[str, Any]]:
-    rows = []
-    for turn, later in enumerate((False, True)):
-        seed_everything(1)
-        module, callback = Module(layers, width), Saves(folder / str(turn), every)
-        began = time.perf_counter()
-        strategy = FSDP2Strategy(async_save=later)
-        fit(module, callback, strategy=strategy, max_steps=saves * every, **OPTIONS)
-        size = sum(file.stat().st_size for file in next((folder / str(turn)).iterdir()).iterdir())
-        rows.append(
-            {
-                "run": "ours, async_save" if later else "Lightning's, synchronous DCP",
-                "ranks": RANKS, "megabytes": round(size / 1e6, 1), "saves": saves,
-                "first_s": round(callback.wall[0], 4), "median_s": round(statistics.median(callback.wall[2:]), 4),
-                "most_s": round(max(callback.wall[2:]), 4),
-                "median_cpu_s_of_the_thread": round(statistics.median(callback.cpu[2:]), 4),
-                "run_s": round(time.perf_counter() - began, 2),
-            }
-        )  # fmt: skip
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder / str(turn))
-        dist.barrier()
-    return rows
+RUNS: dict[str, tuple[type[Module], Any, Any]] = {
+    "Lightning, synchronous DCP": (ByHand, fsdp2, list),
+    "fsdp2": (Module, FSDP2Strategy, list),
+    "Lightning's strategy with AsyncCheckpoint": (ByHand, fsdp2, lambda: [AsyncCheckpoint()]),
+}
+
+
+def _saves(folder: Path, name: str, layers: int, width: int, saves: int, every: int) -> dict[str, Any]:
+    module, strategy, callbacks = RUNS[name]
+    seed_everything(1)
+    callback = Saves(folder, every)
+    began = time.perf_counter()
+    fit(module(layers, width), *callbacks(), callback, strategy=strategy(), max_steps=saves * every, **OPTIONS)
+    size = sum(file.stat().st_size for file in next(folder.iterdir()).iterdir())
+    took = time.perf_counter() - began
+    dist.barrier()
+    return {
+        "run": name, "ranks": RANKS, "megabytes": round(size / 1e6, 1), "saves": saves,
+        "first_s": round(callback.wall[0], 4), "median_s": round(statistics.median(callback.wall[2:]), 4),
+        "most_s": round(max(callback.wall[2:]), 4),
+        "median_cpu_s_of_the_thread": round(statistics.median(callback.cpu[2:]), 4),
+        "median_step_s": round(statistics.median(callback.steps[1:]), 4), "run_s": round(took, 2),
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["architectures", "memory", "saves"])
+    parser.add_argument("what", choices=["architectures", "memory", "saves", "lines"])
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--saves", type=int, default=12)
     parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--run", type=int, choices=range(len(RUNS)), help="of the saves; by default all")
     given = parser.parse_args()
     with Pool(RANKS) as pool, tempfile.TemporaryDirectory() as folder:
         long = pool.using(time_limit=3600)
@@ -160,10 +180,17 @@ def main() -> None:
             rows = long.run(_against_ddp)[0]
         elif given.what == "memory":
             rows = [long.run(_memory, layers, width)[0] for layers, width in ((4, 128), (8, 320))]
+        elif given.what == "lines":
+            rows = long.run(fsdp2_lines.rows, Path(folder))[0]
         else:
-            rows = long.run(_saves, Path(folder), given.layers, given.width, given.saves, given.every)[0]
+            rows = []
+            for index, name in enumerate(RUNS):
+                if given.run in (None, index):
+                    size = given.layers, given.width, given.saves, given.every
+                    rows += long.run(_saves, Path(folder, str(index)), name, *size)[:1]
+                    shutil.rmtree(Path(folder, str(index)))
     show(f"FSDP2: {given.what}, two gloo ranks", rows)
-    write_rows(f"fsdp2_{given.what}", rows)
+    write_rows(f"fsdp2_{given.what}", rows, key=("run",) if given.what == "saves" else ())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +20,9 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_number, readable_size
 from lightning_eff.plugins.async_checkpoint import AsyncCheckpointIO
+from lightning_eff.plugins.sharded_saves import ShardedSaves
+from lightning_eff.plugins.sharded_strategy import SavesLater, saves_in_shards
+from lightning_eff.training.dtensor import local
 from lightning_eff.training.hooks import Order
 from lightning_eff.training.namespaces import MisconfigurationException, both, is_a
 from lightning_eff.training.snapshots import free_host_memory
@@ -48,6 +51,9 @@ class AsyncCheckpoint(Callback):
     that loads without this package; ``lightning-eff verify FILE`` and every load under this callback look at the
     checksums.
 
+    Where each rank saves its shards (FSDP2), each has two buffers and a thread, and the folder takes its name when all
+    ranks have written (``plugins.sharded_saves``). It is Lightning's own.
+
     What ``ModelCheckpoint`` saves, links and removes keeps its order: a link is made, and an older checkpoint removed,
     when the newer one is on disk, and neither behind a save that failed. Everything is on disk when ``fit`` ends,
     fails, or is ended by ``Preemption``.
@@ -61,11 +67,11 @@ class AsyncCheckpoint(Callback):
     ``on_before_optimizer_step``, ``on_validation_start``, ``on_train_epoch_start`` and ``on_train_epoch_end`` end a
     copy; ``on_train_end``, ``on_fit_end``, ``on_exception`` flush.
     Reads: what a checkpoint holds.
-    Changes: nothing; the strategy's ``checkpoint_io`` while ``fit`` runs.
+    Changes: nothing; how the strategy saves while ``fit`` runs.
     Collectives: one broadcast of a few bytes in each save and at the end of the fit; none in a step.
     Host syncs: none in a step.
-    Strategies: one device, DDP and its kin, compressed ones, ``ddp_ft``, and FSDP2 with
-    ``save_distributed_checkpoint=False``; those that save in shards are refused.
+    Strategies: one device, DDP and its kin, compressed ones, ``ddp_ft``, and FSDP2 (``ModelParallelStrategy``), whose
+    ranks write their shards so too; FSDP's sharded checkpoints and DeepSpeed are refused.
 
     Args:
         when_busy: when both buffers are still being written, a save waits for one (``"wait"``) or is left out
@@ -79,7 +85,7 @@ class AsyncCheckpoint(Callback):
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in ``setup``, for two of these callbacks, for another ``CheckpointIO`` and for a
-            strategy that saves in shards.
+            strategy whose shards it does not write.
         RuntimeError: a checkpoint could not be written, or is damaged where it is loaded.
 
     Example:
@@ -109,10 +115,13 @@ class AsyncCheckpoint(Callback):
         self.on_error: OnError = on_error
         self.skipped = 0
         """Saves of this fit that were left out."""
-        self._io = AsyncCheckpointIO(retries, retry_seconds, check_loads)
-        self._io.agreed = True
+        self._files = AsyncCheckpointIO(retries, retry_seconds, check_loads)
+        self._shards = ShardedSaves(None, retries, retry_seconds)
+        self._files.agreed = self._shards.agreed = True
+        self._io: AsyncCheckpointIO | ShardedSaves = self._files  # which of them, from `setup` on
         self._before: Any = None  # the strategy's own
         self._strategy: Strategy | None = None
+        self._later: SavesLater | None = None
         self._wrappers: list[Wrapper] = []
         self._handle: RemovableHandle | None = None
         self._warm = False
@@ -126,9 +135,15 @@ class AsyncCheckpoint(Callback):
         _refuse(trainer)
         sort_callbacks(trainer)
         self.skipped, self._warm, self._there = 0, False, {}
-        self._strategy, self._before = trainer.strategy, trainer.strategy.checkpoint_io
-        trainer.strategy.checkpoint_io = self._io
-        self._io.late = lambda: {storage.data_ptr() for storage in _storages(trainer, buffers=False)}
+        self._strategy = trainer.strategy
+        if saves_in_shards(trainer.strategy):
+            self._io = self._shards
+            self._shards.timeout = getattr(trainer.strategy, "_timeout", None)
+            self._later = SavesLater(trainer.strategy, self._shards, self._files.check_loads)
+        else:
+            self._io = self._files
+            self._before, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, self._files
+            self._files.late = lambda: {storage.data_ptr() for storage in _storages(trainer, buffers=False)}
         self._wrappers = [
             Wrapper(trainer, "save_checkpoint", lambda *args, **kwargs: self._save(trainer, *args, **kwargs))
         ]
@@ -146,8 +161,7 @@ class AsyncCheckpoint(Callback):
         self._io.count()
         if report.busy and self.when_busy == "skip":
             self.skipped += 1
-            if trainer.is_global_zero:
-                self._io.skip()
+            self._io.skip()
             return
         self._there[str(filepath)] = True
         inner(filepath, *args, **kwargs)
@@ -223,16 +237,25 @@ class AsyncCheckpoint(Callback):
         storages = list(_storages(trainer))
         size = sum(-(-storage.nbytes() // 64) * 64 for storage in storages)
         size += size // 64  # and for what callbacks keep; a checkpoint that is bigger gets more when it comes
-        free, buffers = free_host_memory(), BUFFERS
-        if free is not None and free < BUFFERS * size:
+        sharded = self._io is self._shards
+        needed, free, buffers = BUFFERS * size * (trainer.num_devices if sharded else 1), free_host_memory(), BUFFERS
+        if free is None or free >= needed:
+            each = " for each rank" if sharded else ""
+            rank_zero_info(f"AsyncCheckpoint: two buffers of {readable_size(size)} in host memory{each}")
+        elif sharded:
+            rank_zero_warn(
+                f"AsyncCheckpoint: {readable_size(free)} of host memory are free, too little for two buffers of "
+                f"{readable_size(size)} for each of {trainer.num_devices} ranks: leave it out, or set save_distributed_"
+                "checkpoint=False, for which one buffer does"
+            )
+        else:
             buffers = 1
             rank_zero_warn(
                 f"AsyncCheckpoint: {readable_size(free)} of host memory are free, too little for two buffers of "
                 f"{readable_size(size)}: there is one, and a save waits until the one before it is written"
             )
-        else:
-            rank_zero_info(f"AsyncCheckpoint: two buffers of {readable_size(size)} in host memory")
-        self._io.warm(size, any(storage.device.type == "cuda" for storage in storages), buffers)
+        if not sharded:
+            self._files.warm(size, any(storage.device.type == "cuda" for storage in storages), buffers)
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -269,23 +292,30 @@ class AsyncCheckpoint(Callback):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-        self._io.late = set
-        if self._strategy is not None:
-            strategy, self._strategy = self._strategy, None
+        self._files.late = set
+        if self._strategy is None:
+            return
+        strategy, self._strategy = self._strategy, None
+        if self._later is not None:
+            self._later.remove()
+            self._later = None
+            self._shards.close()
+        else:
             strategy.checkpoint_io = self._before
-            self._io.teardown()
+            self._files.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_wrappers": [], "_handle": None, "_strategy": None, "_before": None}
+        nothing = dict.fromkeys(("_handle", "_strategy", "_before", "_later"))
+        return {**vars(self), **nothing, "_wrappers": [], "_io": self._files}
 
 
 def _storages(trainer: Trainer, buffers: bool = True) -> Iterator[torch.UntypedStorage]:
     """Of the parameters and the optimizers' state, and of the buffers, each once."""
     module = trainer.lightning_module
-    tensors = [*module.parameters(), *(module.buffers() if buffers else ())]
+    tensors = [local(tensor) for tensor in (*module.parameters(), *(module.buffers() if buffers else ()))]
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+            tensors += [local(value) for value in state.values() if isinstance(value, Tensor)]
     seen: set[int] = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -298,15 +328,11 @@ def _refuse(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if sum(isinstance(callback, AsyncCheckpoint) for callback in callbacks_of(trainer)) > 1:
         raise MisconfigurationException("two AsyncCheckpoint callbacks would both write the checkpoints: keep one")
-    sharded = (
-        is_a(strategy, DeepSpeedStrategy)
-        or (is_a(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded")
-        or (is_a(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint)
-    )
-    if sharded:
+    sharded = is_a(strategy, FSDPStrategy) and strategy._state_dict_type == "sharded"
+    if sharded or is_a(strategy, DeepSpeedStrategy):
         raise MisconfigurationException(
             f"AsyncCheckpoint does not support {type(strategy).__name__} where each rank writes its shard: let it save "
-            "whole checkpoints (save_distributed_checkpoint=False, state_dict_type='full'), or leave this callback out"
+            "whole checkpoints (state_dict_type='full'), train by strategy='fsdp2', or leave this callback out"
         )
     if type(strategy.checkpoint_io) not in both(TorchCheckpointIO):
         raise MisconfigurationException(

@@ -11,12 +11,14 @@ import torch
 from lightning_eff.arguments import readable_size
 from lightning_eff.cli.parser import Parser
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage, describe
+from lightning_eff.plugins.sharded_folder import folder_damage, folder_size, is_sharded_folder
 from lightning_eff.training.rank_state import rank_state_files
 
 _DESCRIPTION = """\
 Check checkpoints without loading them into a model: that they are not cut off, and that no byte has changed since they
 were written. Every .ckpt and .pt of torch.save has a checksum for each tensor, which torch.load never looks at. The
-files of the ranks beside a checkpoint (<checkpoint>.ranks/) are checked too, and that none is missing.
+files of the ranks beside a checkpoint (<checkpoint>.ranks/) are checked too, and that none is missing. So is a folder
+into which each rank has written its shards (FSDP2), but for its .metadata, which has no checksum.
 """
 _EPILOG = "The exit status is 0 when all of it is whole, and 1 otherwise."
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> Parser:
     """The arguments."""
     parser = Parser("lightning-eff verify", description=_DESCRIPTION, epilog=_EPILOG)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="checkpoints; local paths or those of fsspec")
+    parser.add_argument("files", nargs="+", metavar="PATH", help="checkpoints; local paths or those of fsspec")
     return parser
 
 
@@ -43,11 +45,12 @@ def _verified(path: str) -> Iterator[tuple[str, str, str]]:
     """Of a checkpoint and the files of its ranks: name, what is wrong, and what is to be said if nothing is."""
     fault, remark = _check(path)
     yield path, fault, remark
-    if fault or not os.path.isfile(path):
+    whole = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # what is not in shards
+    if fault or not os.path.isfile(whole):
         return
     try:
         # Mapped and not read: only its few plain values come into memory.
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        checkpoint = torch.load(whole, map_location="cpu", mmap=True, weights_only=True)
     except Exception:  # it holds a user's objects, which nobody unpickles here, or is of an older format
         return
     for file in rank_state_files(path, checkpoint) if isinstance(checkpoint, dict) else ():
@@ -60,8 +63,11 @@ def _verified(path: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _check(path: str) -> tuple[str, str]:
+    if is_sharded_folder(path):
+        found = folder_damage(path)
+        return (f"damaged: {found}", "") if found else ("", f"whole ({readable_size(folder_size(path))} in shards)")
     if os.path.isdir(path):
-        return "is a folder, and no file that torch.save writes", ""
+        return "is a folder, and no checkpoint", ""
     try:
         found = damage(path)
         if found is not None:

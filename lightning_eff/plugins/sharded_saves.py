@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import io
 import os
 import shutil
 import uuid
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Lock
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from typing_extensions import override
 
-from lightning_eff.arguments import check, check_path
-from lightning_eff.functional.gradients import is_dtensor
-from lightning_eff.training.dtensor import local
+from lightning_eff.arguments import check, check_count, check_number, check_path
+from lightning_eff.plugins.async_checkpoint.copies import Buffers, Turns
+from lightning_eff.plugins.async_checkpoint.writer import Save, Writer, link
 
 _REST = "meta.pt"  # as Lightning names it, by which it knows the folder again
 _PART = ".part"
+_Announced = tuple[str, str, str | None]  # path, token, why it is not saved
 
 
 class ShardedSaveError(RuntimeError):
@@ -42,21 +39,24 @@ class ShardedSaveError(RuntimeError):
 class ShardedSaves:
     """Saves Lightning's checkpoints as a folder with a file for each rank, in the background.
 
-    ``save`` copies this rank's shards into one of two host buffers and returns; ``async_save`` of
-    ``torch.distributed.checkpoint`` writes them in a thread, with collectives on a gloo group of its own. The folder is
-    what ``ModelParallelStrategy(save_distributed_checkpoint=True)`` writes, and loads with plain Lightning.
+    ``save`` copies this rank's shards into one of two host buffers and returns; a thread writes them by
+    ``torch.distributed.checkpoint``, with collectives on a gloo group of its own. The folder is what
+    ``ModelParallelStrategy(save_distributed_checkpoint=True)`` writes, and loads with plain Lightning.
 
     - **Whole or absent.** A checkpoint is written beside its place and takes its name when all ranks have written and
       synced. One of the same name stays until then.
-    - **In order.** One save is written after the other, and what is removed goes when the saves before it are whole;
-      if one has failed, it stays. A third save waits for the first one's buffer.
-    - **Errors** of any rank are raised on all ranks at the next save, by ``flush`` and by ``close``.
+    - **In order.** One save is written after the other. What is removed or linked waits until the saves before it are
+      whole, and behind one that has failed for the next one that is. A third save waits for the first one's buffer.
+    - **Errors** of a disk, on whichever rank, are retried by all ranks together, and then raised on all ranks at the
+      next save, by ``flush`` and by ``close``.
 
     Saving and closing are for all ranks together, in the same order, from the thread that trains. The folder has to be
     one that all ranks see.
 
     Args:
         timeout: of a collective, after which a rank that waits for a dead one fails; None for torch's.
+        retries: how often a save that a disk refused is tried again, >= 0.
+        retry_seconds: between two attempts, >= 0.
 
     Raises:
         ValueError: an argument that is not allowed.
@@ -66,15 +66,17 @@ class ShardedSaves:
         >>> saves.flush()  # nothing is being written
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(self, timeout: timedelta | None = None, retries: int = 2, retry_seconds: float = 1.0) -> None:
         ok = timeout is None or (isinstance(timeout, timedelta) and timeout > timedelta())
         check("timeout", timeout, ok, "a timedelta above zero, or None")
+        check_count("retries", retries, least=0)
+        check_number("retry_seconds", retry_seconds, least=0)
         self.timeout = timeout
+        self.agreed = False
+        """Whether somebody else asks for errors (``take_error``) and tells all ranks: then none is raised here."""
         self._groups: list[dist.ProcessGroup] = []
-        self._buffers = deque([_Buffers(), _Buffers()])
-        self._jobs: deque[_Job] = deque(maxlen=2)
-        self._failure: str | None = None
-        self._lock = Lock()
+        self._turns = Turns()
+        self._writer = Writer(retries, retry_seconds)
 
     def save(self, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
         """Begin to save a checkpoint as ``Trainer.dump_checkpoint`` has made it; the path is that of rank zero.
@@ -84,39 +86,28 @@ class ShardedSaves:
                 pickled. This checkpoint is not saved then.
         """
         check_path("path", path)
-        if len(self._jobs) == 2:
-            wait([self._jobs[0].done])  # its buffer is the one to be used now
-        shards = {"state_dict": checkpoint["state_dict"]}
-        shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.get("optimizer_states", []))}
-        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        writing, agreeing = self._groups = self._groups or self._new_groups()
-        pickled, announced = self._announce(rest, path) if dist.get_rank() == 0 else (b"", {})
-        message = [announced]
-        dist.broadcast_object_list(message, src=0, group=agreeing)
-        if message[0]["failure"] is not None:
-            wait([job.done for job in self._jobs])  # until this rank knows it too, and none is told twice
-            self._failure = None
-            raise ShardedSaveError(message[0]["failure"])
-        job = _Job(message[0]["path"], message[0]["token"])
-        self._buffers.rotate()
-        before = self._jobs[-1].done if self._jobs else None
-        writer = _Folder(job, self._buffers[0], before, pickled)
-        upload = async_save(shards, storage_writer=writer, process_group=writing)
-        self._jobs.append(job)
-        upload.add_done_callback(lambda upload: self._end(job, upload))  # type: ignore[union-attr]
+        buffers = self._turns.take()  # and by then the save but one before is written
+        try:
+            job = self._begin(checkpoint, path)
+            shards = {"state_dict": checkpoint["state_dict"]}
+            shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.get("optimizer_states", []))}
+            copied = buffers.copy(shards)
+        except BaseException:
+            self._turns.give_back(buffers)
+            raise
+        self._writer.save(job.path, partial(self._write, job, buffers, copied))
+        self._writer.submit(partial(self._turns.give_back, buffers))
 
     def remove(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, a file or a folder, when the saves before are whole. Only rank zero removes."""
         check_path("path", path)
-        if dist.is_initialized() and dist.get_rank() != 0:
-            return
-        with self._lock:
-            if self._jobs and not self._jobs[-1].ended:
-                self._jobs[-1].removals.append(os.fspath(path))
-                return
-            if self._failure is not None:
-                return
-        _delete(os.fspath(path))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            own = os.fspath(path)
+            self._writer.after_saves(partial(_delete, own), unless_saved=own, while_linked=own)
+
+    def link_checkpoint(self, target: str, path: str) -> None:
+        """Make a link to a checkpoint, when that is whole; on rank zero."""
+        self._writer.after_saves(partial(link, target, path), unless_saved=path)
 
     def flush(self) -> None:
         """Wait until all is written.
@@ -124,71 +115,138 @@ class ShardedSaves:
         Raises:
             ShardedSaveError: a save has failed.
         """
-        wait([job.done for job in self._jobs])
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise ShardedSaveError(failure)
+        self._writer.flush()
+        if not self.agreed and (error := self._writer.take_error()) is not None:
+            raise ShardedSaveError(str(error)) from error
 
     def close(self) -> None:
         """Flush, and give back the buffers and the process groups; another save makes new ones."""
         try:
             self.flush()
+            if (error := self._writer.take_error()) is not None:
+                rank_zero_warn(str(error))
         finally:
-            self._jobs.clear()
-            self._buffers = deque([_Buffers(), _Buffers()])
+            self._writer.close()
+            self._turns = Turns()
             for group in self._groups:
                 dist.destroy_process_group(group)
             self._groups = []
 
-    def _new_groups(self) -> list[dist.ProcessGroup]:
-        """One for the thread that writes and one for the callers: collectives of two threads must not interleave."""
-        return [dist.new_group(backend="gloo", timeout=self.timeout) for _ in range(2)]
+    # --- as of AsyncCheckpointIO ------------------------------------------------------------------------------------
 
-    def _announce(self, rest: dict[str, Any], path: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
-        """What rank zero alone writes, and what it tells the others."""
-        stream, failure = io.BytesIO(), self._failure
+    @property
+    def busy(self) -> bool:
+        """Whether a save would have to wait for an earlier one."""
+        return self._turns.busy
+
+    @property
+    def behind(self) -> int:
+        """How many of the latest saves are not whole, or not yet."""
+        return self._writer.behind
+
+    @property
+    def hurries(self) -> bool:
+        """Whether the run ends with an exception, and whoever waits for another rank should give up soon."""
+        return self._writer.hurries
+
+    def take_error(self) -> RuntimeError | None:
+        """Why the first save since the last call has failed, if one has; the same on all ranks, sooner or later."""
+        return self._writer.take_error()
+
+    def settle(self) -> None:
+        """Weights are about to be written: a save has copied them, or has it queued before that."""
+
+    def count(self) -> None:
+        """A save begins, or is left out: every rank takes part and knows."""
+
+    def advance(self, behind: int) -> None:
+        """So many of the latest saves are not whole: every rank takes part and knows."""
+
+    def skip(self) -> None:
+        """A save is left out: what would wait for it waits for the next one. On all ranks."""
+        self._writer.skip()
+
+    def after_saves(self, action: Callable[[], Any], here: bool = True, while_linked: str | None = None) -> None:
+        """Do something when all saves so far are whole, in the thread. Every rank takes part in them: ``here`` or not.
+
+        Args:
+            action: without arguments.
+            here: of no meaning.
+            while_linked: a checkpoint that has to be gone first, and waits for this as long as a link points to it.
+        """
+        self._writer.after_saves(action, while_linked=while_linked)
+
+    def write_later(self, kind: str, content: Any, write: Callable[[Any, Save], Any]) -> None:
+        """Copy what belongs beside a checkpoint now, and write it behind all that was asked for before.
+
+        See ``Writer.write_later``. On every rank, for itself.
+        """
+        self._writer.write_later(kind, content, write)
+
+    # --- a save -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> _Job:
+        """Rank zero says what is written where, or why it is not; collective."""
+        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        # One for the thread that writes and one for the callers: collectives of two threads must not interleave.
+        self._groups = self._groups or [dist.new_group(backend="gloo", timeout=self.timeout) for _ in range(2)]
+        pickled, announced = self._announce(rest, path) if dist.get_rank() == 0 else (b"", ("", "", None))
+        message = [announced]
+        dist.broadcast_object_list(message, src=0, group=self._groups[1])
+        own, token, failure = message[0]
+        if failure is not None:
+            if not self.agreed:
+                self._writer.flush()  # until this rank knows it too, and none is told twice
+                self._writer.take_error()
+            raise ShardedSaveError(failure)
+        return _Job(own, token, pickled)
+
+    def _announce(
+        self, rest: dict[str, Any], path: str | os.PathLike[str]
+    ) -> tuple[bytes, tuple[str, str, str | None]]:
+        stream = io.BytesIO()
+        error = None if self.agreed else self._writer.take_error()
+        failure = None if error is None else str(error)
         try:
             torch.save(rest, stream)
-        except Exception as error:
-            failure = failure or f"the checkpoint {path} cannot be pickled: {error}"
-        about = {"path": os.fspath(path), "token": uuid.uuid4().hex[:8], "failure": failure}
-        return stream.getvalue(), about
+        except Exception as bad:
+            failure = failure or f"the checkpoint {path} cannot be pickled: {bad}"
+        return stream.getvalue(), (os.fspath(path), uuid.uuid4().hex[:8], failure)
 
-    def _end(self, job: _Job, upload: Future[Any]) -> None:
-        """In the thread that has written."""
+    def _write(self, job: _Job, buffers: Buffers, shards: dict[str, Any]) -> None:
+        """In the thread: on all ranks in the same order, and with the same end."""
+        buffers.wait()
         try:
-            error = upload.exception()
-            if error is not None:
-                self._failure = self._failure or f"the checkpoint {job.path} could not be written: {_reason(error)}"
-                if dist.get_rank() == 0:
-                    shutil.rmtree(job.part, ignore_errors=True)
-            while True:
-                with self._lock:
-                    removals, job.removals = job.removals, []
-                    job.ended = not removals
-                if job.ended:
-                    break
-                if self._failure is None:
-                    for path in removals:
-                        _delete(path)
-        except Exception as error:  # of a disk, while it removes
-            self._failure = self._failure or f"behind the checkpoint {job.path}: {error}"
-        finally:
-            job.ended = True
-            job.done.set_result(None)
+            save(shards, storage_writer=_Folder(job), process_group=self._groups[0])
+        except CheckpointException as error:  # which is the same on all ranks, and no Exception to Python
+            failures = [failure for failure, _ in error.failures.values()]
+            kind = OSError if all(isinstance(failure, OSError) for failure in failures) else RuntimeError
+            self._leave(job)
+            raise kind(_reason(error)) from error
+        except Exception:
+            self._leave(job)
+            raise
+
+    def _leave(self, job: _Job) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(job.part, ignore_errors=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"retries": self._writer.retries, "retry_seconds": self._writer.retry_seconds}
+        return {"timeout": self.timeout, "agreed": self.agreed, **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ShardedSaves.__init__(self, state["timeout"], state["retries"], state["retry_seconds"])
+        self.agreed = state["agreed"]
 
 
-@dataclass
-class _Job:
+class _Job(NamedTuple):
     """One save."""
 
     path: str
     token: str
-    removals: list[str] = field(default_factory=list)
-    """What goes when it is written."""
-    ended: bool = False
-    """Takes no more removals."""
-    done: Future[None] = field(default_factory=Future)
+    rest: bytes
+    """What is not sharded; of rank zero."""
 
     @property
     def part(self) -> str:
@@ -197,33 +255,18 @@ class _Job:
 
 
 class _Folder(FileSystemWriter):
-    """A checkpoint's folder: copied at once, written in its turn, and named when all ranks have written."""
+    """A checkpoint's folder, which is named when all ranks have written."""
 
-    def __init__(self, job: _Job, buffers: _Buffers, before: Future[None] | None, rest: bytes) -> None:
-        super().__init__(job.part)
+    def __init__(self, job: _Job) -> None:
+        super().__init__(job.part, per_thread_copy_ahead=0)  # all of it is in host memory
         self.job = job
-        self.buffers = buffers
-        self.before = before
-        self.rest = rest
-
-    @override
-    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self.per_thread_copy_ahead = 0  # it is in host memory
-        return self.buffers.copy(state_dict)
-
-    @override
-    def set_up_storage_writer(self, *args: Any, **kwargs: Any) -> None:
-        """The first thing that happens in the thread, before any collective."""
-        if self.before is not None:
-            wait([self.before])
-        super().set_up_storage_writer(*args, **kwargs)
 
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """The last thing: on rank zero, when all ranks have written. An error of it is raised on all ranks."""
         super().finish(metadata, results)
         with open(os.path.join(self.job.part, _REST), "wb") as file:
-            file.write(self.rest)
+            file.write(self.job.rest)
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(self.job.part)
@@ -234,45 +277,11 @@ class _Folder(FileSystemWriter):
                 _delete(os.path.join(folder, other))
 
 
-class _Buffers:
-    """Host memory for the tensors of one save, kept for the next but one."""
-
-    def __init__(self) -> None:
-        self._kept: list[Tensor] = []
-
-    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy of nested containers that nobody else changes; sharded tensors stay sharded."""
-        before, self._kept = iter(self._kept), []
-        copied: dict[str, Any] = self._copy(state, before)
-        if any(local(buffer).is_pinned() for buffer in self._kept):
-            torch.accelerator.current_stream().synchronize()
-        return copied
-
-    def _copy(self, value: Any, before: Iterator[Tensor]) -> Any:
-        if isinstance(value, dict):
-            return {key: self._copy(entry, before) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(entry, before) for entry in value)
-        if not isinstance(value, Tensor):
-            return copy.deepcopy(value)
-        buffer = next(before, None)
-        if buffer is None or _form(buffer) != _form(value):
-            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-        local(buffer).copy_(local(value), non_blocking=True)
-        self._kept.append(buffer)
-        return buffer
-
-
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    form = (type(tensor.detach()), tensor.shape, tensor.stride(), tensor.dtype)
-    return (*form, tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else form  # type: ignore[attr-defined]
-
-
-def _reason(error: BaseException) -> str:
+def _reason(error: CheckpointException) -> str:
     """Torch's exception has the traceback of every rank in its text."""
-    if isinstance(error, CheckpointException):
-        return "; ".join(f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in error.failures.items())
-    return f"{type(error).__name__}: {error}"
+    failures = {rank: failure for rank, (failure, _) in error.failures.items()}
+    says = {r: str(e) if isinstance(e, OSError) else f"{type(e).__name__}: {e}" for r, e in failures.items()}
+    return "; ".join(f"rank {rank}: {what}" for rank, what in says.items())
 
 
 def _take_name(part: str, path: str) -> None:

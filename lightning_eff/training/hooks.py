@@ -166,7 +166,7 @@ class CompressesGradients(Protocol):
 
 
 # A flag of a strategy, an attribute that defaults to False:
-#   saves_later         a checkpoint may be written after `save_checkpoint` has returned.
+#   saves_later         a checkpoint may be written after `save_checkpoint` has returned, by its `sharded_saves`.
 
 # Reasons of a strategy to refuse, attributes that default to None:
 #   trainable_change_refused   why the set of trained parameters cannot change during a run.

@@ -18,6 +18,7 @@ class Wrapper:
         target: the instance; a strategy or a loop of Lightning.
         name: of its method.
         call: called in its place as ``call(method, *args, **kwargs)``, where ``method`` is what was there before.
+        innermost: behind all that stand there already, right in front of the method: for whoever does it in its place.
 
     Example:
         >>> class Loop:
@@ -32,14 +33,21 @@ class Wrapper:
         ('run', {})
     """
 
-    def __init__(self, target: Any, name: str, call: Callable[..., Any]) -> None:
+    def __init__(self, target: Any, name: str, call: Callable[..., Any], innermost: bool = False) -> None:
         self.target = target
         self.name = name
         self.call = call
         self._own = vars(target).get(name, _ABSENT)
         self._method: Callable[..., Any] = getattr(target, name)
         self._removed = False
-        setattr(target, name, self)
+        outer: Wrapper | None = None
+        while innermost and isinstance(self._method, Wrapper):
+            outer = self._method
+            self._own, self._method = outer._own, outer._method
+        if outer is None:
+            setattr(target, name, self)
+        else:
+            outer._own = outer._method = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the instance's method is for everybody else."""

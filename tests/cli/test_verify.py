@@ -70,7 +70,7 @@ def test_rank_files_that_are_damaged_or_missing(checkpoint, capsys):
 def test_what_is_no_file_or_not_there(tmp_path, capsys):
     assert main(["verify", str(tmp_path), str(tmp_path / "none.ckpt")]) == 1
     captured = capsys.readouterr().err.splitlines()
-    assert captured[0].endswith("is a folder, and no file that torch.save writes")
+    assert captured[0].endswith("is a folder, and no checkpoint")
     assert captured[1].endswith("cannot be read: No such file or directory")
 
 

@@ -74,7 +74,7 @@ def _held():
 def _ends(saves):
     saves.close()
     deadline = time.monotonic() + 5
-    while any(thread.name.startswith("AsyncCheckpoint") for thread in threading.enumerate()):
+    while any(thread.name.startswith("checkpoint-writer") for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "a thread is left"
         time.sleep(0.01)
 
@@ -124,7 +124,8 @@ def _removes(folder):
     dist.barrier()
     after = sorted(os.listdir(folder))
     dist.barrier()
-    saves.remove(folder / "new")  # at once, since nothing is written
+    saves.remove(folder / "new")  # nothing is written
+    saves.flush()
     dist.barrier()
     left = os.listdir(folder)
     _ends(saves)
@@ -139,7 +140,7 @@ def test_what_is_removed_goes_behind_the_saves_before(pool, tmp_path):
 
 
 def _full_disk(folder, rank):
-    saves, errors = ShardedSaves(), []
+    saves, errors = ShardedSaves(retry_seconds=0.01), []
     saves.save(_checkpoint(1.0), folder / "old")
 
     def write(before, *args):
@@ -151,9 +152,7 @@ def _full_disk(folder, rank):
     with _instead(FileSystemWriter, "write_data", write):
         saves.save(_checkpoint(2.0), folder / "new")
         saves.remove(folder / "old")
-        torch.distributed.barrier()
-        for job in saves._jobs:
-            job.done.result(30)
+        saves._writer.flush()
     dist.barrier()  # rank zero knows it by now, and tells the others
     try:
         saves.save(_checkpoint(3.0), folder / "third")
@@ -161,6 +160,7 @@ def _full_disk(folder, rank):
         errors.append(str(error))
     dist.barrier()
     left, values = sorted(os.listdir(folder)), _values(folder / "old")
+    dist.barrier()
     saves.save(_checkpoint(3.0), folder / "third")
     saves.flush()
     _ends(saves)
@@ -171,23 +171,24 @@ def _full_disk(folder, rank):
 def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_there_stays(pool, tmp_path, rank):
     for errors, left, values, third in pool.run(_full_disk, tmp_path, rank):
         assert errors == [
-            f"the checkpoint {tmp_path}/new could not be written: rank {rank}: OSError: [Errno 28] No space left on "
-            "device"
+            f"{tmp_path}/new could not be written in 3 attempts: OSError: rank {rank}: [Errno 28] No space left on "
+            "device; checkpoints of before stay"
         ]
         assert left == ["old"]
         assert values == {1.0}
         assert third == {3.0}
+    assert os.listdir(tmp_path) == ["third"]  # and what was to be removed has gone behind it
 
 
 def _fails_at_the_end(folder):
-    saves = ShardedSaves()
+    saves = ShardedSaves(retry_seconds=0.01)
 
     def finish(before, *args):
         raise OSError(30, "Read-only file system")
 
     with _instead(sharded_saves, "_take_name", finish):
         saves.save(_checkpoint(1.0), folder / "a")
-        with pytest.raises(ShardedSaveError, match=r"rank 0: OSError.*Read-only") as caught:
+        with pytest.raises(ShardedSaveError, match=r"in 3 attempts: OSError: rank 0: .*Read-only") as caught:
             saves.close()
     return str(caught.value), os.listdir(folder)
 

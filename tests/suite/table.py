@@ -578,7 +578,6 @@ ROWS = (
         AsyncCheckpoint,
         {"when_busy": "skip", "on_error": "warn", "retries": 1, "retry_seconds": 0.0, "check_loads": False},
         changes_training=False,
-        refused_strategies={"fsdp2": "let it save whole checkpoints"},
         bad_arguments=(
             {"when_busy": "never"},
             {"on_error": "ignore"},

@@ -45,3 +45,25 @@ def test_behind_a_foreign_wrapper_it_only_calls_on():
     target.run = lambda: ["foreign", *inner()]
     wrapper.remove()
     assert target.run() == ["foreign", "inner"]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("own", [False, True])
+def test_the_innermost_stands_behind_all_others(order, own):
+    target = Target()
+    if own:
+        target.run = mine = lambda: ["mine"]
+    wrappers = [Wrapper(target, "run", _named("a")), Wrapper(target, "run", _named("b"))]
+    wrappers.append(Wrapper(target, "run", lambda run: ["in its place"], innermost=True))
+    assert target.run() == ["b", "a", "in its place"]
+    left = {0: "a", 1: "b"}
+    for index in order:
+        wrappers[index].remove()
+        left.pop(index, None)
+        method = ["mine" if own else "inner"] if wrappers[2]._removed else ["in its place"]
+        assert target.run() == [*reversed(left.values()), *method]
+    assert vars(target) == ({"run": mine} if own else {})
+    alone = Wrapper(target, "run", lambda run: ["in its place"], innermost=True)
+    assert target.run() == ["in its place"]
+    alone.remove()
+    assert vars(target) == ({"run": mine} if own else {})

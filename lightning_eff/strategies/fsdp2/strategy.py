@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check, check_flag, check_globs, check_text
 from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
+from lightning_eff.plugins.sharded_strategy import sharded_optimizer_state, sharded_weights
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
 from lightning_eff.strategies.fsdp2.whole_weights import WholeWeights
 from lightning_eff.training.namespaces import MisconfigurationException, overrides
@@ -64,7 +65,8 @@ class FSDP2(_Base):
         self.forward_methods = list(forward_methods or ())
         self.exclude = list(exclude or ())
         self.reshard_after_forward = reshard_after_forward
-        self._saves = ShardedSaves(timeout)
+        self.sharded_saves = ShardedSaves(timeout)
+        """By what it saves, if it ``saves_later``."""
         self.saves_later = save_distributed_checkpoint and async_save
         self._whole: WholeWeights | None = None
         self._has_buffers = False
@@ -157,54 +159,44 @@ class FSDP2(_Base):
             self._share_buffers()  # any rank may write them
         if not self.saves_later:
             return super().lightning_module_state_dict()  # type: ignore[no-any-return]
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        assert self.model is not None
-        # Where they are: the save copies them to the host, once.
-        state: dict[str, Any] = get_model_state_dict(self.model)
-        return state
+        return sharded_weights(self.model)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if not self.saves_later:
             return super().optimizer_state(optimizer)  # type: ignore[no-any-return]
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-        assert self.model is not None
-        inner = getattr(optimizer, "_optimizer", optimizer)  # of a LightningOptimizer
-        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner)
-        return state
+        return sharded_optimizer_state(self.model, optimizer)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
         if not self.saves_later or storage_options is not None:  # which Lightning refuses
             super().save_checkpoint(checkpoint, filepath, storage_options)
         else:
-            self._saves.save(checkpoint, filepath)
+            self.sharded_saves.save(checkpoint, filepath)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.saves_later:
-            self._saves.remove(filepath)
+            self.sharded_saves.remove(filepath)
         else:
             super().remove_checkpoint(filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        self._saves.flush()
+        self.sharded_saves.flush()
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
         return checkpoint
 
     @override
     def on_train_end(self) -> None:
         """Behind the callbacks, which may have saved."""
-        self._saves.flush()
+        self.sharded_saves.flush()
 
     @override
     def teardown(self) -> None:
         failing = sys.exc_info()[1]
         try:
-            self._saves.close()
+            self.sharded_saves.close()
         except ShardedSaveError as error:
             if failing is None:
                 raise

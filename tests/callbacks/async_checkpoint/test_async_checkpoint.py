@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 import lightning as L
@@ -11,12 +12,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO as LightningsAsyncCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors.torch import load_file
 
 from harness.faults import InjectedError, fail_at
-from harness.runs import ddp, fit, fsdp2
+from harness.runs import fit
 from lightning_eff.callbacks import EMA, Alarm, AsyncCheckpoint, CheckpointAveraging, Preemption, TrainingGuard, sound
 from lightning_eff.callbacks.async_checkpoint import AsyncCheckpoint as Same
 from lightning_eff.plugins import AsyncCheckpointIO
+from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 from lightning_eff.training import hooks
 from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, SaveInHook, copy_late
 from tests.plugins.async_checkpoint.gate import Gate
@@ -61,12 +66,15 @@ def test_a_save_in_any_hook_holds_the_state_of_that_moment(tmp_path, monkeypatch
     assert LatestCopy.made == (len(saver.expected) if late else 0)
 
 
-def test_a_rollback_waits_for_what_is_still_copied(tmp_path, monkeypatch):
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_rollback_waits_for_what_is_still_copied(tmp_path, monkeypatch, hook):
     copy_late(monkeypatch)
-    saver = SaveInHook(tmp_path, "on_train_batch_end")
+    saver = SaveInHook(tmp_path, hook)
     guard = TrainingGuard(rules=[], every_n_steps=1, keep=5, margin=2, read_every_n_steps=1)
-    _fit(tmp_path, saver, AlarmOnce(), guard, AsyncCheckpoint(), val_check_interval=None)
+    ema = EMA(decay=0.5, validate_with="average", save="none")
+    _fit(tmp_path, saver, ema, AlarmOnce(), guard, AsyncCheckpoint())
     assert guard.rollbacks == 1
+    assert len(saver.expected) > 0
     for name, expected in saver.expected.items():
         found = _load(tmp_path / name)
         assert differences(found["state_dict"], expected["state_dict"]) == []
@@ -256,6 +264,59 @@ def _exit():
     raise SystemExit(143)
 
 
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_sigterm_leaves_all_of_it_on_disk(tmp_path, monkeypatch, ours):
+    """A real one, with Preemption and as Lightning alone treats it: the run ends, and what it has saved is written."""
+    gate = Gate(monkeypatch)
+    monkeypatch.setattr(gate.open, "wait", lambda _: not threading.Event().wait(0.1))
+
+    class Signal(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    memory = CheckpointAveraging(window=2, every_n_steps=1)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises((SystemExit, SIGTERMException)):
+        _fit(tmp_path, AsyncCheckpoint(), *([Preemption()] if ours else []), Signal(), memory, saver)
+    names = [name for name in os.listdir(tmp_path) if name.startswith("step=") and name.endswith(".ckpt")]
+    assert {f"step={step}.ckpt" for step in (1, 2, 3, 4)} <= set(names)
+    for name in [*names, *(["last-preemption.ckpt"] if ours else [])]:
+        assert damage(tmp_path / name) is None
+        assert len(os.listdir(tmp_path / f"{name}.ranks")) == 1
+        assert (tmp_path / f"average-{name}").exists()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_lies_beside_a_checkpoint_is_written_later_too(tmp_path, monkeypatch):
+    """And is what it is without us: the window in the ranks' folder, and the average, with the link to it."""
+    gate = Gate(monkeypatch)
+    gate.open.clear()
+
+    class Open(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 2:
+                seen.extend(os.listdir(folder))
+                gate.open.set()
+
+    contents = []
+    for callbacks in ((), (AsyncCheckpoint(), Open())):
+        folder, seen = tmp_path / str(len(callbacks)), []
+        average = CheckpointAveraging(window=2, every_n_steps=1, save="all", validate_with="current")
+        saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last="link")
+        _fit(folder, *callbacks, average, saver, max_epochs=1)
+        assert sorted(os.listdir(folder)) == sorted(
+            [f"{a}{b}" for a in ("average-last", "average-step=6") for b in (".ckpt", ".safetensors")]
+            + ["last.ckpt", "step=6.ckpt", "step=6.ckpt.ranks"]
+        )
+        assert os.readlink(folder / "average-last.ckpt") == "average-step=6.ckpt"
+        (window,) = (folder / "step=6.ckpt.ranks").iterdir()
+        saved = [_load(window)["state"], _load(folder / "average-step=6.ckpt")["state_dict"]]
+        contents.append([*saved, load_file(folder / "average-step=6.safetensors")])
+    assert seen == ["step=1.ckpt.ranks"]  # what is written before the first checkpoint, which is held
+    assert differences(contents[0], contents[1]) == []
+
+
 @pytest.mark.filterwarnings("ignore:Preemption")
 @pytest.mark.parametrize("plugin", [False, True])
 def test_the_emergency_save_is_there_at_once(tmp_path, plugin):
@@ -290,11 +351,12 @@ def test_conflicts_are_refused(tmp_path, callbacks, arguments, words):
         _fit(tmp_path, *callbacks, **arguments)
 
 
-def test_strategies_that_save_in_shards_are_refused():
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, strategy=fsdp2())
-    with pytest.raises(MisconfigurationException, match="each rank writes its shard: let it save whole checkpoints"):
+def test_shards_that_are_not_fsdp2s_are_refused():
+    strategy = FSDPStrategy(state_dict_type="sharded")
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer._accelerator_connector.strategy = strategy  # nothing of FSDP runs without a GPU
+    with pytest.raises(MisconfigurationException, match=r"each rank writes its shard: .*train by strategy='fsdp2'"):
         AsyncCheckpoint().setup(trainer, Model(), "fit")
-    assert not isinstance(ddp(), type(fsdp2()))
 
 
 def test_the_hooks_are_answered():
