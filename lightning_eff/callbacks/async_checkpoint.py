@@ -68,7 +68,8 @@ class AsyncCheckpoint(Callback):
     copy; ``on_train_end``, ``on_fit_end``, ``on_exception`` flush.
     Reads: what a checkpoint holds.
     Changes: nothing; how the strategy saves while ``fit`` runs.
-    Collectives: one broadcast of a few bytes in each save and at the end of the fit; none in a step.
+    Collectives: one broadcast of a few bytes in each save and at the end of the fit; none in a step. Where ranks write
+    shards one more in each save, and those of ``torch.distributed.checkpoint`` in threads, with groups of their own.
     Host syncs: none in a step.
     Strategies: one device, DDP and its kin, compressed ones, ``ddp_ft``, and FSDP2 (``ModelParallelStrategy``), whose
     ranks write their shards so too; FSDP's sharded checkpoints and DeepSpeed are refused.
