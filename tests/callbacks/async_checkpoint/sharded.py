@@ -113,7 +113,7 @@ def run(
             module, memory, holds, *([Flush()] if failures else []), callback, saver, strategy=STRATEGIES[strategy](),
             max_steps=steps, default_root_dir=folder, **OPTIONS,
         )  # fmt: skip
-        found["own"] = sorted({"save_checkpoint", "sharded_saves", "remove_checkpoint"} & vars(trainer.strategy).keys())
+        found["own"] = sorted({"lightning_module_state_dict", "sharded_saves"} & vars(trainer.strategy).keys())
     except RuntimeError as error:
         found["error"] = str(error)
     finally:
@@ -138,7 +138,7 @@ def resumed(folder: Path, strategy: str, name: str = "last.ckpt") -> dict[str, A
     return {"losses": module.losses, "loaded": memory.loaded}
 
 
-def damaged(folder: Path) -> tuple[str, Any]:
+def damaged(folder: Path) -> str:
     """What is said where a byte of rank zero's shards has changed."""
     run(folder, "by hand", last=None)
     (path,) = folder.glob("*.ckpt")
@@ -147,15 +147,11 @@ def damaged(folder: Path) -> tuple[str, Any]:
         content[len(content) // 3] ^= 255
         (path / "__0_0.distcp").write_bytes(content)
     torch.distributed.barrier()
-    said = []
-    for check_loads in (True, False):
-        callback = AsyncCheckpoint(check_loads=check_loads)
-        try:
-            fit(Sharded(), callback, strategy=fsdp2(), max_steps=4, ckpt_path=path, **OPTIONS)
-            said.append("nothing")
-        except RuntimeError as error:
-            said.append(str(error))
-    return said[0], said[1]
+    try:
+        fit(Sharded(), AsyncCheckpoint(), strategy=fsdp2(), max_steps=4, ckpt_path=path, **OPTIONS)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
 
 
 def averaged(folder: Path, ours: bool) -> dict[str, Any]:
