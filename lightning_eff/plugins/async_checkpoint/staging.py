@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_eff.plugins.async_checkpoint.checkpoint_file import take_apart
 
 BUFFERS = 2
 _ALIGNMENT = 64
+_PIECE = 16 * 1024 * 1024
 _LATE_DEVICES = {"cuda"}
 
 Late = Callable[[], set[int]]
@@ -48,10 +50,12 @@ class Arena:
             self._memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
         self.size, self.pinned = size, pinned
 
-    def touch(self) -> None:
-        """Let the system provide the memory now; other threads go on meanwhile."""
-        if self._memory is not None:
-            self._memory.numpy().fill(0)
+    def touch(self, wanted: Callable[[], bool] = lambda: False) -> None:
+        """Let the system provide the memory now; other threads go on meanwhile. Ends early when it is ``wanted``."""
+        for begin in range(0, self.size, _PIECE):
+            if wanted():
+                return
+            self.part(begin, _PIECE).numpy().fill(0)
 
     def part(self, begin: int, size: int) -> Tensor:
         """Bytes of it."""
@@ -152,6 +156,7 @@ class Stager:
         for _ in range(BUFFERS):
             self._free.put(Arena())
         self._buffers = BUFFERS
+        self._wanted = threading.Event()  # somebody waits for an arena
         self._in_use: set[Staged] = set()
         self._latest: Staged | None = None
 
@@ -169,6 +174,8 @@ class Stager:
         """
         self.settle()
         pickled, storages = take_apart(checkpoint)
+        if self._free.empty():
+            self._wanted.set()
         arena = self._free.get()
         try:
             self._latest = staged = Staged(pickled, storages, arena, late)
@@ -195,6 +202,7 @@ class Stager:
     def take_idle(self, buffers: int) -> list[Arena]:
         """Arenas that nobody uses, for `warm`; a save waits until they are back. So many are kept, the others go."""
         idle: list[Arena] = []
+        self._wanted.clear()
         while not self._free.empty():
             idle.append(self._free.get())
         kept = max(0, buffers - len(self._in_use))
@@ -202,10 +210,11 @@ class Stager:
         return idle[:kept]
 
     def warm(self, arenas: Sequence[Arena], size: int, pinned: bool) -> None:
-        """Have the memory before the first save needs it; in a thread of its own."""
+        """Have the memory before the first save needs it; in a thread of its own. A save that comes soon ends it."""
         for arena in arenas:
             try:
                 arena.reserve(size, pinned)
-                arena.touch()
+                arena.touch(self._wanted.is_set)
             finally:
+                self._wanted.clear()
                 self._free.put(arena)

@@ -14,6 +14,7 @@ import torch
 
 from harness.processes import eventually
 from lightning_eff.plugins import AsyncCheckpointIO
+from lightning_eff.plugins.async_checkpoint import staging
 from lightning_eff.plugins.async_checkpoint import writer as writing
 from tests.callbacks.preemption.runs import Model, trainer
 from tests.plugins.async_checkpoint.gate import Gate
@@ -199,6 +200,34 @@ def test_memory_is_got_before_the_first_save(tmp_path, saver):
     assert [arena.size for arena in arenas] == [1_000_000, 1_000_000]
     for arena in arenas:
         saver._stager._free.put(arena)
+
+
+def test_a_save_does_not_wait_until_its_memory_is_touched(tmp_path, monkeypatch, saver):
+    touched, begun, go = [], threading.Event(), threading.Event()
+    touch = staging.Arena.touch
+
+    def slow(arena, wanted):
+        def asked():
+            begun.set()
+            assert go.wait(20) if len(touched) == 2 else True
+            touched.append(wanted())
+            return touched[-1]
+
+        touch(arena, asked)
+
+    monkeypatch.setattr(staging.Arena, "touch", slow)
+    monkeypatch.setattr(staging, "_PIECE", 1000)
+    saver.warm(100_000, pinned=False, buffers=2)
+    assert begun.wait(20)
+    save = threading.Thread(target=saver.save_checkpoint, args=({"weight": torch.ones(100)}, tmp_path / "a.ckpt"))
+    save.start()
+    assert eventually(saver._stager._wanted.is_set)
+    go.set()
+    save.join(20)
+    saver.flush()
+    assert touched[:3] == [False, False, True]  # it ends at the first piece behind that
+    assert len(touched) == 3 + 100  # and goes on with the other one
+    assert _loaded(tmp_path / "a.ckpt") == [1] * 100
 
 
 def test_it_can_be_copied_and_pickled(tmp_path, saver):
