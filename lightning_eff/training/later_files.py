@@ -49,6 +49,17 @@ def _write(content: Any, path: str, save: Save) -> None:
         save(content, stream)
 
 
+def file_name(identity: str, name: str, rank: int | None) -> str:
+    """Of an owner's state beside the checkpoint of an id; of one rank, or of all."""
+    return f"{identity}.{name}.pt" if rank is None else f"{identity}.{name}.rank{rank}.pt"
+
+
+def is_newer(identity: str, than: str) -> bool:
+    """Whether it is of a later checkpoint of the same run."""
+    (run, _, number), (same, _, latest) = identity.rpartition("-"), than.rpartition("-")
+    return run == same and number.isdecimal() and int(number) > int(latest)
+
+
 class Others:
     """Whether the other ranks have written their part of something, by the store of the process group.
 

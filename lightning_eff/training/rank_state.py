@@ -35,7 +35,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eff.arguments import check, check_flag, check_text
-from lightning_eff.training.later_files import Others, saver_of, write_all
+from lightning_eff.training.later_files import Others, file_name, is_newer, saver_of, write_all
 from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
@@ -157,7 +157,7 @@ def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
     if entry is None or "replicated" not in entry:  # the latter of version 0.1, which had other names
         return []
     names = [
-        _name(entry["id"], name, rank)
+        file_name(entry["id"], name, rank)
         for name in entry["names"]
         for rank in ([None] if name in entry["replicated"] else range(entry["world_size"]))
     ]
@@ -241,7 +241,7 @@ class _RankFiles:
         for name, state in states.items():
             replicated = self.owners[name].replicated
             if not replicated or self.rank == 0:
-                file = os.path.join(path + _SUFFIX, _name(identity, name, None if replicated else self.rank))
+                file = os.path.join(path + _SUFFIX, file_name(identity, name, None if replicated else self.rank))
                 files[file] = {"id": identity, "rank": self.rank, "state": state}
         saver = saver_of(self.strategy)
         if not hasattr(saver, "write_later"):
@@ -333,7 +333,7 @@ class _RankFiles:
         fs = get_filesystem(path)
         fs.invalidate_cache()
         beside = [folder for folder in fs.ls(os.path.dirname(path) or ".", detail=False) if folder.endswith(_SUFFIX)]
-        names = (_name(identity, name, rank), f"{identity}.rank{rank or 0}.pt")  # the latter of version 0.1
+        names = (file_name(identity, name, rank), f"{identity}.rank{rank or 0}.pt")  # the latter of version 0.1
         for file in (os.path.join(folder, own) for own in names for folder in (path + _SUFFIX, *beside)):
             if fs.exists(file):
                 # Whatever is wrong with a file, the run can go on without it, and says so.
@@ -364,7 +364,7 @@ class _RankFiles:
         for file in files:
             identity, _, rest = os.path.basename(file).partition(".")
             own = self.rank == 0 or rest.endswith(f"rank{self.rank}.pt")
-            if own and identity not in keep and not _is_newer(identity, latest):
+            if own and identity not in keep and not is_newer(identity, latest):
                 with suppress(FileNotFoundError):  # another rank was quicker
                     fs.rm_file(file)
         if not keep:
@@ -393,13 +393,3 @@ class _RankFiles:
         """A checkpoint that is only validated or tested leaves the state of the training alone, as for callbacks."""
         module = self.strategy.lightning_module
         return module is None or module._trainer is None or module._trainer.state.fn == TrainerFn.FITTING
-
-
-def _is_newer(identity: str, than: str) -> bool:
-    """Whether it is of a later checkpoint of the same run."""
-    (run, _, number), (same, _, latest) = identity.rpartition("-"), than.rpartition("-")
-    return run == same and number.isdecimal() and int(number) > int(latest)
-
-
-def _name(identity: str, name: str, rank: int | None) -> str:
-    return f"{identity}.{name}.pt" if rank is None else f"{identity}.{name}.rank{rank}.pt"
