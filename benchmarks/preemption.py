@@ -1,7 +1,7 @@
 """Preemption: how long from a signal to the checkpoint and to the exit, and what an ordinary step pays.
 
 python -m benchmarks.preemption signal    # a signal to one rank in each phase, two and three ranks under torchrun
-python -m benchmarks.preemption cost      # collectives, and process CPU time a step, plain Lightning against ours
+python -m benchmarks.preemption cost      # collectives, host syncs, process CPU time a step, plain Lightning and ours
 """
 
 from __future__ import annotations
@@ -15,38 +15,90 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
+from harness.operators import OperatorCounter
 from harness.runs import QUIET, quiet_lightning
 from harness.timing import ratio
 from lightning_eff.callbacks import Preemption
 
 ROOT = Path(__file__).parent.parent
-HOOKS = {
-    "data loading": "on_train_batch_start",
-    "forward": "on_before_backward",
-    "backward": "on_after_backward",
-    "before the update": "on_before_optimizer_step",
-    "behind a step": "on_train_batch_end",
-    "validation": "on_validation_batch_end",
+PHASES = {  # where the signal comes, and at which call of it
+    "sanity check": ("on_validation_batch_start", 1),
+    "compile": ("compile", 1),
+    "data loading": ("data", 109),
+    "batch start": ("on_train_batch_start", 27),
+    "forward": ("on_before_backward", 27),
+    "backward": ("on_after_backward", 27),
+    "before the update": ("on_before_optimizer_step", 27),
+    "batch end": ("on_train_batch_end", 27),
+    "saving": ("on_save_checkpoint", 1),
+    "validation": ("on_validation_batch_end", 27),
 }
 EVERY = 10
 WARM = 20
 
 
+class Rows(Dataset[torch.Tensor]):
+    """Random bytes, and what is called when one row is asked for."""
+
+    def __init__(self, rows: int, called: Any = None) -> None:
+        self.rows = torch.randint(0, 256, (rows, 65))
+        self.called = called
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.called is not None:
+            self.called()
+        return self.rows[index]
+
+
+class Signal(L.Callback):
+    """Sends SIGTERM to its own process in a hook, or where it is called by hand, and notes when."""
+
+    def __init__(self, where: str, call: int) -> None:
+        self.call, self.calls, self.at, self.step = call, 0, 0.0, 0
+        self.trainer: Any = None
+        if hasattr(self, where):
+            setattr(self, where, self.here)
+
+    def setup(self, trainer: Any, *_: Any, **__: Any) -> None:
+        self.trainer = trainer
+
+    def here(self, *_: Any, **__: Any) -> None:
+        self.calls += 1
+        if self.calls == self.call:
+            self.step, self.at = self.trainer.global_step, time.time()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Module(L.LightningModule):
     """A byte GPT of a million parameters on random bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str | None, sender: Signal | None, waits: bool) -> None:
         super().__init__()
+        self.waits = waits
         self.model = GPT(GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128))
+        self.called = sender.here if sender is not None and where == "data" else None
+        if where == "compile":
+
+            def backend(graph: Any, inputs: Any) -> Any:
+                if sender is not None:
+                    sender.here()
+                return graph
+
+            self.model.compile(backend=backend)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         logits = self.model(batch[:, :-1])
@@ -56,27 +108,15 @@ class Module(L.LightningModule):
         self.training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
+        if self.waits:  # AdamW on the CPU reads its count of steps for each parameter
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def train_dataloader(self) -> Any:
-        return DataLoader(torch.randint(0, 256, (4096, 65)), batch_size=4)
+        return DataLoader(Rows(4096, self.called), batch_size=4)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(torch.randint(0, 256, (256, 65)), batch_size=4)
-
-
-class Signal(L.Callback):
-    """Sends SIGTERM to its own process in a hook, and notes when."""
-
-    def __init__(self, hook: str, call: int) -> None:
-        self.call, self.calls, self.at = call, 0, 0.0
-        setattr(self, hook, self._called)
-
-    def _called(self, trainer: Any, *_: Any, **__: Any) -> None:
-        self.calls += 1
-        if self.calls == self.call:
-            self.step, self.at = trainer.global_step, time.time()
-            os.kill(os.getpid(), signal.SIGTERM)
+        return DataLoader(Rows(256), batch_size=4)
 
 
 class Saved(L.Callback):
@@ -86,6 +126,20 @@ class Saved(L.Callback):
 
     def on_exception(self, *_: Any) -> None:
         self.at = time.time()
+
+
+class Waits(L.Callback):
+    """Counts the moments, in the steps behind the first ones, at which the host would wait for a device."""
+
+    def __init__(self) -> None:
+        self.counter = OperatorCounter()
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == WARM:
+            self.counter.__enter__()
+
+    def on_train_end(self, *_: Any) -> None:
+        self.counter.__exit__()
 
 
 class Steps(L.Callback):
@@ -123,24 +177,30 @@ def worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     quiet_lightning()
     rank = int(os.environ["RANK"])
-    steps, saved = Steps(), Saved()
-    callbacks: list[L.Callback] = [saved, steps]
-    sender = None
+    steps, saved, waits = Steps(), Saved(), Waits()
+    callbacks: list[L.Callback] = [saved, steps, *([waits] if settings.get("waits") else [])]
+    sender, where = None, settings.get("where")
+    preemption = Preemption(every_n_steps=EVERY)
     if settings["ours"]:
-        callbacks.append(Preemption(every_n_steps=EVERY))
-    if settings.get("hook") and rank == settings["rank"]:
-        sender = Signal(settings["hook"], settings["call"])
+        callbacks.append(preemption)
+    if where and rank == settings["rank"]:
+        sender = Signal(where, settings["call"])
         callbacks.append(sender)
+    if where == "on_save_checkpoint":
+        callbacks.append(ModelCheckpoint(settings["folder"], every_n_train_steps=25))
     trainer = L.Trainer(
         accelerator="cpu", devices=settings["ranks"], strategy="ddp", callbacks=callbacks,
         max_steps=settings["max_steps"], val_check_interval=200, limit_val_batches=settings["validation"],
-        num_sanity_val_steps=0, default_root_dir=settings["folder"], **QUIET,
+        num_sanity_val_steps=2 if where == "on_validation_batch_start" else 0, default_root_dir=settings["folder"],
+        **QUIET | {"enable_checkpointing": where == "on_save_checkpoint"},
     )  # fmt: skip
     found: dict[str, Any] = {}
     try:
-        trainer.fit(Module())
+        trainer.fit(Module(where, sender, settings.get("waits", False)))
     finally:
-        found |= {"step": trainer.global_step, "ended": saved.at}
+        found |= {"step": trainer.global_step, "ended": saved.at, "waits": waits.counter.waits}
+        if preemption.saved is not None:
+            found["saved_step"] = torch.load(preemption.saved, weights_only=True)["global_step"]
         if sender is not None:
             found |= {"signalled": sender.at, "at_step": sender.step}
         if settings["max_steps"] <= trainer.global_step:
@@ -160,12 +220,19 @@ def run(ranks: int, **settings: Any) -> tuple[list[dict[str, Any]], float]:
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)], ended
 
 
-def signals() -> None:
+def signals(ranks_of: Sequence[int]) -> None:
     rows = []
-    for ranks in (2, 3):
-        for phase, hook in HOOKS.items():
-            common = {"ours": True, "hook": hook, "call": 27, "rank": ranks - 1, "max_steps": 1000, "validation": 40}
-            found, ended = run(ranks, **common)
+    for ranks in ranks_of:
+        for phase, (where, call) in PHASES.items():
+            common = {
+                "ours": True,
+                "where": where,
+                "call": call,
+                "rank": ranks - 1,
+                "max_steps": 1000,
+                "validation": 40,
+            }
+            found, ended = run(ranks, ours=True, **common)
             sent = found[-1]
             rows.append(
                 {
@@ -174,13 +241,16 @@ def signals() -> None:
                     "phase": phase,
                     "every_n_steps": EVERY,
                     "steps_until_stop": sent["step"] - sent["at_step"],
+                    "lost_steps": max(rank["step"] - rank["saved_step"] for rank in found),
                     "ranks_at_one_step": len({rank["step"] for rank in found}) == 1,
                     "seconds_to_saved": round(max(rank["ended"] for rank in found) - sent["signalled"], 3),
                     "seconds_to_exit": round(ended - sent["signalled"], 3),
+                    "load": round(os.getloadavg()[0], 1),
                 }
             )
+            print(rows[-1], flush=True)
     show("From a signal to one rank to the end of all, 0.85 M GPT", rows)
-    write_rows("preemption_signal", rows)
+    write_rows("preemption_signal", rows, key=("ranks", "phase"))
 
 
 def cost(rounds: int, steps: int) -> None:
@@ -193,6 +263,10 @@ def cost(rounds: int, steps: int) -> None:
             for kind in figures:
                 figures[kind].setdefault(name, []).append(statistics.mean(rank[kind] for rank in found))
             counts[name] = found[0]["counts"]
+    for name, ours in (("Lightning", False), ("Preemption", True)):
+        found, _ = run(2, ours=ours, max_steps=steps, validation=0, waits=True)
+        waits = found[0]["waits"]
+        counts[name] |= {"host": waits.pop("tolist", 0), "waits": sum(waits.values())}
     rows = []
     for name in ("Lightning", "Preemption"):
         middle, low, high = ratio(figures["cpu"], name, "Lightning")
@@ -205,11 +279,14 @@ def cost(rounds: int, steps: int) -> None:
                 "rounds": rounds,
                 "broadcasts_in_all": counts[name].get("broadcast", 0),
                 "all_reduces_in_all": counts[name].get("all_reduce", 0),
+                "host_syncs_behind_20_steps": counts[name]["waits"],
+                "reads_of_host_tensors_behind_20_steps": counts[name]["host"],
                 "cpu_ms_a_step": round(1000 * statistics.median(figures["cpu"][name]), 2),
                 "cpu_ratio": round(middle, 4),
                 "cpu_ratio_low": round(low, 4),
                 "cpu_ratio_high": round(high, 4),
                 "wall_ratio": round(wall, 4),
+                "load": round(os.getloadavg()[0], 1),
             }
         )
     show("An ordinary step, 0.85 M GPT", rows)
@@ -220,12 +297,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["signal", "cost", "worker"])
     parser.add_argument("settings", nargs="?")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=220)
     arguments = parser.parse_args()
     if arguments.what == "worker":
         worker(json.loads(arguments.settings))
     elif arguments.what == "signal":
-        signals()
+        signals(arguments.ranks)
     else:
         cost(arguments.rounds, arguments.steps)

@@ -281,6 +281,20 @@ def test_an_early_end_with_status_0_is_said(launch):
     assert "[launch] replica 0 ended with exit status 0 after 57 steps, before the training was over" in run.text
 
 
+def test_a_process_that_is_stopped_is_named(launch):
+    run = launch("--replicas", "2")
+    pid = run.actor("1.0")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    named = f"[replica 1] process {pid} is stopped (SIGSTOP or Ctrl-Z): the other replicas go on without it"
+    eventually(lambda: named in run.text, what=run.text)
+    os.kill(pid, signal.SIGCONT)
+    eventually(lambda: f"[replica 1] process {pid} is no longer stopped" in run.text, what=run.text)
+    run.actor("0.0")
+    run.tell("0.0")
+    run.tell("1.0")
+    assert run.wait() == 0
+
+
 def test_who_leaves_is_not_started_again_and_the_others_go_on(launch):
     """Whatever its exit status: 143 by default with Preemption."""
     run = launch("--replicas", "2", script=("progress", "leaves"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from lightning_eff import _launched
 from lightning_eff._launched import Progress
+from lightning_eff.cli.launch.stopped import StoppedWatch
 
 
 @dataclass
@@ -110,7 +111,8 @@ def _run(name: str, processes: int, folder: str, command: Sequence[str]) -> _Fai
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, command[0])(*command[1:])
+        with StoppedWatch():
+            elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         # A process that was killed may take others with it, which end with exceptions of their own.
         codes = sorted(failure.exitcode for failure in error.failures.values())

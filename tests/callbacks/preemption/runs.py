@@ -25,10 +25,13 @@ class Resumable(DataLoader):
     """Goes on behind the batches that were given out when a checkpoint was saved."""
 
     given = first = 0
+    asked: Any = None  # called for each batch
 
     def __iter__(self) -> Any:
         self.given, self.first = self.first, 0
         for batch in list(super().__iter__())[self.given :]:
+            if self.asked is not None:
+                self.asked()
             self.given += 1
             yield batch
 
@@ -48,6 +51,7 @@ class Model(L.LightningModule):
         self.seen: list[int] = []
         self.validated: list[tuple[int, float]] = []
         self.hooks = 0
+        self.asked: Any = None
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.seen.append(batch_idx)
@@ -71,21 +75,39 @@ class Model(L.LightningModule):
         }
 
     def train_dataloader(self) -> DataLoader:
-        return Resumable(torch.linspace(-1, 1, BATCHES * 2 * 4).view(-1, 4), batch_size=2)
+        loader = Resumable(torch.linspace(-1, 1, BATCHES * 2 * 4).view(-1, 4), batch_size=2)
+        loader.asked = self.asked
+        return loader
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(torch.linspace(-2, 2, VAL_BATCHES * 4).view(-1, 4), batch_size=1)
 
 
 class Act(L.Callback):
-    """Does something in a hook, at its n-th call, on one rank or on all."""
+    """Does something in a hook, at its n-th call, on one rank or on all.
+
+    ``"data"`` stands for the call of the loader for a batch, ``"compile"`` for the compiler's backend, ``"sanity"`` for
+    a batch of the sanity check.
+    """
 
     def __init__(self, hook: str, at: int, act: Any, rank: int | None = None) -> None:
         self.at, self.act, self.rank, self.calls, self.hook = at, act, rank, 0, hook
-        setattr(self, hook, self._called)
+        if hook not in ("data", "compile"):
+            setattr(self, "on_validation_batch_start" if hook == "sanity" else hook, self._called)
+
+    def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
+        if self.hook == "data":
+            module.asked = lambda: self._called(trainer)
+        elif self.hook == "compile":
+
+            def backend(graph: Any, inputs: Any) -> Any:
+                self._called(trainer)
+                return graph.forward
+
+            module.net.compile(backend=backend)
 
     def _called(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.sanity_checking and self.hook != "on_sanity_check_start":
+        if trainer.sanity_checking != (self.hook == "sanity") and self.hook != "on_sanity_check_start":
             return
         self.calls += 1
         if self.calls == self.at and self.rank in (None, trainer.global_rank):
@@ -143,7 +165,8 @@ def main(settings: dict[str, Any]) -> None:
     L.seed_everything(1, verbose=False)
     model, counter = Model(), Collectives()
     callback = None if settings["preemption"] is None else Preemption(**settings["preemption"])
-    run = trainer(folder, *acts, counter, *([callback] if callback else []), **settings["trainer"])
+    saver = [ModelCheckpoint(folder, every_n_train_steps=settings["saves"])] if settings.get("saves") else []
+    run = trainer(folder, *acts, counter, *([callback] if callback else []), *saver, **settings["trainer"])
     try:
         run.fit(model, ckpt_path=settings.get("ckpt_path"))
     finally:

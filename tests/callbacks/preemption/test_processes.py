@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[3]
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 def _start(folder, ranks, acts, preemption, launcher, **extra):
     """Run to its end: exit status, seconds, what each rank has written, output."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = {"devices": ranks, **({"strategy": "ddp"} if ranks > 1 else {}), **extra.pop("trainer", {})}
+    trainer = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **extra.pop("trainer", {})}
     settings = {"folder": str(folder), "acts": acts, "preemption": preemption, "trainer": trainer, **extra}
     command = [sys.executable]
     if launcher == "torchrun":
@@ -59,6 +60,34 @@ def test_a_signal_to_one_rank_ends_all_at_one_step(tmp_path, launcher, ranks, ac
         assert first["seen"] + second["seen"] == unbroken["seen"], output
         if ranks < 3:  # above, plain DDP sums in another order in the first step after a start
             assert second["state"] == unbroken["state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 1), ("torchrun", 3), ("python", 1), ("python", 3)])
+@pytest.mark.parametrize(
+    ("hook", "at", "extra"),
+    [
+        ("sanity", 1, {"trainer": {"num_sanity_val_steps": 2}}),
+        ("compile", 1, {}),
+        ("data", 3, {}),
+        ("on_save_checkpoint", 1, {"saves": 3}),
+        ("on_validation_batch_start", 2, {}),
+    ],
+)
+def test_it_may_come_at_any_time(tmp_path, hook, at, extra, launcher, ranks):
+    """To one rank; the run of a single rank is under ``ddp`` as well, with a collective's handlers and all."""
+    options = {**extra, "trainer": {"strategy": "ddp", "val_check_interval": 2, **extra.get("trainer", {})}}
+    acts = [(hook, at, "signal", ranks - 1)]
+    status, _, ended, output = _start(tmp_path, ranks, acts, {"every_n_steps": 2}, launcher, **options)
+    assert status == (1 if launcher == "torchrun" else 143), output
+    assert all(ended), output
+    assert len({rank["step"] for rank in ended}) == 1
+    step, path = ended[0]["step"], tmp_path / "last-preemption.ckpt"
+    if hook == "sanity" and ranks == 1:
+        assert (step, path.exists()) == (0, False)  # known at once, and nothing was trained
+    else:
+        assert torch.load(path, weights_only=True)["global_step"] == step < 12
+        assert {rank["saved"] for rank in ended} == {str(path)}
 
 
 def test_an_ordinary_step_has_no_collective_of_ours_but_one_in_n(tmp_path):

@@ -1,0 +1,58 @@
+"""Says which process of a replica is stopped: it cannot say so itself, and to the others it looks dead."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+_EVERY = 0.5  # seconds
+_STATES = {"T": "is stopped (SIGSTOP or Ctrl-Z)", "t": "is held by a debugger"}
+
+
+def stopped_children(parent: int) -> dict[int, str]:
+    """Process ids of a process's children that are stopped, and how, in words (Linux)."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, above = entry.read_text().rpartition(")")[2].split()[:2]
+            if int(above) == parent and state in _STATES:
+                found[int(entry.parent.name)] = _STATES[state]
+    return found
+
+
+class StoppedWatch:
+    """A thread that looks at this process's children and prints when one is stopped, and when it goes on."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="stopped-watch")
+
+    def __enter__(self) -> StoppedWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(_EVERY):
+            self.look()
+
+    def look(self) -> None:
+        """Once."""
+        now = stopped_children(os.getpid())
+        for pid in now.keys() - self._known.keys():
+            _say(f"process {pid} {now[pid]}: the other replicas go on without it")
+        for pid in self._known.keys() - now.keys():
+            if Path(f"/proc/{pid}").exists():
+                _say(f"process {pid} is no longer stopped")
+        self._known = now
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
