@@ -16,7 +16,11 @@ def _wrong_by_a_thousandth(module: Any, name: str) -> None:
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         result = right(*args, **kwargs)
-        return result * 1.001 if isinstance(result, torch.Tensor) else type(result)(*(r * 1.001 for r in result))
+        return (
+            result * 1.001
+            if isinstance(result, torch.Tensor)
+            else type(result)(*(r if r is None else r * 1.001 for r in result))
+        )
 
     setattr(module, name, wrong)
 

@@ -49,7 +49,7 @@ class GradientStats(Callback):
     Strategies: all but FSDP1 and DeepSpeed.
 
     Args:
-        every_n_steps: steps of an optimizer between two measurements, >= 1. One of them takes four passes over the
+        every_n_steps: steps of an optimizer between two measurements, >= 1. One of them takes one pass over the
             gradients. What was measured last is logged at the Trainer's ``log_every_n_steps``.
         include: patterns of parameter names; None for all.
         exclude: patterns of those that are left out again; None for none.
@@ -136,14 +136,11 @@ class GradientStats(Callback):
             return None
         gradients = [gradient for _, gradient in pairs]
         device = gradients[0].device
-        squares = tensor_stats(gradients).squared_l2
-        counts = (
-            torch.stack([(gradient == 0).sum() for gradient in gradients]),
-            torch.stack([(~torch.isfinite(gradient)).sum() for gradient in gradients]),
-            torch.tensor([gradient.numel() for gradient in gradients]).to(device, non_blocking=True),
-        )
-        sums = torch.stack([squares, *(count.to(squares) for count in counts)], dim=1)
-        largest = torch.stack(torch._foreach_norm(gradients, torch.inf)).to(squares)
+        _, squares, _, largest, zeros, nonfinite = tensor_stats(gradients, extremes=True)
+        assert largest is not None
+        counts = torch.tensor([gradient.numel() for gradient in gradients], dtype=squares.dtype)
+        columns = [squares, zeros, nonfinite, counts.to(device, non_blocking=True)]
+        sums = torch.stack([column for column in columns if column is not None], dim=1)
         sharded = any(is_dtensor(p) for p, _ in pairs)
         if sharded:
             sums = sums / sums.new_tensor([_copies(p) for p, _ in pairs])[:, None]

@@ -50,6 +50,38 @@ def test_each_tensor_of_a_mixed_list_has_its_own_numbers(device: torch.device) -
     assert torch.equal(again.l1, stats.l1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 63, 2048, 16385, 40009])
+def test_extremes_of_hard_sizes_and_alignments(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """What lies around a tensor, and what a masked load has in place of it, is neither zero nor not finite here."""
+    plain = random_like((size,), dtype, device)
+    plain[::3] = 0.0
+    plain[::100] = -0.0
+    tensor = Poisoned(plain, 3)
+    stats = tensor_stats([tensor.tensor], extremes=True)
+    assert stats.largest.item() == plain.double().abs().max().item()  # type: ignore[union-attr]
+    assert stats.zeros.item() == (plain == 0).sum().item()  # type: ignore[union-attr]
+    assert stats.nonfinite.item() == 0  # type: ignore[union-attr]
+    assert stats.l1.item() == pytest.approx(plain.double().abs().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_extremes_of_a_mixed_list(implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_EFF_KERNELS", implementation)
+    tensors = [random_like((n,), DTYPES[n % 3], device, n) for n in (4, 5, 20011, 0, 6, 40, 40)]
+    tensors[2][17], tensors[2][20010] = math.nan, -math.inf
+    tensors[4][:] = math.nan
+    tensors[5][:] = 0.0
+    right = [tensor.double() for tensor in tensors]
+    stats = tensor_stats(tensors, extremes=True)
+    numbers = [float(one[~one.isnan()].abs().max()) if (~one.isnan()).any() else 0.0 for one in right]
+    assert stats.largest.tolist() == numbers  # type: ignore[union-attr]
+    assert stats.zeros.tolist() == [0, 0, 0, 0, 0, 40, 0]  # type: ignore[union-attr]
+    assert stats.nonfinite.tolist() == [0, 0, 2, 0, 6, 0, 0]  # type: ignore[union-attr]
+    assert stats.change_l1 is None
+    assert [row is None for row in tensor_stats(tensors)] == [False, False, True, True, True, True]
+
+
 @pytest.mark.parametrize("update", [True, False])
 def test_copies_change_only_where_the_flag_says_so(update: bool, device: torch.device) -> None:
     tensor, copy = random_like((5000,), torch.bfloat16, device), random_like((5000,), torch.bfloat16, device, 1)

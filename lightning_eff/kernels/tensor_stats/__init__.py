@@ -1,9 +1,10 @@
-"""L1 norm, squared L2 norm and L1 norm of the change of every tensor of a list, in one pass.
+"""L1 norm, squared L2 norm, L1 norm of the change, extremes and zeros of every tensor of a list, in one pass.
 
 Byte count, for N bytes of tensors: the three statistics with an updated copy take 3N here (read the tensors and the
 copies, write the copies); with ``torch._foreach_norm``, ``_foreach_sub`` and ``_foreach_copy_`` they take 8N (two
-norms 2N, the difference 3N, its norm N, the copy 2N) and N of temporary memory. Without a copy N instead of 2N. Two
-launches, whatever the number of tensors.
+norms 2N, the difference 3N, its norm N, the copy 2N) and N of temporary memory. Without a copy N instead of 2N. The
+largest element, zeros and non-finite ones come with the same N; by torch they take at least 3N more. Two launches,
+whatever the number of tensors.
 """
 
 from __future__ import annotations
@@ -28,15 +29,25 @@ class TensorStats(NamedTuple):
         l1: sum of the absolute elements.
         squared_l2: sum of the squared elements.
         change_l1: sum of the absolute differences to the kept copies; None without copies.
+        largest: the largest absolute element, infinity included and what is no number left out; None unless asked for.
+        zeros: how many elements are zero; None unless asked for.
+        nonfinite: how many are infinite or no number; None unless asked for.
     """
 
     l1: Tensor
     squared_l2: Tensor
     change_l1: Tensor | None
+    largest: Tensor | None = None
+    zeros: Tensor | None = None
+    nonfinite: Tensor | None = None
 
 
 def tensor_stats(
-    tensors: Sequence[Tensor], copies: Sequence[Tensor] | None = None, *, update: Tensor | None = None
+    tensors: Sequence[Tensor],
+    copies: Sequence[Tensor] | None = None,
+    *,
+    update: Tensor | None = None,
+    extremes: bool = False,
 ) -> TensorStats:
     """Take the statistics of each tensor of a list and, in the same pass, keep a copy of it for the next time.
 
@@ -49,6 +60,7 @@ def tensor_stats(
         copies: a tensor of the same shape and dtype for each; holds the old values before and the new ones after.
         update: 0-d tensor on the same device; where it is 0 (or False) the copies stay as they are, so that a
             non-finite gradient does not spoil the next difference. None always updates.
+        extremes: also take the largest element and count zeros and what is not finite, in the same pass.
 
     Raises:
         TypeError: something in a list is no dense floating tensor.
@@ -61,6 +73,9 @@ def tensor_stats(
         (7.0, 25.0, 4.0)
         >>> before
         [tensor([ 3., -4.])]
+        >>> stats = tensor_stats([torch.tensor([0.0, -4.0, float("nan")])], extremes=True)
+        >>> stats.largest.item(), stats.zeros.item(), stats.nonfinite.item()
+        (4.0, 1.0, 1.0)
     """
     op = "tensor_stats"
     listed = inspect(op, tensors, strided=False)
@@ -80,8 +95,7 @@ def tensor_stats(
             if tensor.stride() != copy.stride():
                 obstacle = f"copy {index} has strides {copy.stride()}, its tensor {tensor.stride()}"
     if listed.device is None:
-        empty = torch.zeros(0, dtype=torch.float64)
-        return TensorStats(empty, empty.clone(), None if copies is None else empty.clone())
+        return _named(torch.zeros(6 if extremes else 3, 0, dtype=torch.float64), copies is not None)
     if update is not None and (update.numel() != 1 or update.device != listed.device):
         raise ValueError(
             f"{op}: update of shape {tuple(update.shape)} on {update.device} is not one number on {listed.device}"
@@ -90,7 +104,11 @@ def tensor_stats(
     if choose(op, listed.device, obstacle).implementation == "triton":
         from lightning_eff.kernels.tensor_stats import kernel
 
-        rows = kernel.tensor_stats(listed, kept, update)
+        rows = kernel.tensor_stats(listed, kept, update, extremes)
     else:
-        rows = reference.tensor_stats(tensors, copies, update)
-    return TensorStats(rows[0], rows[1], None if copies is None else rows[2])
+        rows = reference.tensor_stats(tensors, copies, update, extremes)
+    return _named(rows, copies is not None)
+
+
+def _named(rows: Tensor, changes: bool) -> TensorStats:
+    return TensorStats(rows[0], rows[1], rows[2] if changes else None, *rows[3:])

@@ -13,8 +13,14 @@ SMALL = 2**12
 
 
 @torch.no_grad()
-def tensor_stats(tensors: Sequence[Tensor], copies: Sequence[Tensor] | None, update: Tensor | None) -> Tensor:
-    """L1 norm, squared L2 norm and L1 norm of the change, as rows of a (3, len(tensors)) tensor."""
+def tensor_stats(
+    tensors: Sequence[Tensor], copies: Sequence[Tensor] | None, update: Tensor | None, extremes: bool = False
+) -> Tensor:
+    """L1 norm, squared L2 norm and L1 norm of the change, as rows of a (3, len(tensors)) tensor.
+
+    With ``extremes`` of a (6, len(tensors)) tensor: also the largest absolute element that is a number, how many are
+    zero, and how many are not finite.
+    """
     device = tensors[0].device
     total = torch.float32 if device.type == "mps" else torch.float64
     columns: list[Tensor] = []
@@ -33,13 +39,19 @@ def tensor_stats(tensors: Sequence[Tensor], copies: Sequence[Tensor] | None, upd
             else:
                 chosen = torch.where(update != 0, rows, old).view(-1)
                 torch._foreach_copy_(kept, _unflatten_dense_tensors(chosen, kept))  # type: ignore[no-untyped-call]
-        columns.append(torch.stack([values.abs().sum(1), values.square().sum(1), change]).to(total))
+        sizes = values.abs()
+        found = [sizes.sum(1), values.square().sum(1), change]
+        if extremes:
+            numbers = torch.where(sizes.isnan(), 0.0, sizes)
+            found.append(numbers.amax(1) if rows.shape[1] else change)
+            found += [(values == 0).sum(1), (~sizes.isfinite()).sum(1)]
+        columns.append(torch.stack([number.to(total) for number in found]))
         order += members
-    found = torch.cat(columns, dim=1)
+    table = torch.cat(columns, dim=1)
     if order == list(range(len(order))):
-        return found
+        return table
     places = torch.tensor(order).argsort().to(device, non_blocking=True)
-    return found.index_select(1, places)
+    return table.index_select(1, places)
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -82,6 +83,7 @@ def train(settings: dict[str, Any]) -> None:
     """What each rank does."""
     torch.set_num_threads(1)
     quiet_lightning()
+    os.environ |= settings.get("environ", {})
     rank, fault, victim, at = int(os.environ["RANK"]), settings["fault"], settings["rank"], settings["at"]
     health = RunHealth(**{"folder": settings["folder"], "weights_every_n_steps": None, **settings.get("health", {})})
     callbacks: list[L.Callback] = [health]
@@ -92,13 +94,17 @@ def train(settings: dict[str, Any]) -> None:
         use_distributed_sampler=False, default_root_dir=settings["folder"], num_sanity_val_steps=0,
         callbacks=callbacks, **{**QUIET, "max_steps": 400, "limit_val_batches": 0, **settings.get("trainer", {})},
     )  # fmt: skip
+    collected: list[int] = []  # steps in which garbage was, behind what RunHealth does at the start
+    gc.callbacks.append(lambda when, _: collected.append(trainer.global_step) if when == "stop" else None)
     trainer.fit(Model(fault, victim, at))
+    gc.callbacks.pop()
     told = {
         "step": trainer.global_step,
         "findings": [(step, vars(finding)) for step, finding in health.findings],
         "differences": health.differences,
         "times": health.times(),
         "sent": health._exchange.sent,
+        "collected": sorted({step for step in collected if 0 < step < trainer.global_step}),
     }
     Path(settings["folder"], f"rank{rank}.json").write_text(json.dumps(told))
 

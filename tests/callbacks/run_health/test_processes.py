@@ -36,6 +36,7 @@ def _runs(folder, *scenarios, timeout=300):
         told = json.loads((place / "told.json").read_text())
         told["ranks"] = [json.loads(file.read_text()) if file.exists() else None for file in ranks]
         told["files"] = sorted(path.name for path in place.iterdir())
+        told["recorded"] = {path.name: path.read_text() for path in place.glob("*.flight_recorder.json")}
         found.append(told)
     return found
 
@@ -57,6 +58,9 @@ def _check(told, scenario, phase, words):
             assert told["status"][other] is None
         else:
             assert f"rank{other}.stacks.txt" in told["files"]
+            if "environ" in scenario:
+                recorded = json.loads(told["recorded"][f"rank{other}.flight_recorder.json"])
+                assert recorded["entries"][-1]["profiling_name"].startswith("gloo:")
     # A rank may see the others go before its own thread ends it.
     assert 75 in told["status"]
 
@@ -67,7 +71,7 @@ LACKS = "has not entered collective"
 CASES = [
     ({"fault": "stop", "rank": 0, "ranks": 2}, "FaultInjector", STOPPED),
     ({"fault": "left_out", "rank": 1, "ranks": 2}, "waiting", "of process group"),
-    ({"fault": "loop", "rank": 1, "ranks": 2}, "forward", LACKS),
+    ({"fault": "loop", "rank": 1, "ranks": 2, "environ": {"TORCH_FR_BUFFER_SIZE": "100"}}, "forward", LACKS),
 ]
 SLOW_CASES = [
     ({"fault": "worker", "rank": 0, "ranks": 2}, "data", LACKS),
@@ -84,6 +88,9 @@ SLOW_CASES = [
     ),
     ({"fault": "left_out", "rank": 2, "ranks": 3}, "waiting", "of process group"),
     ({"fault": "worker", "rank": 1, "ranks": 3}, "data", LACKS),
+    ({"fault": "loop", "rank": 1, "ranks": 2, "strategy": "fsdp2"}, "forward", LACKS),
+    ({"fault": "stop", "rank": 0, "ranks": 2, "strategy": "fsdp2"}, "FaultInjector", STOPPED),
+    ({"fault": "loop", "rank": 0, "ranks": 2, "strategy": "ddp_arc_topk"}, "forward", LACKS),
 ]
 
 
@@ -126,7 +133,13 @@ def test_slow_ranks_and_weights_that_differ_are_named_on_all_ranks(tmp_path):
             **{"fault": "corrupt", "rank": 0, "ranks": 3, "injector": {"parameter": "net.2.*"}},
             **{"health": compare, "trainer": {"max_steps": 60}},
         },
-        {"fault": "none", "rank": 0, "ranks": 2, "health": compare | {"slow": 0.1}, "trainer": {"max_steps": 60}},
+        {
+            "fault": "none",
+            "rank": 0,
+            "ranks": 2,
+            "health": compare | {"slow": 0.1, "gc_every_n_steps": 9},
+            "trainer": {"max_steps": 60},
+        },
     )
     for rank in slow["ranks"]:
         (step, finding), *_ = rank["findings"]
@@ -141,4 +154,5 @@ def test_slow_ranks_and_weights_that_differ_are_named_on_all_ranks(tmp_path):
             assert AT < step <= AT + 3 * 5  # compared behind a window, told with the next, read with the one after
         assert f"the weights of rank {rank} differ from those of rank" in told["text"]
     assert [rank["differences"] for rank in none["ranks"]] == [[], []]
+    assert [rank["collected"] for rank in none["ranks"]] == [[9, 18, 27, 36, 45, 54]] * 2
     assert [rank["sent"] for rank in none["ranks"]] == [11, 11]  # one all-gather for each window that has ended

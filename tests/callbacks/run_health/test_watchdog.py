@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,21 @@ def test_one_that_asks_again_gets_the_answer_again(watch):
     watch._hear(_answer(watch, now, "ask"), now)
     watch._hear(_answer(watch, now, "ask"), now)
     assert watch.connections.sent == ["answer", "answer"]
+
+
+@pytest.mark.parametrize("seconds", [LIMIT + 0.1, 61.0])
+def test_what_compiles_gets_the_time_of_a_first_step(watch, monkeypatch, seconds):
+    watch.limits = Limits(LIMIT, 12.0, 60.0)
+    for _ in range(3):
+        watch.limits.note("step", 0.01)
+    watch.kind = "step"
+    code = compile("def f(): return traceback.extract_stack()", "/x/torch/_inductor/codecache.py", "exec")
+    compiler = {"traceback": traceback}
+    exec(code, compiler)
+    monkeypatch.setattr(stacks, "main_stack", compiler["f"])
+    watch.phases.since = watch._awake = time.perf_counter() - seconds
+    watch._look(time.perf_counter())
+    assert watch.connections.sent == ([] if seconds < 60 else ["ask"])
 
 
 @pytest.mark.parametrize("failed", [True, False])

@@ -27,22 +27,51 @@ pytestmark = [
 TIMEOUT = 6.0  # seconds of silence that a death costs the others here
 STEPS = 300
 SCRIPT = """
-import json, os, sys, time
+import json, os, signal, sys, time
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from lightning_eff.callbacks import Preemption
 from lightning_eff.strategies import FaultTolerantDDPStrategy
 
 folder, timeout, steps = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 me = f"{os.environ['REPLICA_GROUP_ID']}.{os.environ['LOCAL_RANK']}"
+chosen = os.environ.get("PHASE", "")  # in which the last replica, or the one that saves, is told to leave
+is_last = int(os.environ["REPLICA_GROUP_ID"]) == int(os.environ["NUM_REPLICA_GROUPS"]) - 1
+
+
+def now(phase, step):
+    if phase == chosen and step >= 10 * (phase not in ("sanity check", "compile")) and (is_last or phase == "saving"):
+        try:
+            os.close(os.open(f"{folder}/told", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Data(Dataset):
+    def __len__(self):
+        return 480
+
+    def __getitem__(self, index):
+        now("data loading", model.global_step)
+        return torch.full((4,), index / 480)
 
 
 class Model(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = torch.nn.Linear(4, 1)
+        if chosen == "compile":
+            self.net.compile(backend=lambda graph, inputs: (now("compile", 0), graph.forward)[1])
+
+    def validation_step(self, batch, batch_idx):
+        now("sanity check" if self.trainer.sanity_checking else "validation", self.global_step)
+        self.net(batch)
+
+    def on_save_checkpoint(self, checkpoint):
+        now("saving", self.global_step)
 
     def training_step(self, batch, batch_idx):
         time.sleep(0.05)
@@ -59,28 +88,31 @@ class Model(L.LightningModule):
 
 
 L.seed_everything(3, verbose=False)
+model = Model()
 L.Trainer(
     strategy=FaultTolerantDDPStrategy(heartbeat_timeout=timeout), devices=int(os.environ["LOCAL_WORLD_SIZE"]),
     accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False,
     enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[Preemption(exit_code=7), ModelCheckpoint(folder, every_n_train_steps=10 * steps)],
-).fit(Model(), DataLoader(torch.randn(480, 4), 4))
+    num_sanity_val_steps=2 if chosen == "sanity check" else 0, val_check_interval=20,
+    limit_val_batches=3 if chosen else 0,
+    callbacks=[Preemption(exit_code=7), ModelCheckpoint(folder, every_n_train_steps=15 if chosen else 10 * steps)],
+).fit(model, DataLoader(Data(), 4), DataLoader(torch.randn(480, 4), 4))
 """
 
 
 class Launch:
     """Replicas under the launcher, each of which writes a line for each step."""
 
-    def __init__(self, folder: Path, replicas: int, processes: int) -> None:
+    def __init__(self, folder: Path, replicas: int, processes: int, phase: str, steps: int) -> None:
         self.folder = folder
         (folder / "train.py").write_text(SCRIPT)
         command = [sys.executable, "-m", "lightning_eff", "launch", "--replicas", str(replicas)]
         command += ["--nproc-per-node", str(processes), "--heartbeat-timeout", str(TIMEOUT), "--grace", "60"]
         self.log = (folder / "log").open("w")
         self.process = subprocess.Popen(
-            [*command, str(folder / "train.py"), str(folder), str(TIMEOUT), str(STEPS)],
+            [*command, str(folder / "train.py"), str(folder), str(TIMEOUT), str(steps)],
             cwd=REPOSITORY,
-            env=environment(),
+            env=environment(PHASE=phase),
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
@@ -113,8 +145,8 @@ class Launch:
 def launch(tmp_path: Path) -> Iterator[Any]:
     started: list[Launch] = []
 
-    def start(replicas: int, processes: int = 1) -> Launch:
-        started.append(Launch(tmp_path, replicas, processes))
+    def start(replicas: int, processes: int = 1, phase: str = "", steps: int = STEPS) -> Launch:
+        started.append(Launch(tmp_path, replicas, processes, phase, steps))
         return started[-1]
 
     yield start
@@ -146,6 +178,30 @@ def test_sigterm_to_one_replica(replicas: int, processes: int, told: str, launch
     for other in everybody:
         if not other.startswith("1."):
             assert run.steps(other)[-1]["weights"] == lines[-1]["weights"]
+
+
+@pytest.mark.parametrize("phase", ["sanity check", "compile", "data loading", "saving", "validation"])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_sigterm_at_any_time(replicas: int, phase: str, launch: Any) -> None:
+    steps = 100
+    run = launch(replicas, phase=phase, steps=steps)
+    status = run.process.wait(200)
+    assert (run.folder / "told").exists(), run.text
+    assert "Traceback" not in run.text
+    assert "restart" not in run.text
+    assert run.text.count("has left the run after") == 1, run.text
+    if replicas == 1:
+        assert status == 1, run.text
+        last = run.steps("0.0")[-1]
+        assert last["step"] < steps
+        saved = torch.load(run.folder / "last-preemption.ckpt", weights_only=True)
+        assert saved["global_step"] == last["step"]
+        assert saved["state_dict"]["net.weight"].tolist() == last["weights"]
+    else:
+        assert status == 0, run.text
+        ends = [run.steps(f"{replica}.0")[-1] for replica in range(replicas)]
+        assert sorted(end["step"] == steps for end in ends) == [False, True, True]
+        assert len({str(end["weights"]) for end in ends if end["step"] == steps}) == 1
 
 
 @pytest.mark.parametrize("to", ["each", "the launcher"])
