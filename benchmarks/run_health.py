@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -281,12 +282,20 @@ def bit() -> None:
     write_rows("run_health_bit", rows)
 
 
-def soak(steps: int) -> None:
+def soak(steps: int, beside: int) -> None:
     trainer = {"max_steps": steps, "limit_val_batches": 5, "val_check_interval": 250}
-    found = run(2, size="0.1 M", saves=500, long_batch=steps // 2, trainer=trainer)
+    burn = [sys.executable, "-c", "while True: pass"]
+    burners = [subprocess.Popen(burn) for _ in range(beside)]
+    try:
+        found = run(2, size="0.1 M", saves=500, long_batch=steps // 2, trainer=trainer)
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
     row = {
         "ranks": 2,
         "steps": steps,
+        "busy_processes_beside": beside,
         "hang_seconds": HANG,
         "hangs_reported": max(rank["verdicts"] for rank in found),
         "slow_reported": len(found[0]["findings"]),
@@ -295,7 +304,7 @@ def soak(steps: int) -> None:
         "load": round(os.getloadavg()[0], 1),
     }
     show("False alarms", [row])
-    write_rows("run_health_soak", [row])
+    write_rows("run_health_soak", [row], key=("steps", "busy_processes_beside"))
 
 
 def cost(size: str, rounds: int, steps: int) -> None:
@@ -335,12 +344,13 @@ if __name__ == "__main__":
     parser.add_argument("--size", choices=list(SIZES), default="0.85 M")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--beside", type=int, default=0, help="processes that keep a core busy beside the soak")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if arguments.what == "slow":
         slow(arguments.steps or 200)
     elif arguments.what == "soak":
-        soak(arguments.steps or 5000)
+        soak(arguments.steps or 5000, arguments.beside)
     elif arguments.what == "cost":
         cost(arguments.size, arguments.rounds, arguments.steps or 220)
     else:

@@ -69,7 +69,7 @@ class RunHealth(Callback):
         when each hook begins and ends.
     Reads: clocks; every ``weights_every_n_steps`` the weights.
     Changes: nothing.
-    Collectives: one all-gather of 320 bytes every ``every_n_steps`` steps on a gloo group of its own, read when
+    Collectives: one all-gather of 280 bytes every ``every_n_steps`` steps on a gloo group of its own, read when
         the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
     Host syncs: none; on CUDA the device's times are read when it has long passed them.
     Strategies: all. Under FSDP2 waiting is within forward and backward, so that a rank which is slow in these is not
@@ -110,7 +110,7 @@ class RunHealth(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 15,
+        every_n_steps: int = 10,
         slow: float | None = 0.1,
         patience: int = 3,
         hang_seconds: float | None = 30.0,

@@ -105,7 +105,7 @@ def test_if_all_stand_in_one_place_nobody_is_accused():
 
 # --- who is slow ----------------------------------------------------------------------------------------------------
 
-EVERY = 15
+EVERY = 10
 
 
 def _window(ranks, steps=EVERY, noise=0.0, slow=None, waiting=0.0, seed=0):
