@@ -134,8 +134,8 @@ def test_a_rank_that_is_slower_by_a_fifth_is_named_within_three_windows(ranks, r
 
 
 def test_a_slow_callback_is_known_by_its_index():
-    judged = Stragglers(0.1, 2)
-    finding = [judged.judge(_window(2, slow=(1, PHASES.index("callbacks"), 0.05))) for _ in range(2)][1]
+    judged = Stragglers(0.1, 3)
+    finding = [judged.judge(_window(2, slow=(1, PHASES.index("callbacks"), 0.05))) for _ in range(3)][2]
     assert (finding.phase, finding.callback) == ("callbacks", 7)
 
 
@@ -185,7 +185,7 @@ def test_steps_that_are_not_known_yet_are_left_out():
 
 def test_thirty_steps_are_needed_however_short_the_windows():
     judged, slow = Stragglers(0.1, 1), (0, FORWARD, 0.1)
-    assert judged.judge(_window(3, slow=slow)) is None
+    assert [judged.judge(_window(3, slow=slow)) for _ in range(2)] == [None, None]
     assert judged.judge(_window(3, slow=slow)).rank == 0
 
 
