@@ -153,7 +153,10 @@ class Watchdog:
     def _hangs(self, stalled: float, kind: Kind) -> bool:
         if stalled <= self.limits.of(kind):
             return False
-        return stalled > self.limits.first_seconds or not stacks.is_compiling(stacks.main_stack())
+        stack = stacks.main_stack()
+        if self.replicas and stacks.waits_for_replicas(stack):
+            return False  # for another replica, which looks after itself
+        return stalled > self.limits.first_seconds or not stacks.is_compiling(stack)
 
     def _kind(self) -> Kind:
         if self.phases.saving:

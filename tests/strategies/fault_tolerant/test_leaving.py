@@ -59,10 +59,15 @@ class Data(Dataset):
         return torch.full((4,), index / 480)
 
 
+class Net(torch.nn.Linear):
+    def forward(self, inputs):  # torch does not compile those of its own modules
+        return super().forward(inputs)
+
+
 class Model(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = torch.nn.Linear(4, 1)
+        self.net = Net(4, 1)
         if chosen == "compile":
             self.net.compile(backend=lambda graph, inputs: (now("compile", 0), graph.forward)[1])
 
