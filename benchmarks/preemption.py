@@ -298,7 +298,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["signal", "cost", "worker"])
     parser.add_argument("settings", nargs="?")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=220)
     arguments = parser.parse_args()
     if arguments.what == "worker":
