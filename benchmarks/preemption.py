@@ -316,5 +316,7 @@ if __name__ == "__main__":
         worker(json.loads(arguments.settings))
     elif arguments.what == "signal":
         signals(arguments.ranks)
+        if 2 in arguments.ranks:
+            cost(4, 200)
     else:
         cost(arguments.rounds, arguments.steps)
