@@ -231,12 +231,12 @@ def run_forked(**settings: Any) -> list[dict[str, Any]]:
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def signals(ranks_of: Sequence[int]) -> None:
+def signals(ranks_of: Sequence[int], phases: Sequence[str]) -> None:
     rows = []
     for ranks in ranks_of:
-        for phase, (where, call) in PHASES.items():
+        for phase in phases:
+            where, call = PHASES[phase]
             common = {
-                "ours": True,
                 "where": where,
                 "call": call,
                 "rank": ranks - 1,
@@ -260,8 +260,8 @@ def signals(ranks_of: Sequence[int]) -> None:
                 }
             )
             print(rows[-1], flush=True)
+            write_rows("preemption_signal", rows[-1:], key=("ranks", "phase"))
     show("From a signal to one rank to the end of all, 0.85 M GPT", rows)
-    write_rows("preemption_signal", rows, key=("ranks", "phase"))
 
 
 def cost(rounds: int, steps: int) -> None:
@@ -308,6 +308,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["signal", "cost", "worker"])
     parser.add_argument("settings", nargs="?")
+    parser.add_argument("--phases", nargs="+", choices=list(PHASES), default=list(PHASES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=220)
@@ -315,7 +316,7 @@ if __name__ == "__main__":
     if arguments.what == "worker":
         worker(json.loads(arguments.settings))
     elif arguments.what == "signal":
-        signals(arguments.ranks)
+        signals(arguments.ranks, arguments.phases)
         if 2 in arguments.ranks:
             cost(4, 200)
     else:
