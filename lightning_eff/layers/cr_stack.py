@@ -45,6 +45,7 @@ class _Pass:
         self.kept: dict[tuple[int, str], Tensor] = {}
         self.found: dict[tuple[int, str], Tensor] = {}
         self.scalars: dict[tuple[int, str], Tensor] = {}
+        self.follows: dict[tuple[int, str], bool] = {}  # whether autograd follows an output: not behind frozen blocks
 
 
 class Link:
@@ -74,7 +75,7 @@ class Link:
                     " depend on the last block's output"
                 )
             y = self.current.found[below] = linear.inverse(above, self.current.lows[here])
-        return y.detach().requires_grad_()  # as in the first pass: autograd saves the same tensors
+        return y.detach().requires_grad_(self.current.follows[below])  # autograd saves what it saved in the first pass
 
     def give(self, linear: nn.Module, y: Tensor, low: Tensor | None) -> None:
         """This layer's output, to the layer above."""
@@ -82,6 +83,7 @@ class Link:
             return
         key = (self.layer, self.names[linear])
         self.current.outputs[key] = y
+        self.current.follows[key] = y.requires_grad
         if self.stores and low is not None:
             assert isinstance(linear, CRLinear)
             self.current.lows[key] = low.detach()

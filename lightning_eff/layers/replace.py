@@ -19,7 +19,7 @@ from lightning_eff.layers.skipv1 import FirstValue, Relay, SkippedValue
 from lightning_eff.layers.specs import CR, MoC, SkipV1
 from lightning_eff.structure import Block, BlockParts, clean_named_modules, find_block_parts, find_blocks
 from lightning_eff.structure.select import listed, select
-from lightning_eff.structure.tree import unwrap
+from lightning_eff.structure.tree import replace_module, unwrap
 
 OURS = (MoCFeedForward, FirstValue, SkippedValue, CRFirst, CRLinear)
 
@@ -163,11 +163,6 @@ def _finish(plan: dict[str, Any], argument: str, replaced: dict[str, str], left:
     plan["left"] |= left
 
 
-def _put(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    clean_named_modules(root)[parent]._modules[name] = module
-
-
 def _parts(root: nn.Module, argument: str) -> list[BlockParts]:
     try:
         return find_block_parts(root)
@@ -187,7 +182,7 @@ def _feed_forwards(root: nn.Module, spec: MoC, plan: dict[str, Any], generator: 
             if isinstance(layer, str):
                 left[path] = layer
             else:
-                _put(root, path, layer)
+                replace_module(root, path, layer)
                 replaced[path] = f"MoCFeedForward, {layer.k} of {layer.gate.out_features} channels"
     _finish(plan, "feed_forward", replaced, left)
 
@@ -287,7 +282,7 @@ def _attentions(root: nn.Module, spec: SkipV1, plan: dict[str, Any]) -> None:
         relay = Relay()
         for index, (path, linear, heads) in enumerate(found):
             new = SkippedValue(linear, relay, heads, spec.mean) if index else FirstValue(linear, relay)
-            _put(root, path, new.train(linear.training))
+            replace_module(root, path, new.train(linear.training))
             replaced[path] = f"SkippedValue, {heads // 2} of {heads} heads of its own" if index else "FirstValue"
     _finish(plan, "attention", replaced, left)
 
@@ -365,7 +360,7 @@ def _linears(root: nn.Module, spec: CR, plan: dict[str, Any], generator: torch.G
             for name, linear in found.items():
                 new = _cr(linear, spec, generator) if index else CRFirst(linear)
                 path = f"{block.name}.{name}"
-                _put(root, path, new.train(linear.training))
+                replace_module(root, path, new.train(linear.training))
                 replaced[path] = f"CRLinear of rank {new.rank}" if isinstance(new, CRLinear) else "CRFirst"
         Connection([modules[block.name] for block in blocks], spec.recompute, spec.max_growth)
     _finish(plan, "linear", replaced, left)

@@ -76,3 +76,17 @@ def walk(path: str, module: nn.Module, seen: set[int] | None = None) -> Iterator
 def join(path: str, name: str) -> str:
     """A child's path."""
     return f"{path}.{name}" if path else name
+
+
+def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path of `clean_named_modules`; frozen, where all parameters of what it replaces are.
+
+    Raises:
+        KeyError: nothing is at that path.
+    """
+    parent, _, name = path.rpartition(".")
+    modules = clean_named_modules(root)[parent]._modules
+    before = modules[name]
+    if before is not None and {parameter.requires_grad for parameter in before.parameters()} == {False}:
+        module.requires_grad_(False)
+    modules[name] = module

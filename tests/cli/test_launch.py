@@ -192,6 +192,7 @@ def test_whoever_is_killed_comes_back(launch):
     assert all(line.startswith("[") for line in run.text.splitlines())
 
 
+@pytest.mark.slow
 def test_after_the_first_end_nothing_begins_again(launch):
     run = launch("--replicas", "3", "--grace", "8", script=("deaf",))
     actors = [run.actor(f"{replica}.0") for replica in range(3)]

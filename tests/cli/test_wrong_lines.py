@@ -71,7 +71,7 @@ TOOLS = {
     "list --all": "unrecognized arguments: --all",
     "merge": "the following arguments are required: CHECKPOINT, -o/--output",
     "merge a b -o out.ckpt --scheme unifrm": "step, posthoc. Did you mean `uniform`?",
-    "verify": "the following arguments are required: FILE",
+    "verify": "the following arguments are required: PATH",
 }
 
 

@@ -57,6 +57,7 @@ def _fail(rank):
     dist.barrier()  # never completes
 
 
+@pytest.mark.slow
 def test_a_failure_names_its_rank_and_the_pool_starts_anew():
     with Pool(2) as pool:
         pool.run(_state)

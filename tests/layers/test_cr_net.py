@@ -314,3 +314,14 @@ def test_the_start_is_as_wide_as_asked():
     layer = CRLinear(256, 256, 64, std=0.05)
     assert (layer.b.weight @ layer.a.weight).std().item() == pytest.approx(0.05, rel=0.1)
     assert CRLinear(8, 8, 2, std=0).b.weight.abs().sum() == 0
+
+
+def test_behind_frozen_blocks_recomputed_gradients_are_the_plain_ones():
+    found = []
+    for recompute in (False, True):
+        model = stack([0.5] * 3, recompute=recompute)
+        for block in list(model)[:2]:
+            block.requires_grad_(False)
+        found.append({name: grad for name, grad in grads(model, inputs()).items() if grad is not None})
+    assert {name.split(".")[0] for name in found[0]} == {"2", "3"}
+    assert worst(*found) < 1e-5

@@ -237,3 +237,12 @@ def test_roles_stay_what_they_were():
     assert {role for name, role in roles.items() if ".mlp." in name} == {"ffn"}
     assert {role for name, role in roles.items() if ".attn." in name} == {"attention"}
     assert isinstance(model.blocks[0].mlp, MoCFeedForward)
+
+
+def test_what_replaces_frozen_layers_is_frozen():
+    model = gpt()
+    model.blocks[1].requires_grad_(False)
+    plan = replace_layers(model, linear=CR(rank=2))
+    for path in plan["replaced"]:
+        trained = {parameter.requires_grad for parameter in model.get_submodule(path).parameters()}
+        assert trained == {not path.startswith("blocks.1.")}

@@ -128,6 +128,7 @@ def _on_three_ranks(compressors: list[Compressor], folder: Path) -> tuple[list[s
     return wrong, [_trained(folder / name_of(compressor), compressor)["weights"] for compressor in compressors]
 
 
+@pytest.mark.slow
 def test_on_three_ranks(three, tmp_path):
     (wrong, one), *others = three.run(_on_three_ranks, COMPRESSORS, tmp_path)
     assert not wrong

@@ -36,12 +36,12 @@ def _start(folder, ranks, acts, preemption, launcher, **extra):
 @pytest.mark.parametrize(
     ("launcher", "ranks", "acts"),
     [
-        ("torchrun", 2, [("on_before_backward", 5, "signal", 1)]),
+        pytest.param("torchrun", 2, [("on_before_backward", 5, "signal", 1)], marks=pytest.mark.slow),
         pytest.param("torchrun", 2, [("on_train_batch_start", 5, "signal", 0)], marks=pytest.mark.slow),
         pytest.param("torchrun", 2, [("on_train_batch_end", 5, "signal", None)], marks=pytest.mark.slow),
         pytest.param("torchrun", 2, [("on_validation_batch_end", 3, "signal", 1)], marks=pytest.mark.slow),
         pytest.param("torchrun", 3, [("on_before_optimizer_step", 4, "signal", 2)], marks=pytest.mark.slow),
-        pytest.param("python", 2, [("on_before_backward", 5, "signal", 1)], marks=pytest.mark.slow),
+        ("python", 2, [("on_before_backward", 5, "signal", 1)]),
         pytest.param("python", 1, [("on_before_backward", 5, "signal", 0)], marks=pytest.mark.slow),
     ],
 )

@@ -46,7 +46,8 @@ def sleeps_through_the_end(server: Server, folder: Path, phase: str, **settings:
     )
 
 
-@pytest.mark.parametrize("phase", ["backward", pytest.param("saving", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["backward", "saving"])
 def test_who_sleeps_through_the_end_does_not_overwrite_the_run(phase: str, server: Server, tmp_path: Path) -> None:
     """Without the launcher's file that says that the run is over."""
     outcome = check(sleeps_through_the_end(server, tmp_path, phase), STEPS, all_end=False)

@@ -13,7 +13,7 @@ from tests.suite.runs import Place, SaveAt, differences, expect, fit
 from tests.suite.table import ARC_TOPK, DDP, FSDP2, SINGLE, Row, Strategy
 
 
-@rule(SINGLE, DDP, slow=(FSDP2, ARC_TOPK))
+@rule(SINGLE, slow=(DDP, FSDP2, ARC_TOPK))
 def does_the_same_under_pytorch_lightning(row: Row, place: Place) -> None:
     """The Trainer, the module and the strategy of the other name, with a crash and a resume: every bit is the same."""
     for rank, (usual, other) in enumerate(place.run(_under_both, row, place.strategy, place.folder)):

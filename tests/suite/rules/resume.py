@@ -16,12 +16,12 @@ from lightning_eff.callbacks import ExactResume
 from tests.suite.models import MODELS, STEPS
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, SaveAt, differences, expect, fit, random_states
-from tests.suite.table import STRATEGIES, Row, Strategy
+from tests.suite.table import ARC_TOPK, DDP, FSDP2, SINGLE, Row, Strategy
 
 _SAFE = (Tensor, bool, int, float, str, list, tuple, dict, type(None))
 
 
-@rule(*STRATEGIES)
+@rule(SINGLE, DDP, slow=(FSDP2, ARC_TOPK))
 def resumes_exactly(row: Row, place: Place) -> None:
     """Crash in the middle, resume from the checkpoint: every bit equals the unbroken run, on every rank."""
     for model in ("net", "gan"):  # tests of single callbacks add models of their own to MODELS
