@@ -11,7 +11,7 @@ import torch
 from lightning_eff.arguments import readable_size
 from lightning_eff.cli.parser import Parser
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage, describe
-from lightning_eff.plugins.sharded_folder import folder_damage, folder_size, is_sharded_folder
+from lightning_eff.plugins.sharded_folder import REST, folder_damage, folder_size, is_sharded_folder
 from lightning_eff.training.rank_state import rank_state_files
 
 _DESCRIPTION = """\
@@ -45,7 +45,7 @@ def _verified(path: str) -> Iterator[tuple[str, str, str]]:
     """Of a checkpoint and the files of its ranks: name, what is wrong, and what is to be said if nothing is."""
     fault, remark = _check(path)
     yield path, fault, remark
-    whole = os.path.join(path, "meta.pt") if os.path.isdir(path) else path  # what is not in shards
+    whole = os.path.join(path, REST) if os.path.isdir(path) else path
     if fault or not os.path.isfile(whole):
         return
     try:

@@ -20,8 +20,10 @@ import torch
 
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 
+REST = "meta.pt"
+"""What is not sharded, as Lightning names it: by this it knows the folder again."""
+
 _METADATA = ".metadata"
-_REST = "meta.pt"
 _CLASSES = {"torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"}
 _NAMES = {
     ("pathlib", "PosixPath"),
@@ -73,7 +75,7 @@ class _Part(io.RawIOBase):
 
 def is_sharded_folder(path: str) -> bool:
     """Whether it is a folder of shards, or what is left of one."""
-    return os.path.isdir(path) and any(os.path.exists(os.path.join(path, name)) for name in (_METADATA, _REST))
+    return os.path.isdir(path) and any(os.path.exists(os.path.join(path, name)) for name in (_METADATA, REST))
 
 
 def folder_size(path: str) -> int:
@@ -92,7 +94,7 @@ def folder_damage(path: str, part: int = 0, parts: int = 1) -> str | None:
     try:
         with open(os.path.join(path, _METADATA), "rb") as file:
             stored = _Unpickler(file).load().storage_data
-        found = damage(os.path.join(path, _REST))
+        found = damage(os.path.join(path, REST))
         files: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for info in stored.values():
             files[info.relative_path].append((info.offset, info.length))
@@ -101,7 +103,7 @@ def folder_damage(path: str, part: int = 0, parts: int = 1) -> str | None:
     except Exception as error:  # a pickle that makes no sense raises anything
         return f"its {_METADATA} is damaged: {error}"
     if found is not None:
-        return f"its {_REST}: {found}"
+        return f"its {REST}: {found}"
     for name in sorted(files)[part::parts]:
         found = _file_damage(os.path.join(path, name), sorted(files[name]))
         if found is not None:

@@ -26,8 +26,8 @@ from typing_extensions import override
 from lightning_eff.arguments import check, check_count, check_number, check_path
 from lightning_eff.plugins.async_checkpoint.copies import Buffers, Turns
 from lightning_eff.plugins.async_checkpoint.writer import Save, Writer, link
+from lightning_eff.plugins.sharded_folder import REST
 
-_REST = "meta.pt"  # as Lightning names it, by which it knows the folder again
 _PART = ".part"
 _Announced = tuple[str, str, str | None]  # path, token, why it is not saved
 
@@ -265,7 +265,7 @@ class _Folder(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """The last thing: on rank zero, when all ranks have written. An error of it is raised on all ranks."""
         super().finish(metadata, results)
-        with open(os.path.join(self.job.part, _REST), "wb") as file:
+        with open(os.path.join(self.job.part, REST), "wb") as file:
             file.write(self.job.rest)
             file.flush()
             os.fsync(file.fileno())
