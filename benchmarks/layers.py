@@ -62,6 +62,13 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def _warm_in_turn(variants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each once without a figure, then all in turn."""
+    for run in variants.values():
+        run()
+    return in_turn(variants, rounds)
+
+
 # --- a feed-forward network ------------------------------------------------------------------------------------------
 
 
@@ -115,9 +122,7 @@ def steps(width: int, channels: int, tokens: int, rounds: int) -> None:
     def step(call: Callable[[Tensor], Tensor]) -> float:
         return seconds_of(lambda: call(x).backward(gradient))
 
-    for call in calls.values():
-        step(call)
-    figures = in_turn({name: lambda call=call: step(call) for name, call in calls.items()}, rounds)
+    figures = _warm_in_turn({name: lambda call=call: step(call) for name, call in calls.items()}, rounds)
     rows = [
         {
             **{"variant": name, "d_model": width, "d_ff": channels, "tokens": tokens, "rounds": rounds},
@@ -153,9 +158,7 @@ def decode(width: int, channels: int, rounds: int) -> None:
     def timed(layer: nn.Module) -> float:
         return seconds_of(lambda: [layer(x) for _ in range(50)]) / 50
 
-    for layer in made.values():
-        timed(layer)
-    figures = in_turn({name: lambda layer=layer: timed(layer) for name, layer in made.items()}, rounds)
+    figures = _warm_in_turn({name: lambda layer=layer: timed(layer) for name, layer in made.items()}, rounds)
     rows = [
         {
             **{"variant": name, "d_model": width, "d_ff": channels, "rounds": rounds},
@@ -202,9 +205,7 @@ def cache(width: int, heads: int, layers: int, context: int, batch: int, rounds:
     """The attentions' time for one token behind a full context."""
     made = stacks(width, heads, layers, context, batch)
     variants = {name: lambda s=stack, v=views: _token(s, v, batch, width) for name, (stack, _, views) in made.items()}
-    for run in variants.values():
-        run()
-    figures = in_turn(variants, rounds)
+    figures = _warm_in_turn(variants, rounds)
     rows = [
         {
             **{"variant": name, "d_model": width, "heads": heads, "layers": layers, "context": context, "batch": batch},

@@ -138,9 +138,10 @@ class GradientStats(Callback):
         device = gradients[0].device
         _, squares, _, largest, zeros, nonfinite = tensor_stats(gradients, extremes=True)
         assert largest is not None
+        assert zeros is not None
+        assert nonfinite is not None
         counts = torch.tensor([gradient.numel() for gradient in gradients], dtype=squares.dtype)
-        columns = [squares, zeros, nonfinite, counts.to(device, non_blocking=True)]
-        sums = torch.stack([column for column in columns if column is not None], dim=1)
+        sums = torch.stack([squares, zeros, nonfinite, counts.to(device, non_blocking=True)], dim=1)
         sharded = any(is_dtensor(p) for p, _ in pairs)
         if sharded:
             sums = sums / sums.new_tensor([_copies(p) for p, _ in pairs])[:, None]

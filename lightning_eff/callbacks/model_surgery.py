@@ -82,7 +82,8 @@ class ModelSurgery(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
         self._module = pl_module
-        # Lightning calls both after this hook, and nothing of its own lies between them and the restored weights.
+        # Lightning calls both after this hook, and nothing of its own lies between them and the restored weights. It
+        # compares the code of a method with that of its base class, which a function has and a Wrapper has not.
         name = "configure_model" if overrides(pl_module, "configure_model") else "setup"
         own = vars(pl_module).get(name)
         usual = getattr(pl_module, name)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check, check_count, check_flag, check_instance, check_number
+from lightning_eff.layers.autograd import take_weights
 from lightning_eff.layers.moc import WIDEST
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ class CRFirst(nn.Linear):
 
     def __init__(self, linear: nn.Linear) -> None:
         check_instance("linear", linear, nn.Linear, "an nn.Linear")
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        take_weights(self, linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""

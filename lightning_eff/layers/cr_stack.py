@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_eff.arguments import check, check_count, check_flag, check_instance, check_number
+from lightning_eff.layers.autograd import in_backward
 from lightning_eff.layers.cr_net import LEAST, CRFirst, CRLinear
 
 
@@ -171,7 +172,7 @@ class Connection:
     run_eagerly = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
 
     def _begin(self, index: int) -> _Pass:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and in_backward():
             raise RuntimeError(
                 "the blocks of a CRStack are under activation checkpointing of another kind, which does not know what"
                 " they take from the block below: turn it off, and set recompute=True"

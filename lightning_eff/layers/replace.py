@@ -223,11 +223,10 @@ def _spread(weight: Tensor) -> float:
 def _from(spec: MoC, weights: Sequence[Tensor], module: nn.Module) -> MoCFeedForward | str:
     """The layer with these weights of gate, up and down."""
     channels, width = weights[0].shape
-    k = None if spec.pattern == "2:8" else (spec.k or max(1, min(width // 2, channels)))
-    if k is not None and k > channels:
-        return f"it has {channels} channels, fewer than k={k}"
+    if spec.k is not None and spec.k > channels:
+        return f"it has {channels} channels, fewer than k={spec.k}"
     with torch.device("meta"):  # its own weights are not wanted
-        layer = MoCFeedForward(width, channels, k, spec.pattern, spec.recompute)
+        layer = MoCFeedForward(width, channels, spec.k, spec.pattern, spec.recompute)
     for linear, weight in zip((layer.gate, layer.up, layer.down), weights, strict=True):
         linear.weight = weight  # type: ignore[assignment]
     return layer.train(module.training)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check, check_count, check_flag, check_instance, check_number
+from lightning_eff.layers.autograd import in_backward, take_weights
 from lightning_eff.layers.moc import WIDEST
 
 
@@ -273,7 +274,7 @@ class Relay:
         if v1.requires_grad and not torch.compiler.is_compiling():
             waiting = _Waiting()
             v1 = _Mark.apply(v1, waiting)  # type: ignore[no-untyped-call]
-            if not _in_backward():
+            if not in_backward():
                 self._waiting.add(waiting)
         self._v1 = v1
 
@@ -285,7 +286,7 @@ class Relay:
                 f"the first layer's values for an input of shape {tuple(x.shape)} are wanted, and {found}: the layers"
                 " must run in their order, on the same positions"
             )
-        if not torch.compiler.is_compiling() and _in_backward():
+        if not torch.compiler.is_compiling() and in_backward():
             several = sum(not waiting.done for waiting in self._waiting) > 1
             if several:
                 raise RuntimeError(
@@ -294,10 +295,6 @@ class Relay:
                     " before the next forward pass, or write the model with SkipV1Attention, which takes v1"
                 )
         return self._v1
-
-
-def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class FirstValue(nn.Linear):
@@ -314,9 +311,7 @@ class FirstValue(nn.Linear):
     def __init__(self, linear: nn.Linear, relay: Relay) -> None:
         check_instance("linear", linear, nn.Linear, "an nn.Linear")
         check_instance("relay", relay, Relay, "a Relay")
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        take_weights(self, linear)
         self.relay = relay
 
     def forward(self, x: Tensor) -> Tensor:
