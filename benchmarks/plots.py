@@ -1,0 +1,155 @@
+"""Pictures of rows that other benchmarks have measured, for README and the cards. Nothing is run.
+
+Usage:
+    python -m benchmarks.plots [step_time overhead recovery lock_in throughput]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import read_rows
+from harness.plots import IMAGES, panels, save
+
+
+def rows(name: str, **where: str) -> list[dict[str, str]]:
+    """The rows of a results file that have these values."""
+    found = [row for row in read_rows(name) if all(row[key] == value for key, value in where.items())]
+    if not found:
+        raise ValueError(f"{name}.csv has no row with {where}")
+    return found
+
+
+def step_time() -> Any:
+    """A step of two ranks over links of different speed, dense and compressed, and where the lines cross."""
+    figure, axis = panels()
+    links = ["50", "200", "1000", "loopback"]
+    arms = {
+        "dense": "dense",
+        "bf16": "bf16",
+        "int8": "int8",
+        "powersgd 4": "PowerSGD, rank 4",
+        "arc_topk 0.2": "ARC-Top-K, 0.2",
+    }
+    measured = {
+        (row["link_mbit"], row["arm"]): float(row["step_s"])
+        for row in rows("compressed_allreduce_steps", ranks="2", size="5m")
+    }
+    for arm, label in arms.items():
+        seconds = [measured[link, arm] for link in links]
+        axis.plot(links, seconds, marker="o", label=label, color="black" if arm == "dense" else None)
+    axis.plot(links, [measured[link, "compute alone"] for link in links], ":", color="grey", label="compute alone")
+    axis.set(yscale="log", xlabel="link, Mbit/s", ylabel="seconds a step", title="Two ranks, 4.9 M parameters, CPU")
+    axis.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+    axis.minorticks_off()
+    axis.legend()
+    return figure
+
+
+_COSTS = [  # file, column of the name, its value, columns of median and quartiles, label
+    ("zclip_cost", "clip", "zclip", "over_none", "ZClip"),
+    ("zclip_cost", "clip", "lightning norm", "over_none", "Lightning's clip_grad_norm"),
+    ("checkpoint_averaging_cost", "callback", "CheckpointAveraging, every 10", "over_none", "CheckpointAveraging"),
+    ("checkpoint_averaging_cost", "callback", "EMA, every step", "over_none", "EMA, every step"),
+    ("checkpoint_averaging_cost", "callback", "Lightning EMAWeightAveraging", "over_none", "Lightning's EMA"),
+    ("training_guard_cost", "guard", "guard, a snapshot in 10 steps", "over_none", "TrainingGuard, a snapshot in 10"),
+    ("spectral_alignment_cost", "every_n_steps", "20", "over_without", "SpectralAlignmentMonitor, every 20"),
+]  # fmt: skip
+
+
+def overhead() -> Any:
+    """What callbacks cost, as medians with quartiles of ratios to the same run without them."""
+    figure, axis = panels(height=3.4)
+    for place, (name, column, value, ratio, label) in enumerate(reversed(_COSTS)):
+        row = rows(name, **{column: value})[0]
+        low, middle, high = (float(row[f"{ratio}{end}"]) for end in ("_q1", "", "_q3"))
+        color = "grey" if label.startswith("Lightning") else "tab:blue"
+        axis.plot([low, high], [place, place], color=color)
+        axis.plot(middle, place, "o", color=color)
+        axis.text(1.107, place, f"{middle:.3f}", va="center")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(_COSTS)), [label for *_, label in reversed(_COSTS)])
+    axis.set(xlim=(0.955, 1.105), xlabel="step time over none: median and quartiles", title="10.8 M GPT, CPU")
+    return figure
+
+
+def recovery() -> Any:
+    """Seconds from ``kill -9`` to the next step, and the steps that are made again."""
+    figure, axis = panels(height=2.2)
+    for place, strategy in enumerate(["ddp, restart", "ddp_ft"]):
+        row = rows("fault_tolerance_recovery", strategy=strategy, quantity="kill_to_commit")[0]
+        lost = float(rows("fault_tolerance_recovery", strategy=strategy, quantity="steps_lost")[0]["median"])
+        axis.barh(place, float(row["median"]), color="tab:blue" if strategy == "ddp_ft" else "grey")
+        axis.text(
+            float(row["median"]) + 0.2, place, f"{float(row['median']):.1f} s, {lost:.0f} steps made again", va="center"
+        )
+    axis.set_yticks([0, 1], ["ddp, restart", "ddp_ft"])
+    axis.set(xlim=(0, 21), xlabel="seconds from kill -9 to the next step (median, three replicas, CPU)")
+    return figure
+
+
+def lock_in() -> Any:
+    """How many of 2,000 steps are clipped behind a jump of the gradients' level, by what is done about it."""
+    figure, axes = panels(2, width=4.5, height=3.2, sharey=True)
+    for axis, relearn in zip(axes, ("", "100"), strict=True):
+        for option, width in {"adaptive_scaling": 5, "mean": 3, "skip_update": 1.5, "percentile": 1}.items():
+            found = rows("zclip_lock_in", option=option, relearn_after=relearn)
+            shares = [int(row["clipped_of_last_1000"]) / 10 for row in found]
+            axis.plot([float(row["shift"]) for row in found], shares, marker="o", linewidth=width, label=option)
+        axis.set(xlabel="the level grows by a factor of", title="relearn_after=100" if relearn else "as in the paper")
+    axes[0].set(ylabel="% clipped of the last 1,000 steps")
+    axes[0].legend()
+    return figure
+
+
+def throughput() -> Any:
+    """The share of the throughput that failures take, by what is done about them (simulated from measured times)."""
+    figure, axes = panels(2, width=4.5, height=3.2, sharey=True)
+    labels = {
+        "mecefo": "MeCeFO",
+        "takeover": "exact takeover",
+        "shrink": "drop the share",
+        "restart from checkpoint": "restart",
+    }
+    scenarios = {row["scenario"]: row["failure_every_h"] for row in rows("fault_tolerance_simulation")}
+    for axis, replicas in zip(axes, ("8", "32"), strict=True):
+        for system, label in labels.items():
+            lost = [
+                float(
+                    rows("fault_tolerance_simulation", scenario=s, replicas=replicas, system=system)[0][
+                        "throughput_lost_percent"
+                    ]
+                )
+                for s in scenarios
+            ]
+            axis.plot([f"{hours} h" for hours in scenarios.values()], lost, marker="o", label=label)
+        axis.set(xlabel="a failure every", title=f"{replicas} replicas", ylim=(0, None))
+    axes[0].set(ylabel="% of the throughput lost")
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "step_time": (step_time, "compression_step_time.png"),
+    "overhead": (overhead, "overhead.png"),
+    "recovery": (recovery, "recovery.png"),
+    "lock_in": (lock_in, "zclip_lock_in.png"),
+    "throughput": (throughput, "mecefo_throughput.png"),
+}
+
+
+def main(argv: Sequence[str] | None = None, folder: Path = IMAGES) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("plots", nargs="*", metavar="plot", help=f"of {', '.join(PLOTS)} (default: all)")
+    for name in parser.parse_args(argv).plots or PLOTS:
+        if name not in PLOTS:
+            parser.error(f"{name!r} is none of {', '.join(PLOTS)}")
+        draw, file = PLOTS[name]
+        print(save(draw(), folder / file))
+
+
+if __name__ == "__main__":
+    main()
