@@ -43,19 +43,31 @@ class Matrices(L.LightningModule):
 
 
 class Saves(L.Callback):
-    """Saves at the end, again and again; a rank's seconds from the first one's begin to the last one's end."""
+    """Saves at the end, again and again; a rank's seconds from the first one's begin to the last one's end, and those
+    of them in which it waited for the disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seconds: list[float] = []
+        self.sync_seconds: list[float] = []
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        fsync = os.fsync
+
+        def timed(descriptor: int) -> None:
+            begin = time.perf_counter()
+            fsync(descriptor)
+            self.sync_seconds[-1] += time.perf_counter() - begin
+
+        os.fsync = timed
         for save in range(SAVES):
+            self.sync_seconds.append(0.0)
             trainer.strategy.barrier()
             begin = time.perf_counter()
             trainer.save_checkpoint(self.folder / f"{save}" / "run.ckpt")
             trainer.strategy.barrier()
             self.seconds.append(time.perf_counter() - begin)
+        os.fsync = fsync
 
 
 def rank(folder: Path, averages: bool) -> None:
@@ -80,19 +92,20 @@ def rank(folder: Path, averages: bool) -> None:
     )
     trainer.fit(Matrices(), torch.utils.data.DataLoader(torch.randn(128, 256), batch_size=4))
     if trainer.is_global_zero:
-        (folder / "seconds.json").write_text(json.dumps(saves.seconds[2:]))  # the first ones make folders and buffers
+        times = [saves.seconds[2:], saves.sync_seconds[2:]]  # the first ones make folders and buffers
+        (folder / "seconds.json").write_text(json.dumps(times))
 
 
-def measured(package: Path, ranks: int, averages: bool) -> tuple[int, int, float]:
-    """Bytes and files of a checkpoint, and the median seconds of a save."""
+def measured(package: Path, ranks: int, averages: bool) -> tuple[int, int, float, float]:
+    """Bytes and files of a checkpoint, and the median seconds of a save and of rank zero's fsyncs in one."""
     with tempfile.TemporaryDirectory() as temporary:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += [__file__, "--rank", temporary, *(["--averages"] if averages else [])]
         environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
         subprocess.run(command, env=environment, cwd=temporary, check=True, stderr=subprocess.DEVNULL)
         sizes = [path.stat().st_size for path in (Path(temporary) / "0").rglob("*") if path.is_file()]
-        seconds = json.loads((Path(temporary) / "seconds.json").read_text())
-    return sum(sizes), len(sizes), statistics.median(seconds)
+        seconds, syncs = json.loads((Path(temporary) / "seconds.json").read_text())
+    return sum(sizes), len(sizes), statistics.median(seconds), statistics.median(syncs)
 
 
 def main() -> None:
@@ -112,7 +125,7 @@ def main() -> None:
     for ranks in arguments.ranks:
         plain = measured(REPOSITORY, ranks, averages=False)
         for name, package in reversed(packages.items()):
-            size, files, seconds = measured(package, ranks, averages=True)
+            size, files, seconds, syncs = measured(package, ranks, averages=True)
             rows.append(
                 {
                     "package": name,
@@ -124,6 +137,7 @@ def main() -> None:
                     "over_plain_megabytes": round((size - plain[0]) / 1e6, 2),
                     "one_model_megabytes": round(PARAMETERS * 4 / 1e6, 2),
                     "save_ms": round(seconds * 1e3, 1),
+                    "fsync_ms": round(syncs * 1e3, 1),
                     "plain_save_ms": round(plain[2] * 1e3, 1),
                     "saves": SAVES - 2,
                 }

@@ -26,6 +26,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
@@ -135,6 +136,8 @@ class Pool:
         try:
             self._send(task)
             replies, hung = self._collect(time.monotonic() + time_limit, grace)
+            for worker in self._workers:
+                worker.pass_on_stderr()
             if len(replies) == self.world_size and all("result" in reply for reply in replies.values()):
                 self._send(_ALL_RANKS_ARE_DONE)
         except BaseException:  # also pytest's own time limit: a pool with a task half done is of no further use
@@ -199,14 +202,14 @@ class _Worker:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
-        descriptor, path = tempfile.mkstemp(prefix="pool-stacks-")
-        os.close(descriptor)
-        self._stacks = Path(path)
+        self._folder = Path(tempfile.mkdtemp(prefix="pool-"))
+        (self._folder / "stderr").touch()
+        self._passed_on = 0
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         # Not a daemon: a daemon may not have children, and a test may want a DataLoader with workers.
         self.process = context.Process(
-            target=_work, args=(theirs, rank, world_size, path), name=f"pool-rank-{rank}", daemon=False
+            target=_work, args=(theirs, rank, world_size, self._folder), name=f"pool-rank-{rank}", daemon=False
         )
         self.process.start()
         theirs.close()  # so that the end of the worker is the end of the stream
@@ -216,7 +219,21 @@ class _Worker:
             return pickle.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
             self.process.join(5)
-            return {"traceback": f"the process ended with exit code {self.process.exitcode}", "exception": None}
+            # What C++ said, and where faulthandler found it.
+            last = "\n".join(self._said().decode(errors="replace").splitlines()[-100:])
+            text = f"the process ended with exit code {self.process.exitcode}\n{last}"
+            return {"traceback": text, "exception": None}
+
+    def pass_on_stderr(self) -> None:
+        """Write to this process's stderr what the worker has written to its own."""
+        said = self._said()
+        self._passed_on += len(said)
+        sys.stderr.write(said.decode(errors="replace"))
+
+    def _said(self) -> bytes:
+        with open(self._folder / "stderr", "rb") as stream:
+            stream.seek(self._passed_on)
+            return stream.read()
 
     def stacks(self) -> str:
         """Where every thread of a hanging worker is."""
@@ -224,7 +241,7 @@ class _Worker:
             os.kill(self.process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
             for _ in range(20):
                 time.sleep(0.05)
-                if text := self._stacks.read_text():
+                if text := (self._folder / "stacks").read_text():
                     return text
         return "still running (no stacks to show)"
 
@@ -234,11 +251,13 @@ class _Worker:
         self.process.join()
         self.process.close()
         self.connection.close()
-        self._stacks.unlink(missing_ok=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> None:
+def _work(connection: Connection, rank: int, world_size: int, folder: Path) -> None:
     """A worker's whole life."""
+    with open(folder / "stderr", "ab") as stream:
+        os.dup2(stream.fileno(), 2)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -255,7 +274,8 @@ def _work(connection: Connection, rank: int, world_size: int, stacks: str) -> No
         # The host's name need not resolve to an address that gloo can bind.
         GLOO_SOCKET_IFNAME=next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo"),
     )
-    with open(stacks, "w") as stream:
+    with open(folder / "stacks", "w") as stream:
+        faulthandler.enable()  # also where C++ aborts
         faulthandler.register(signal.SIGUSR1, file=stream)
         try:
             import lightning  # noqa: F401  (with the rank already known)

@@ -51,6 +51,16 @@ def test_no_state_is_left_between_tasks(pool):
     assert pool.run(_state) == before
 
 
+def _say():
+    os.write(2, f"rank {dist.get_rank()} speaks\n".encode())
+
+
+def test_what_the_workers_write_to_stderr_is_the_tests(pool, capsys):
+    for _ in range(2):
+        pool.run(_say)
+        assert capsys.readouterr().err == "rank 0 speaks\nrank 1 speaks\n"
+
+
 def _fail(rank):
     if dist.get_rank() == rank:
         raise LookupError("a key of rank one")
@@ -88,11 +98,21 @@ def _die_on_rank_one():
     return "alive"
 
 
+def _abort_on_rank_one():
+    if dist.get_rank() == 1:
+        os.write(2, b"what C++ says\n")
+        os.abort()
+
+
 def _check_hang_and_death(pool):
+    with pytest.raises(WorkerError, match=r"exit code -6\nwhat C\+\+ says(?s:.*)in _abort_on_rank_one"):
+        pool.run(_abort_on_rank_one)
+
     with pytest.raises(WorkerError, match=r"rank 1(?s:.*)exit code -9") as caught:
         pool.run(_die_on_rank_one)
     assert caught.value.results == {0: "alive"}
 
+    pool.run(_state)  # new workers import this module first
     with pytest.raises(PoolTimeoutError, match=r"hung for 2 s on rank 1(?s:.*)in _hang_on_rank_one"):
         pool.using(time_limit=2).run(_hang_on_rank_one)
 
