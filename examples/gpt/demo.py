@@ -1,7 +1,7 @@
 """Train a small GPT on the standard library's sources, on CPU in a few minutes, with the suite's methods.
 
-Three runs: training with the callbacks that go together, fine-tuning of its weights with MISA, and training on two
-ranks whose gradients are compressed.
+Four runs: training with the callbacks that go together, fine-tuning of its weights with MISA, training on two ranks
+whose gradients are compressed, and training that is killed in the midst and goes on.
 
 Usage:
     python -m examples.gpt.demo [--steps 1000] [--seed 0] [--val-windows 256] [--logdir logs/demo]
@@ -10,13 +10,11 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -34,13 +32,16 @@ except ImportError as error:
     raise ImportError(f"{package} cannot be found. It comes with: pip install 'lightning-eff[examples]'") from error
 
 from examples.gpt.data import TextDataModule
+from examples.gpt.killed import killed_and_resumed
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from examples.gpt.quiet import quick_trainer, quieten
 from lightning_eff.callbacks import (
     EMA,
     MISA,
     CompressionMonitor,
     GradES,
+    RunHealth,
     SpectralAlignmentMonitor,
     TensorBoardLayout,
     TrainingGuard,
@@ -157,42 +158,25 @@ def fine_tune(module: GPTModule, data: TextDataModule, steps: int) -> list[tuple
 def two_ranks(config: GPTConfig, data: TextDataModule, steps: int, logger: TensorBoardLogger) -> list[tuple[str, str]]:
     """Train on two ranks that exchange a fifth of the rows of each gradient: what was sent."""
     trainer = quick_trainer(
-        steps, strategy="ddp_fork_arc_topk", devices=2, callbacks=[CompressionMonitor()], logger=logger
+        steps,
+        strategy="ddp_fork_arc_topk",
+        devices=2,
+        callbacks=[CompressionMonitor(), RunHealth(every_n_steps=max(1, steps // 5))],
+        logger=logger,
     )
     module = GPTModule(config, lr=3e-3, warmup_steps=min(50, steps))
     trainer.fit(module, datamodule=data)
     sent, ratio = (trainer.callback_metrics[f"comm/{name}"].item() for name in ("bytes_per_step", "compression_ratio"))
     loss = trainer.callback_metrics["train_loss"].item()
+    waiting = trainer.callback_metrics.get("run_health/waiting")  # None in a run of a few steps, as the demo's test
     return [
         ("Sent by each of two ranks in a step (ddp_arc_topk)", f"{sent / 1e6:.2f} of {sent * ratio / 1e6:.2f} MB"),
+        (
+            "Their waiting for each other, of a step (RunHealth)",
+            "too short" if waiting is None else f"{waiting:.0%}",
+        ),
         (f"Their training loss after {steps} steps", f"{loss:.4f} nats a byte"),
     ]
-
-
-def quick_trainer(steps: int, **kwargs: Any) -> L.Trainer:
-    kwargs = {"devices": 1, "logger": False, **kwargs}
-    return L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        limit_val_batches=0,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        **kwargs,
-    )
-
-
-def quieten() -> None:
-    """Leave out what says nothing about the run."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which accelerators there are, and a tip
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # the seed
-    # The text is in memory: a process that loads it would only take a core from the training.
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")
-    # A run of a few steps, as in the test of this demo, is over before the monitor has seen enough of any layer.
-    warnings.filterwarnings("ignore", "SpectralAlignmentMonitor: of .* layers none was ever armed")
-    # Lightning's own use of a function that PyTorch has deprecated.
-    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")
 
 
 def main(argv: Sequence[str] | None = None) -> Recorder:
@@ -211,13 +195,14 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     # stall where other programs run (seen 20 times slower); and the losses do not depend on the number of cores.
     torch.set_num_threads(1)
     L.seed_everything(args.seed)
-    data = TextDataModule(
-        block_size=128,
-        batch_size=BATCH_SIZE,
-        crops_per_epoch=args.steps * BATCH_SIZE,
-        val_windows=args.val_windows,
-        seed=args.seed,
-    )
+    text = {
+        "block_size": 128,
+        "batch_size": BATCH_SIZE,
+        "crops_per_epoch": args.steps * BATCH_SIZE,
+        "val_windows": args.val_windows,
+        "seed": args.seed,
+    }
+    data = TextDataModule(**text)
     config = GPTConfig(block_size=128, n_layer=5, n_head=4, n_embd=128)
     module = GPTModule(
         config,
@@ -256,11 +241,15 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     )
     trainer.fit(module, datamodule=data)
     few = max(2, args.steps // 20)
-    console.print(f"Fine-tuning for {few} steps with MISA, and {few} steps on two ranks with compressed gradients ...")
+    console.print(
+        f"{few} steps each: fine-tuning with MISA, two ranks with compressed gradients, and a run that is killed ..."
+    )
     tuned = fine_tune(module, data, few)
     exchanged = two_ranks(config, data, few, TensorBoardLogger(args.logdir, name="two_ranks"))
+    with tempfile.TemporaryDirectory() as folder:
+        killed = killed_and_resumed(config, text, few, Path(folder))
     seconds = time.perf_counter() - started
-    console.print(results(recorder, methods, [tuned, exchanged], BATCH_SIZE * data.block_size, seconds))
+    console.print(results(recorder, methods, [tuned, exchanged, killed], BATCH_SIZE * data.block_size, seconds))
     console.print("See the curves at http://localhost:6006/#custom_scalars:", highlight=False)
     console.print(f"  {tensorboard_command(args.logdir)}", highlight=False, soft_wrap=True)
     return recorder

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_eff.kernels import CompiledKernel, compile_report
 from lightning_eff.kernels.dispatch import ENVIRONMENT_VARIABLE
 
 # Without Triton there is nothing to hold to the references, and what is left is that the package works without it.
@@ -69,13 +68,3 @@ def _poisoning(allocate: Any) -> Any:
         return tensor.fill_(float("nan") if tensor.dtype.is_floating_point else -(2**30))
 
     return poisoned
-
-
-@pytest.fixture(scope="session")
-def compiled_for_cuda() -> list[CompiledKernel]:
-    return compile_report("cuda:90")
-
-
-@pytest.fixture(scope="session")
-def compiled_for_hip() -> list[CompiledKernel]:
-    return compile_report("hip:gfx942")

@@ -51,7 +51,8 @@ def main() -> None:
         grad_norm.scale_(matrices, torch.ones((), dtype=torch.float64))
         tensor_stats.tensor_stats(matrices)
         tensor_stats.tensor_stats(matrices, [matrices[0].clone()], update=torch.tensor(True))
-        for rank, seed in ((1, 0), (4, 1), (16, 2**64 - 1)):
+        ranks = ((1, 0), (4, 1), (16, 2**64 - 1))
+        for rank, seed in ranks if dtype == torch.float32 else ranks[1:2]:
             row_sketch.row_sketch(matrices, rank, seed, [seed % 2**32], errors)
         buffer = row_pack.pack_rows(matrices, selected, [1], 1, errors)
         row_pack.scatter_rows_(matrices, buffer, selected, [1], errors, torch.tensor(1))
