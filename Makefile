@@ -46,7 +46,7 @@ $(VENV)-architectures/.installed: pyproject.toml constraints-architectures.txt
 		-e '.[test,architectures]'
 	@touch $@
 
-test-architectures: $(VENV)-architectures/.installed ## The structure finder against eighty models of other packages
+test-architectures: $(VENV)-architectures/.installed ## The structure finder against eighty-eight models of other packages
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure tests/layers/test_others.py $(ARGS)
 

@@ -4,6 +4,7 @@
     python -m benchmarks.compressed_allreduce steps --ranks 4 --size 20m --mbit loopback
     python -m benchmarks.compressed_allreduce losses --arms dense "arc_topk 0.2" --seeds 0 1 2
     python -m benchmarks.compressed_allreduce overhead                      # sketch, pack, scatter; on a GPU too
+    python -m benchmarks.compressed_allreduce memory                        # the peak of a step, of each compressor
 
 `steps` and `losses` need root and iproute2: every rank is a process in a network namespace, one core each. Rows go to
 benchmarks/results/compressed_allreduce_<part>.csv as they come; a cell that is measured again replaces its row.
@@ -27,6 +28,8 @@ from benchmarks.kernel_cases import SIZES as KERNEL_SIZES
 from benchmarks.kernels import copy_bandwidth, milliseconds
 from benchmarks.rows import CONSOLE, show, write_rows
 from benchmarks.slow_link import ARMS, SIZES, Fit, Ranks
+from harness.local_hook import copies_of_the_gradients
+from lightning_eff.compression import BF16, FP16, ArcTopK, Int8, PowerSGD, RandK, TopK
 from lightning_eff.kernels.row_pack import pack_rows, row_scores, scatter_rows_, select_rows
 from lightning_eff.kernels.row_sketch import row_sketch
 
@@ -227,6 +230,43 @@ def _passes(matrices: list[Tensor], errors: list[Tensor] | None) -> Iterator[tup
     yield "scatter", lambda: scatter_rows_(matrices, buffer, selected, counts, errors), moved
 
 
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+_COMPRESSORS = {
+    "BF16()": BF16(),
+    "FP16()": FP16(),
+    "Int8()": Int8(),
+    'TopK(error_feedback="none")': TopK(error_feedback="none"),
+    "TopK()": TopK(),
+    "RandK()": RandK(),
+    'RandK(error_feedback="ef14")': RandK(error_feedback="ef14"),
+    'PowerSGD(error_feedback="none")': PowerSGD(error_feedback="none"),
+    "PowerSGD()": PowerSGD(),
+    "ArcTopK()": ArcTopK(),
+    'ArcTopK(error_feedback="ef14")': ArcTopK(error_feedback="ef14"),
+    'ArcTopK(error_feedback="ef21")': ArcTopK(error_feedback="ef21"),
+    'ArcTopK(error_feedback="ef21m")': ArcTopK(error_feedback="ef21m"),
+}
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """The peak of three steps in copies of the gradients, where all arrives at once and where nothing does."""
+    buckets, size = 12, 256
+    rows = [
+        {
+            "compressor": name,
+            "ranks": 2,
+            "buckets": buckets,
+            "numel": buckets * size**2,
+            "link_keeps_up": round(copies_of_the_gradients(each, at_once=True, steps=3, buckets=buckets, size=size), 2),
+            "slow_link": round(copies_of_the_gradients(each, steps=3, buckets=buckets, size=size), 2),
+        }
+        for name, each in _COMPRESSORS.items()
+    ]
+    show("Peak of a step beside DDP's buckets, in copies of the gradients", rows)
+    CONSOLE.print(write_rows("compressed_allreduce_memory", rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -247,13 +287,14 @@ def main() -> None:
     over = parts.add_parser("overhead")
     over.add_argument("--sizes", nargs="+", choices=["124m", "1300m"], default=["124m"])
     over.add_argument("--threads", type=int, default=1)
+    parts.add_parser("memory")
     for each in (step, loss):
         each.add_argument("--ranks", type=int, default=2)
         each.add_argument("--size", choices=list(SIZES), default="5m")
         each.add_argument("--batch-size", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # what the ranks have, for the rows
-    {"steps": steps, "losses": losses, "overhead": overhead}[arguments.part](arguments)
+    {"steps": steps, "losses": losses, "overhead": overhead, "memory": memory}[arguments.part](arguments)
 
 
 if __name__ == "__main__":

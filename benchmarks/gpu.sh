@@ -96,6 +96,7 @@ main() {
   python zclip 30
   python steps 90
   python syncs 45
+  python layers 30
   python gloo 60
   python nccl 40
   tests suite_ranks 80 --device "$DEVICE" tests/suite/test_contract.py "${SEVERAL[@]}"

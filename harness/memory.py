@@ -1,7 +1,8 @@
-"""The memory of this process, where Linux says it, elsewhere NaN; and what a forward pass keeps."""
+"""The memory of this process, where Linux says it, elsewhere NaN; what a forward pass keeps, and a call holds."""
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,3 +50,17 @@ def kept_bytes(forward: Callable[[], Any], without: Iterable[Tensor] = ()) -> in
         result = forward()
     del result
     return sum(found.values())
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most that the CPU's allocator holds during a call beyond what it held before, by its own count."""
+    gc.collect()  # what is freed meanwhile would count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import kernels
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.faults import FAULTS
+from lightning_eff.kernels import alignment, dispatch, grad_norm, moc, row_pack, row_sketch, tensor_stats
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 ORDER = re.findall(r"^  (?:python|tests) (\w+) \d+|^  (sanitizer)$", SCRIPT.read_text(), re.MULTILINE)
@@ -32,6 +34,44 @@ def _run(out: Path, *parts: str, fault: str = "", **environment: str) -> subproc
 def test_every_part_has_a_fault():
     assert set(NAMES) == set(FAULTS)
     assert set(PARTS) - {"tiny"} < set(NAMES)
+
+
+# What each check of the smoke part calls. ZClip's decision is in the norm's check of its own part.
+CALLS = {
+    "sum_of_squares": (grad_norm, "sum_of_squares"),
+    "scale_": (grad_norm, "scale_"),
+    "tensor_stats": (tensor_stats, "tensor_stats"),
+    "row_sketch": (row_sketch, "row_sketch"),
+    "row_pack": (row_pack, "pack_rows"),
+    "alignment": (alignment, "alignment_stats"),
+    "moc": (moc, "activate"),
+}
+
+
+def test_every_op_has_a_check():
+    modules = {module.__name__.rpartition(".")[2] for module, _ in CALLS.values()}
+    assert modules == set(dispatch.OPS) - {"zclip"}
+    assert set(kernels.CHECKS) == set(CALLS)
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_check_sees_what_is_wrong(op, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICE", torch.device("cpu"))
+    module, name = CALLS[op]
+    right = getattr(module, name)
+
+    def wrong(*args, **kwargs):
+        if name == "scale_":
+            return right(args[0], args[1] * 1.1)
+        result = right(*args, **kwargs)
+        return result * 1.1 if isinstance(result, torch.Tensor) else tuple(r if r is None else r * 1.1 for r in result)
+
+    error, allowed = kernels.CHECKS[op](dtype, 1)
+    assert error <= allowed
+    monkeypatch.setattr(module, name, wrong)
+    error, allowed = kernels.CHECKS[op](dtype, 1)
+    assert error > allowed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")

@@ -21,6 +21,7 @@ PARTS = {
     **dict.fromkeys(("environment", "smoke", "bench", "compile", "zclip", "big", "tiny"), "kernels"),
     **dict.fromkeys(("steps", "syncs", "snapshots"), "training"),
     **dict.fromkeys(("gloo", "nccl", "fsdp2"), "ranks"),
+    "layers": "layers",
 }
 
 

@@ -17,7 +17,7 @@ from benchmarks import kernels, rows
 from benchmarks.gpu.report import DEVICE, DTYPES, OUT, SMALL, Report, difference
 from benchmarks.kernel_cases import SIZES
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_grad_norm_
-from lightning_eff.kernels import alignment, grad_norm, row_pack, row_sketch, status, tensor_stats
+from lightning_eff.kernels import alignment, grad_norm, moc, row_pack, row_sketch, status, tensor_stats
 
 PACKAGES = ("torch", "triton", "lightning", "numpy", "safetensors", "tensorboard", "rich", "jsonargparse", "torchft")
 SIZE = "tiny" if SMALL else "124m"
@@ -58,7 +58,7 @@ def smoke(report: Report, dtypes: Any = DTYPES, shifts: tuple[int, ...] = (0, 1)
     """Every op once, on odd sizes and at odd addresses, against float64; with the time of the first call."""
     for name, dtype in dtypes.items():
         for shift in shifts:
-            for op, check in _CHECKS.items():
+            for op, check in CHECKS.items():
                 with report.guarded(f"{op} {name} shift {shift}"):
                     start = time.perf_counter()
                     error, allowed = check(dtype, shift)
@@ -83,8 +83,13 @@ def _scale(dtype: torch.dtype, shift: int) -> tuple[float, float]:
 def _stats(dtype: torch.dtype, shift: int) -> tuple[float, float]:
     tensors, _, _ = _inputs(dtype, shift)
     copies = [torch.ones_like(t) for t in tensors]
-    truth = [[t.double().abs().sum(), t.double().square().sum(), (t.double() - 1).abs().sum()] for t in tensors]
-    stats = tensor_stats.tensor_stats(tensors, copies)
+    for t in tensors[:-1]:
+        t.view(-1)[:5] = 0
+    truth = [
+        [t.abs().sum(), t.square().sum(), (t - 1).abs().sum(), t.abs().max(), (t == 0).double().sum(), t.new_zeros(())]
+        for t in (tensor.double() for tensor in tensors)
+    ]
+    stats = tensor_stats.tensor_stats(tensors, copies, extremes=True)
     same = all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
     error = max(
         difference(got, torch.stack(right))
@@ -126,9 +131,23 @@ def _alignment(dtype: torch.dtype, shift: int) -> tuple[float, float]:
     return wrong, 1.0  # a token at 0 may fall on either side
 
 
-_CHECKS = {
-    "sum_of_squares": _norm, "scale_": _scale, "tensor_stats": _stats,
-    "row_sketch": _sketch, "row_pack": _rows, "alignment": _alignment,
+def _moc(dtype: torch.dtype, shift: int) -> tuple[float, float]:
+    """Forward and backward against autograd through silu(v) u, with the channels put in place by a product of masks."""
+    _, (up, *_), (gates, *_) = _inputs(dtype, shift)
+    values, channels = gates.to(dtype).topk(up.shape[1] // 2)
+    leaves = gate, wide_up = [t.double().requires_grad_() for t in (gates.to(dtype), up)]
+    mask = torch.zeros_like(gate).scatter_(1, channels, 1.0)
+    placed = torch.nn.functional.silu(gate) * wide_up * mask
+    truth = torch.autograd.grad(placed, leaves, up.double())
+    u, s, z, ours = moc.activate(up, values, channels)
+    error = max(difference(ours, placed.detach()), difference(z, placed.detach().gather(1, channels)))
+    grads = moc.activate_backward(up, values, channels.to(torch.int16), u, s)
+    return max(error, *map(difference, grads, truth)), 2e-2 if dtype == torch.bfloat16 else 1e-5
+
+
+CHECKS = {
+    "sum_of_squares": _norm, "scale_": _scale, "tensor_stats": _stats, "row_sketch": _sketch, "row_pack": _rows,
+    "alignment": _alignment, "moc": _moc,
 }  # fmt: skip
 
 
@@ -140,7 +159,7 @@ def tiny(report: Report) -> None:
 
 def _bench(report: Report, sizes: list[str], dtypes: list[str], compiled: bool) -> None:
     rows.RESULTS = OUT  # what comes back from the machine; to be copied to benchmarks/results
-    ours = [""] if not compiled else ["grad_norm", "tensor_stats", "alignment"]
+    ours = [""] if not compiled else ["grad_norm", "tensor_stats", "alignment", "moc"]
     for row in kernels.time_all(sizes, dtypes, ours, DEVICE, compiled=compiled):
         name = " ".join(str(row[key]) for key in ("op", "size", "dtype", "provider"))
         figures = {key: row[key] for key in ("error", *kernels.TIMES)}
@@ -247,6 +266,15 @@ def big(report: Report) -> None:
         report.row("pack_rows", bool((buffer[:width] == 0.5).all()) and bool((buffer[width:] == 1).all()))
         row_pack.scatter_rows_([matrix], buffer, selected, [2])
         report.row("scatter_rows_", bool((matrix[-1] == 1).all()) and not matrix[:-2].any())
+        channels = torch.arange(width - 8, width, device=DEVICE).expand(height, 8).contiguous()
+        values = torch.full((height, 8), 20.0, dtype=matrix.dtype, device=DEVICE)  # where silu(v) is v
+        u, s, z, placed = moc.activate(matrix, values, channels)
+        right = bool((z[-1] == 20).all()) and bool((placed[-1, -8:] == 20).all()) and not placed[:-2].any()
+        report.row("moc forward", right and not placed[:, :-8].any())
+        del placed, z
+        d_gate, d_up = moc.activate_backward(matrix, values, channels, u, s)
+        right = bool((d_up[-1, -8:] == 20).all()) and bool(((d_gate[-1, -8:] - 1).abs() < 1e-2).all())
+        report.row("moc backward", right and not d_up[:, :-8].any() and not d_up[:-2].any())
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.faults import plant
 from benchmarks.gpu.report import DEVICE, DTYPES, OUT, SMALL, Report, difference
+from benchmarks.gpu.training import Losses, train
 from lightning_eff.compression import BF16, FP16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK, comm_hook
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_grad_norm_
 
@@ -145,7 +146,21 @@ def nccl(report: Report) -> None:
     _spawn(report, 1, "gloo" if SMALL else "nccl", _compress)
 
 
+def _by_name(report: Report) -> None:
+    """The suite's strategy: each step's loss is DDP's, to which Lightning deals the same batches."""
+    losses = {strategy: Losses() for strategy in ("ddp", "fsdp2")}
+    for strategy, seen in losses.items():
+        train([seen], 4, strategy=strategy, precision="32-true")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    replicated, sharded = (torch.tensor(seen.values) for seen in losses.values())
+    error = difference(sharded, replicated) if len(replicated) == len(sharded) == 4 else float("inf")
+    report.row("strategy fsdp2", error < 1e-4, error=error, loss=float(sharded[-1]))
+
+
 def fsdp2(report: Report) -> None:
-    """FSDP2 on one rank of NCCL and on two of gloo."""
+    """FSDP2 on one rank of NCCL and on two of gloo, and by the strategy's name."""
+    with report.guarded("strategy fsdp2"):
+        _by_name(report)
     _spawn(report, 1, "gloo" if SMALL else "nccl", _shard)
     _spawn(report, 2, "gloo", _shard)

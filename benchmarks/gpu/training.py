@@ -23,13 +23,19 @@ from harness.timing import now
 from lightning_eff.callbacks import (
     EMA,
     MISA,
+    AsyncCheckpoint,
     CheckpointAveraging,
+    ExactResume,
     GradES,
+    GradientStats,
+    ModelSurgery,
     Preemption,
+    RunHealth,
     SpectralAlignmentMonitor,
     TrainingGuard,
     ZClip,
 )
+from lightning_eff.layers import CR, MoC, SkipV1
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.snapshots import Place, SnapshotWindow
 
@@ -45,11 +51,18 @@ VARIANTS: dict[str, Callable[[], list[L.Callback]]] = {
     "SpectralAlignmentMonitor, every 5 steps": lambda: [SpectralAlignmentMonitor(every_n_steps=5, heat_map=False)],
     "EMA": lambda: [EMA(save="none")],
     "CheckpointAveraging, every 5 steps": lambda: [CheckpointAveraging(window=2, every_n_steps=5, save="none")],
-    "TrainingGuard, every 10 steps": lambda: [TrainingGuard(every_n_steps=10, keep=2, margin=5, read_every_n_steps=2)],
+    "TrainingGuard, every 10 steps": lambda: [TrainingGuard(every_n_steps=10, keep=2, margin=3, read_every_n_steps=5)],
     "MISA": lambda: [MISA(heat_map=False)],
     "Preemption": lambda: [Preemption(signals=["SIGUSR2"])],
+    "RunHealth": lambda: [RunHealth(hang_seconds=None)],
+    "GradientStats, each step": lambda: [GradientStats(every_n_steps=1)],
+    "ExactResume": lambda: [ExactResume()],
+    "MoC": lambda: [ModelSurgery(feed_forward=MoC(new_weights=True))],
+    "SkipV1": lambda: [ModelSurgery(attention=SkipV1())],
+    "CR, recomputed": lambda: [ModelSurgery(linear=CR(recompute=True))],
 }
-MONITORS = ("SpectralAlignmentMonitor", "EMA", "CheckpointAveraging", "TrainingGuard", "Preemption")
+MONITORS = ("SpectralAlignmentMonitor", "EMA", "CheckpointAveraging", "TrainingGuard", "Preemption", "RunHealth",
+            "GradientStats", "ExactResume")  # fmt: skip
 
 
 class Clock(L.Callback):
@@ -66,6 +79,16 @@ class Clock(L.Callback):
             self.host_ms = 1e3 * (time.perf_counter() - self._start) / (self.last - self.first)
             self.step_ms = 1e3 * (now() - self._start) / (self.last - self.first)
             self.loss = float(outputs["loss"])
+
+
+class Losses(L.Callback):
+    """The loss of each step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
 
 
 def train(callbacks: list[L.Callback], steps: int, **arguments: Any) -> L.Trainer:
@@ -121,8 +144,8 @@ def syncs(report: Report) -> None:
     first, last = (2, 4) if SMALL else (14, 24)
     without = 0
     for name, build in VARIANTS.items():
-        if name == "ZClip skip" and SMALL:
-            continue  # without a fused optimizer's own check it reads the norm, as its card says
+        if (name == "ZClip skip" and SMALL) or name.startswith("CR"):
+            continue  # the norm is read without a fused optimizer; CR looks once in 16 steps: their cards say so
         with report.guarded(name):
             detector = _OnCpu(first, last) if SMALL else _OnGpu(first, last)
             train([*build(), detector], last)
@@ -219,6 +242,8 @@ def snapshots(report: Report) -> None:
             )
             report.row(place, all(right) and not waits, gb=size / 1e9, counted_gb=window.bytes_of(tensors) / 1e9,
                        first_ms=host[0], later_ms=host[3], behind_busy_device_ms=busy, **figures)  # fmt: skip
+    with report.guarded("AsyncCheckpoint"):
+        _async_checkpoint(report)
     with report.guarded("HostCopy"):
         x = torch.arange(1000.0, device=DEVICE)
         if not SMALL:
@@ -228,3 +253,30 @@ def snapshots(report: Report) -> None:
         x.zero_()
         milliseconds = 1e3 * (time.perf_counter() - start)
         report.row("HostCopy", copy.read().tolist() == list(range(1000)), queued_ms=milliseconds)
+
+
+class _Save(L.Callback):
+    """Saves twice, and remembers what the second file should hold, and how long the loop was held up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.ms = path, float("nan")
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step not in (3, 6):
+            return
+        self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        start = now()
+        trainer.save_checkpoint(self.path)
+        self.ms = 1e3 * (time.perf_counter() - start)
+
+
+def _async_checkpoint(report: Report) -> None:
+    """The file holds its step's weights, though training goes on meanwhile; Lightning's own save beside it."""
+    for name, callbacks in {"Lightning's save": [], "AsyncCheckpoint": [AsyncCheckpoint()]}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            save = _Save(Path(folder) / "step.ckpt")
+            train([*callbacks, save], 9)
+            found = torch.load(save.path, map_location=DEVICE, weights_only=True)["state_dict"]
+            right = found.keys() == save.weights.keys() and all(map(torch.equal, found.values(), save.weights.values()))
+            report.row(name, right, stall_ms=save.ms, gb=save.path.stat().st_size / 1e9)

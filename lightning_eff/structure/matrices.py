@@ -103,7 +103,7 @@ def _hidden_matrices(model: nn.Module, in_blocks: list[Matrix]) -> list[Matrix]:
     known = {matrix.name: matrix for matrix in in_blocks}
     weights = without_tables(with_adapters(once(weights_of("", root), seen)))
     found = [known.get(w.name) or Matrix(w.name, w.parameters, "other", "") for w in weights]
-    return found[:-1] if len(found) > 1 and found[-1].name not in known else found
+    return found[:-1] if len(found) > 1 else found  # also one of a chain of layers that are all alike
 
 
 def _all_matrices(model: nn.Module, in_blocks: list[Matrix]) -> list[Matrix]:

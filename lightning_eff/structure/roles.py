@@ -161,6 +161,8 @@ def _is_attention(shapes: list[Shape], width: int) -> bool:
         if len(pairs) != 1:
             return False
         (inner,), (group,) = pairs, [side for side in sides if side != pairs[0]]
+        if sides[-1] == group:  # what comes last is the output: these are two layers and the gated one behind them
+            return False
         ends = [shape for shape, side in zip(shapes, sides, strict=True) if side == inner]
         return group <= 2 * inner and group % 2 == 0 and _goes_and_returns(ends, width)
     # Query, key, value and output, and perhaps single matrices beside them (a gate for each head).

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from torch import nn
 
-from lightning_eff.compression import BF16, ArcTopK, Compressor, Int8, PowerSGD, RandK, TopK
-from tests.compression.ranks import LocalHook, LocalWork, equal_ranks
-
-BUCKETS, SIZE = 12, 256
-
-
-def peak_bytes(function) -> int:
-    """The most that the CPU's allocator held beyond what it held before, by its own count."""
-    gc.collect()  # what is freed meanwhile would count
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        function()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def copies_of_the_gradients(compressor: Compressor, *, at_once: bool = False, steps: int = 1) -> float:
-    """What steps take beside DDP's buckets, error memories included, in copies of the gradients."""
-    parameters = [nn.Parameter(torch.zeros(SIZE, SIZE)) for _ in range(BUCKETS)]
-    with equal_ranks(2), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalWork, "at_once", at_once)
-        local = LocalHook(compressor, *([parameter] for parameter in parameters))
-        generator = torch.Generator().manual_seed(0)
-        for bucket in local.buckets:
-            bucket.fill(lambda p: torch.randn(p.shape, generator=generator))
-
-        def train() -> None:
-            for local.step in range(steps):
-                local.run()
-
-        return peak_bytes(train) / (4 * SIZE**2 * BUCKETS)
+from harness.local_hook import LocalHook, copies_of_the_gradients, equal_ranks
+from lightning_eff.compression import BF16, ArcTopK, Int8, PowerSGD, RandK, TopK
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ import torch
 
 from lightning_eff.structure import clean_named_parameters, find_blocks, select_matrices
 from tests.structure.architectures import ARCHITECTURES, Architecture
+from tests.structure.built_on_lightning import BUILT_ON_LIGHTNING
 
+ROWS = (*ARCHITECTURES, *BUILT_ON_LIGHTNING)
 LEAST = 0.95
 
 
@@ -33,12 +35,12 @@ def judge(architecture: Architecture) -> dict[str, tuple[object, object]]:
     return {what: pair for what, pair in found.items() if pair[0] != pair[1]}
 
 
-@pytest.mark.parametrize("package", sorted({row.package for row in ARCHITECTURES}))
+@pytest.mark.parametrize("package", sorted({row.package for row in ROWS}))
 @pytest.mark.filterwarnings("ignore")
 def test_structure_of_other_peoples_models(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: `make test-architectures` has it")
-    rows = [row for row in ARCHITECTURES if row.package == package]
+    rows = [row for row in ROWS if row.package == package]
     wrong = {row.name: faults for row in rows if (faults := judge(row))}
     judged, failed = 3 * len(rows), sum(map(len, wrong.values()))
     assert (judged - failed) / judged >= LEAST, f"{failed} of {judged} are wrong: {wrong}"
@@ -46,11 +48,11 @@ def test_structure_of_other_peoples_models(package: str) -> None:
 
 if __name__ == "__main__":
     failed = 0
-    for row in ARCHITECTURES:
+    for row in ROWS:
         try:
             faults = judge(row)
         except Exception as error:
             faults = {"error": (repr(error)[:300], None)}
         failed += len(faults)
         print(row.name, faults or "right")
-    print(f"{len(ARCHITECTURES)} architectures, {failed} of {3 * len(ARCHITECTURES)} wrong")
+    print(f"{len(ROWS)} architectures, {failed} of {3 * len(ROWS)} wrong")

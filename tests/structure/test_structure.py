@@ -187,6 +187,18 @@ def test_a_chain_of_square_layers_is_no_attention():
     assert _roles(_stack(chain)) == [{"other": 4}] * 3
 
 
+def test_two_layers_and_a_gated_one_behind_them_are_no_attention():
+    # A gated residual network; its shapes are those of a query, a fused key and value, and an output.
+    block = lambda: _Block(fc1=_linear(16, 16), fc2=_linear(16, 16), gate=_linear(16, 32))  # noqa: E731
+    found = find_blocks(_tree(first=block(), second=block()))
+    assert [matrix.role for each in found for matrix in each.matrices] == ["other"] * 6
+
+
+def test_a_list_of_bare_layers_is_no_block():
+    heads = lambda: nn.ModuleList(_linear(16, 4) for _ in range(4))  # noqa: E731
+    assert find_blocks(_tree(attention=_Block(queries=heads(), keys=heads(), value=_linear(16, 4)))) == []
+
+
 def test_cross_attention_on_another_width():
     block = lambda: _Block(x=_tree(q=_linear(8, 8), k=_linear(6, 8), v=_linear(6, 8), o=_linear(8, 8)))  # noqa: E731
 
@@ -375,6 +387,18 @@ def test_blocks_that_are_a_small_part_are_not_taken_for_the_model():
     for parameter in tower.parameters():  # what is not trained does not count
         parameter.requires_grad_(False)
     assert len(select_matrices(model)) == 4
+
+
+def test_the_last_of_layers_that_are_alike_is_the_head():
+    layers = [nn.Sequential(nn.ReLU(), _linear(16, size)) for size in (16, 16, 1)]
+    model = _tree(body=_linear(16, 64), rest=_linear(64, 16), layers=nn.Sequential(*layers))
+    assert len(find_blocks(model)) == 3  # of a quarter of the weights
+    assert [each.name for each in select_matrices(model)] == [
+        "body.weight",
+        "rest.weight",
+        "layers.0.1.weight",
+        "layers.1.1.weight",
+    ]
 
 
 def test_a_stack_of_one_is_a_stack():
