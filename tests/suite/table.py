@@ -427,7 +427,6 @@ ROWS = (
             "first_every_n_steps": 2,
             "every_n_steps": 9,
             "always": ["*bias", "*norm*", "head*"],
-            "eta": 1000.0,
         },
         crash_steps=(1, 2, 7),  # in the first interval, at its end before the new state is there, and in the second
         tags=_misa_tags(),
@@ -438,6 +437,7 @@ ROWS = (
             {"budget": 1.5},
             {"every_n_steps": 0},
             {"eta": -1.0},
+            {"eta": "automatic"},
             {"beta": 1.0},
             {"granularity": "head"},
             {"sampling": "greedy"},
