@@ -102,7 +102,7 @@ WORTH: dict[str, Callable[[], dict[str, Any]]] = {
     "none": dict,
     "norm 1.0": lambda: dict(gradient_clip_val=1.0),
     "value 0.01": lambda: dict(gradient_clip_val=0.01, gradient_clip_algorithm="value"),
-    "ZClip": lambda: dict(callbacks=[ZClip()]),
+    "ZClip": lambda: dict(callbacks=[ZClip(max_grad_norm=1.0)]),
     "ZClip, no cap": lambda: dict(callbacks=[ZClip(max_grad_norm=None)]),
 }
 

@@ -44,7 +44,7 @@ GPT, BATCH = (GPTConfig(32, 2, 2, 32), 2) if SMALL else (GPTConfig(512, 17, 12, 
 
 VARIANTS: dict[str, Callable[[], list[L.Callback]]] = {
     "none": list,
-    "ZClip": lambda: [ZClip(max_grad_norm=None)],
+    "ZClip": lambda: [ZClip()],
     "ZClip skip": lambda: [ZClip(max_grad_norm=None, nonfinite="skip")],
     "GradES, each step": lambda: [GradES(every_n_steps=1, heat_map=False)],
     "GradES": lambda: [GradES(heat_map=False)],
@@ -52,7 +52,7 @@ VARIANTS: dict[str, Callable[[], list[L.Callback]]] = {
     "EMA": lambda: [EMA(save="none")],
     "CheckpointAveraging, every 5 steps": lambda: [CheckpointAveraging(window=2, every_n_steps=5, save="none")],
     "TrainingGuard, every 10 steps": lambda: [TrainingGuard(every_n_steps=10, keep=2, margin=3, read_every_n_steps=5)],
-    "MISA": lambda: [MISA(heat_map=False)],
+    "MISA": lambda: [MISA(first_every_n_steps=50, heat_map=False)],
     "Preemption": lambda: [Preemption(signals=["SIGUSR2"])],
     "RunHealth": lambda: [RunHealth(hang_seconds=None)],
     "GradientStats, each step": lambda: [GradientStats(every_n_steps=1)],

@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         TrainingGuard(),
         SpectralAlignmentMonitor(),
         GradES(tau=0.9),  # of a matrix's own level: 1 would be as soon as its gradient gets no noisier
-        ZClip(max_grad_norm=None),  # no cap: norms fall from 4 to 0.7, and a cap of 1 would clip every early step
+        ZClip(),
         EMA(half_life=20, save="none"),
     ]
     recorder = Recorder()

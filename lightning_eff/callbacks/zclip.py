@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -14,7 +15,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check_choice, check_flag
 from lightning_eff.functional.gradients import Gradients, is_dtensor
-from lightning_eff.functional.zclip import ClipOption, ZClipConfig, ZClipState, zclip_update
+from lightning_eff.functional.zclip import FIELDS, Auto, ClipOption, ZClipConfig, ZClipState, zclip_update
 from lightning_eff.training.hooks import Order
 from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.state_version import check_version
@@ -56,8 +57,10 @@ class ZClip(Callback):
     Args:
         alpha: weight of the past in the running mean and variance, in [0, 1). 0.97 remembers about 33 steps.
         z_thresh: a norm more than this many standard deviations above the mean is an outlier, > 0.
-        max_grad_norm: no step is longer than this, whatever the statistics say, in the warm-up too; None for no cap.
-            Where healthy norms are above it, ZClip is a plain clip at this value, and says so in a warning.
+        max_grad_norm: no step is longer than this, whatever the z-score says, in the warm-up too. ``"auto"``: 5 times
+            the running mean, in the warm-up 5 times the mean of the norms so far, whatever their unit; the first step
+            has no cap. Or a number, > 0, in units of the norm: the paper's is 1.0; where healthy norms are above it,
+            ZClip is a plain clip at this value, and says so in a warning. None: no cap.
         eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
         warmup_steps: norms collected before the first decision, >= 1.
         clip_option: where an outlier is clipped to: ``"adaptive_scaling"`` to mean + z_thresh^2 / z * std (the further
@@ -103,7 +106,7 @@ class ZClip(Callback):
         self,
         alpha: float = 0.97,
         z_thresh: float = 2.5,
-        max_grad_norm: float | None = 1.0,
+        max_grad_norm: float | Auto | None = "auto",
         eps: float = 1e-6,
         warmup_steps: int = 25,
         clip_option: ClipOption = "adaptive_scaling",
@@ -253,7 +256,7 @@ class ZClip(Callback):
     def _warn_of_cap(self, state: ZClipState) -> None:
         """Say once, where a value is read anyway, that the cap hides the statistics."""
         cap = self.config.max_grad_norm
-        if self._warned_of_cap or cap is None:
+        if self._warned_of_cap or cap is None or isinstance(cap, str):
             return
         # Norms are high in the first steps of many a healthy run: not before the running mean has forgotten them.
         settled = self.config.warmup_steps + 5 / (1 - self.config.alpha)
@@ -261,9 +264,22 @@ class ZClip(Callback):
             self._warned_of_cap = True
             warnings.warn(
                 f"the mean gradient norm is {float(state['mean']):.3g}, above ZClip(max_grad_norm={cap}): nearly every "
-                "step is clipped at max_grad_norm, as by a fixed clip. Raise it, or set it to None",
+                "step is clipped at max_grad_norm, as by a fixed clip. Set it to 'auto', or raise it",
                 stacklevel=2,
             )
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why no step of the run was clipped, else a user takes ZClip for the cause of what it has not touched."""
+        if not self._stepped:
+            return
+        last = [dict(zip(FIELDS, state.values.tolist(), strict=True)) for state in self._states]
+        if not any(values["clipped"] + values["nonfinite"] for values in last):
+            steps = max(int(values["count"]) for values in last)
+            why = f"no norm of {steps} was an outlier. Lower z_thresh={self.config.z_thresh:g} to clip more"
+            if steps <= self.config.warmup_steps:
+                why = f"the run ended within warmup_steps={self.config.warmup_steps}. Make it longer, or these fewer"
+            rank_zero_info(f"ZClip clipped nothing: {why}")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

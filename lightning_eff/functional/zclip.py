@@ -21,11 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check_choice, check_count, check_flag, check_number
+from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_number, is_number
 from lightning_eff.functional.gradients import Gradients, statistics_dtype
 from lightning_eff.kernels import choose
 from lightning_eff.kernels import zclip as kernel
 
+Auto = Literal["auto"]
 ClipOption = Literal["adaptive_scaling", "mean", "percentile"]
 
 STD_FLOOR = 1e-3
@@ -33,6 +34,13 @@ STD_FLOOR = 1e-3
 
 Norms that were equal in the whole warm-up have no variance, and any rise would be an infinite outlier for ever.
 Gradient norms of real training vary by per cents, far above it.
+"""
+
+AUTO_CAP = 5.0
+"""What ``max_grad_norm="auto"`` caps a step at: so many times the mean, in the warm-up of the norms so far.
+
+It is for what the z-score does not see: the warm-up, and norms whose deviation is of the size of their mean. No healthy
+norm of ten models was above it, and a spike in the warm-up was (benchmarks/defaults.py).
 """
 
 NORM_EPS = 1e-6
@@ -62,12 +70,14 @@ INDEX = {name: index for index, name in enumerate(FIELDS)}
 
 @dataclass(frozen=True)
 class ZClipConfig:
-    """What ZClip is told; the defaults are the paper's.
+    """What ZClip is told; the defaults are the paper's, but for ``max_grad_norm`` and ``relearn_after``.
 
     Args:
         alpha: weight of the past in the running mean and variance, in [0, 1). 0.97 remembers about 33 steps.
         z_thresh: a norm more than this many standard deviations above the mean is an outlier, > 0.
-        max_grad_norm: no step is longer than this, whatever the statistics say, in the warm-up too; None for no cap.
+        max_grad_norm: no step is longer than this, whatever the z-score says, in the warm-up too. ``"auto"``: 5 times
+            the running mean, in the warm-up 5 times the mean of the norms so far, whatever their unit; the first step
+            has no cap. Or a number, > 0, in units of the norm: the paper's is 1.0. None: no cap.
         eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
         warmup_steps: norms collected before the first decision, >= 1.
         clip_option: where an outlier is clipped to: ``"adaptive_scaling"`` to mean + z_thresh^2 / z * std (the further
@@ -84,7 +94,7 @@ class ZClipConfig:
 
     alpha: float = 0.97
     z_thresh: float = 2.5
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | Auto | None = "auto"
     eps: float = 1e-6
     warmup_steps: int = 25
     clip_option: ClipOption = "adaptive_scaling"
@@ -95,7 +105,9 @@ class ZClipConfig:
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, least=0, below=1)
         check_number("z_thresh", self.z_thresh, above=0)
-        check_number("max_grad_norm", self.max_grad_norm, above=0, optional=True)
+        cap = self.max_grad_norm
+        good = cap is None or (cap == "auto" if isinstance(cap, str) else is_number(cap) and cap > 0)
+        check("max_grad_norm", cap, good, "a number above 0, 'auto', or None")
         check_number("eps", self.eps, least=0)
         check_count("warmup_steps", self.warmup_steps)
         check_choice("clip_option", self.clip_option, ClipOption)
@@ -148,7 +160,8 @@ class ZClipState:
         The next norm is taken for the new level: mean, deviation and the norms of the warm-up are scaled to it, so that
         the relative spread, which is what an outlier is told by, is not learned anew. From there the mean follows as
         the plain mean of the norms since the change, until these are as many as ``alpha`` remembers: one odd norm at
-        the change is soon forgotten. That first norm alone cannot be an outlier; ``max_grad_norm`` holds for it.
+        the change is soon forgotten. That first norm alone cannot be an outlier; a number for ``max_grad_norm`` holds
+        for it.
         """
         self.since = torch.zeros_like(self.values[0])
 
@@ -230,8 +243,13 @@ def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
     finite = torch.isfinite(norm)
     valid = finite & (norm > 0)
     warm = count >= config.warmup_steps
-    infinity = torch.full_like(norm, math.inf)
-    cap = infinity if config.max_grad_norm is None else torch.full_like(norm, config.max_grad_norm)
+    if isinstance(config.max_grad_norm, str):
+        so_far = torch.where(count > 0, state.norms.sum() / count.clamp(min=1), math.inf)
+        cap = AUTO_CAP * torch.where(warm, mean, so_far)
+        kept = torch.where(warm, norm, torch.minimum(norm, cap))  # in the ring: the warm-up learns no spike
+    else:
+        cap = torch.full_like(norm, math.inf if config.max_grad_norm is None else config.max_grad_norm)
+        kept = norm
 
     # Is it an outlier, and what is it clipped to?
     std = torch.maximum(var.sqrt(), STD_FLOOR * mean)
@@ -263,7 +281,7 @@ def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
     # The ring of raw norms: its mean and variance are the statistics at the end of the warm-up, and again when
     # outliers have lasted so long that they are the new level.
     place = torch.arange(config.warmup_steps, device=norm.device) == torch.remainder(count, config.warmup_steps)
-    state.norms.copy_(torch.where(place & valid, norm, state.norms))
+    state.norms.copy_(torch.where(place & valid, kept, state.norms))
     count = count + valid
     streak = torch.where(valid, torch.where(spike, streak + 1, 0.0), streak)
     learn = ~warm & (count >= config.warmup_steps)
@@ -300,17 +318,19 @@ def _decide_in_one_launch(norm: Tensor, state: ZClipState, on_nonfinite: float) 
     """What :func:`zclip_update` says, by the kernel that the tests hold to it."""
     config = state.config
     relearn_after = math.inf if config.relearn_after is None else max(config.relearn_after, config.warmup_steps)
+    fixed = math.inf if config.max_grad_norm is None or isinstance(config.max_grad_norm, str) else config.max_grad_norm
     constants = kernel.Constants(
         alpha=config.alpha,
         one_minus_alpha=1 - config.alpha,
         z_thresh=config.z_thresh,
-        max_grad_norm=math.inf if config.max_grad_norm is None else config.max_grad_norm,
+        max_grad_norm=fixed,
         eps=config.eps,
         std_floor=STD_FLOOR,
         clip_factor=config.clip_factor,
         on_nonfinite=on_nonfinite,
         relearn_after=relearn_after,
         norm_eps=NORM_EPS,
+        auto_cap=AUTO_CAP if config.max_grad_norm == "auto" else math.inf,
     )
     kernel.decide(
         norm,

@@ -1,6 +1,7 @@
 """ZClip in Lightning: what the contract suite (tests/suite) does not ask of every callback."""
 
 import atexit
+import logging
 import math
 from types import SimpleNamespace
 
@@ -293,6 +294,21 @@ def test_a_cap_below_the_healthy_norms_is_reported_once():
 
 def test_a_cap_below_the_norms_of_the_first_steps_is_not_reported():
     fit(Model(), ZClip(max_grad_norm=0.001, warmup_steps=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"z_thresh": 1e3, "warmup_steps": 2}, "no norm of 8 was an outlier. Lower z_thresh=1000 to clip more"),
+        ({}, "the run ended within warmup_steps=25. Make it longer, or these fewer"),
+        ({"max_grad_norm": 1e-3}, None),
+    ],
+)
+def test_a_run_in_which_nothing_was_clipped_says_why(arguments, why, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    fit(Model(), ZClip(**arguments))
+    told = [record.message for record in caplog.records if record.message.startswith("ZClip")]
+    assert told == ([] if why is None else [f"ZClip clipped nothing: {why}"])
 
 
 def test_gradient_clip_val_is_refused():

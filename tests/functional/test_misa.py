@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lightning_eff.functional.misa import Sampler, SamplerConfig, debiased, importance, probabilities
+from lightning_eff.functional.misa import Sampler, SamplerConfig, debiased, importance, perplexity, probabilities
 
 
 def recursion(measured, *, variant, beta=0.8):
@@ -123,7 +123,7 @@ def test_those_that_have_waited_longest_come_next():
 
 def test_drawn_as_the_probabilities_say():
     values = [0.0, 0.5, 1.0, 2.0]
-    sampler = Sampler([1] * 4, SamplerConfig(units=2, sample_last=0))
+    sampler = Sampler([1] * 4, SamplerConfig(units=2, sample_last=0, eta=1.0))
     measured(sampler, values)
     p = torch.softmax(torch.tensor(values, dtype=torch.float64), 0).tolist()
     assert sampler.probabilities.tolist() == pytest.approx(p)
@@ -132,6 +132,59 @@ def test_drawn_as_the_probabilities_say():
     for i, j in itertools.combinations(range(4), 2):  # without replacement, one after the other
         expected = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
         assert seen[(i, j)] / draws == pytest.approx(expected, abs=4 * math.sqrt(expected / draws))
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_auto_amounts_to_half_of_them_whatever_the_unit(variant, scale):
+    values = [scale * (1 + i) for i in range(20)]
+    sampler = Sampler([1] * 20, SamplerConfig(units=1, variant=variant, debias=False))
+    measured(sampler, values)
+    p = sampler.probabilities
+    assert perplexity(p).item() == pytest.approx(10, rel=1e-6)
+    assert p.tolist() == sorted(p.tolist())
+    assert p.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_auto_shuts_out_none_of_many_equals(variant):
+    """Fifteen equals cannot amount to eight. The bound of "official" is that of the released code."""
+    sampler = Sampler([1] * 16, SamplerConfig(units=1, variant=variant, debias=False))
+    measured(sampler, [1.0] * 15 + [0.0])
+    p = sampler.probabilities
+    assert (p[0] / p[15]).item() == pytest.approx(math.exp({"paper": 10, "official": 5}[variant]))
+    measured(sampler, [1.0] * 16)
+    assert sampler.probabilities.tolist() == pytest.approx([1 / 16] * 16)
+
+
+def test_auto_follows_those_that_have_had_a_turn():
+    sampler = Sampler([1] * 20, SamplerConfig(units=10, debias=False))
+    assert sampler.probabilities.tolist() == pytest.approx([1 / 20] * 20)  # nothing is known
+    sampler.importance[:10] = torch.arange(1.0, 11.0)
+    sampler.turns[:10] = 1
+    p = sampler.probabilities
+    assert perplexity(p[:10] / p[:10].sum()).item() == pytest.approx(5, rel=1e-6)
+    assert p[10:].tolist() == pytest.approx([p[4:6].prod().sqrt().item()] * 10)  # as a mean one: between the middle two
+
+
+def test_auto_draws_even_where_a_sample_has_room_for_two():
+    """Two that have waited longest would fill every sample: they do in every second one."""
+
+    def turns(**arguments):
+        sampler = Sampler([1] * 10, SamplerConfig(units=2, **arguments))
+        seen = Counter()
+        for _ in range(300):
+            active = sampler.select()
+            sampler.measure(active, torch.tensor([10.0 if i < 3 else 1.0 for i in active]))
+            seen.update(active)
+        return seen, sampler.drawn
+
+    seen, drawn = turns()
+    assert drawn == 2 * 147  # of 295 samples after the first round, those with an even number
+    assert min(seen[i] for i in range(3)) > 1.5 * max(seen[i] for i in range(3, 10))
+    seen, drawn = turns(sample_last=2)
+    assert drawn == 0
+    assert set(seen.values()) == {60}
 
 
 def test_uniform_is_uniform_whatever_is_important():
@@ -156,8 +209,10 @@ def test_what_does_not_fit_is_left_out_and_others_fill_the_budget():
         assert sum(sampler.sizes[i] for i in sampler.select()) == 8
 
 
-@pytest.mark.parametrize("sampling", ["importance", "uniform", "cyclic"])
-def test_a_state_carries_on_exactly(sampling):
+@pytest.mark.parametrize(
+    ("sampling", "eta"), [("importance", 0.3), ("importance", "auto"), ("uniform", "auto"), ("cyclic", "auto")]
+)
+def test_a_state_carries_on_exactly(sampling, eta):
     def go_on(sampler, intervals):
         turns = []
         for _ in range(intervals):
@@ -166,7 +221,7 @@ def test_a_state_carries_on_exactly(sampling):
             turns.append(active)
         return turns
 
-    config = SamplerConfig(budget=0.4, sampling=sampling, eta=0.3)
+    config = SamplerConfig(budget=0.4, sampling=sampling, eta=eta)
     unbroken, first, second = (Sampler([1] * 9, config) for _ in range(3))
     expected = go_on(unbroken, 20)
     assert go_on(first, 7) == expected[:7]
@@ -178,6 +233,7 @@ def test_a_state_carries_on_exactly(sampling):
     assert torch.equal(second.importance, unbroken.importance)
     assert torch.equal(second.turns, unbroken.turns)
     assert second.last == unbroken.last
+    assert second.drawn == unbroken.drawn
 
 
 def test_the_users_random_numbers_are_left_alone():
@@ -195,6 +251,9 @@ def test_the_users_random_numbers_are_left_alone():
         ("units", 0),
         ("units", 1.5),
         ("eta", -1.0),
+        ("eta", "automatic"),
+        ("eta", None),
+        ("eta", True),
         ("eta", math.inf),
         ("beta", 1.0),
         ("sampling", "greedy"),

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.operators import OperatorCounter
-from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_grad_norm_, zclip_update
+from lightning_eff.functional.zclip import AUTO_CAP, ZClipConfig, ZClipState, zclip_grad_norm_, zclip_update
 from tests.functional.zclip_golden import GOLDEN
 
 
@@ -34,11 +34,14 @@ class Reference:
                     adaptive = (self.mean + c.z_thresh * std / (z / c.z_thresh)) * c.clip_factor
                     target = adaptive if c.clip_option == "adaptive_scaling" else self.mean
         limit = norm if target is None else target
-        if c.max_grad_norm is not None:
-            limit = min(limit, c.max_grad_norm)
+        cap = math.inf if c.max_grad_norm is None else c.max_grad_norm
+        if cap == "auto":
+            level = sum(self.buffer) / len(self.buffer) if self.buffer else math.inf
+            cap = AUTO_CAP * (level if warming_up else self.mean)
+        limit = min(limit, cap)
         clipped = norm * limit / (norm + 1e-6) if norm > limit else norm
         if warming_up:
-            self.buffer.append(norm)
+            self.buffer.append(min(norm, cap) if c.max_grad_norm == "auto" else norm)
             if len(self.buffer) == c.warmup_steps:
                 self.mean = sum(self.buffer) / len(self.buffer)
                 self.var = sum((b - self.mean) ** 2 for b in self.buffer) / len(self.buffer)
@@ -85,6 +88,8 @@ def test_golden_values(name):
     "arguments",
     [
         {},
+        dict(z_thresh=1e3),  # the cap alone
+        dict(max_grad_norm=1.0),
         dict(max_grad_norm=None),
         dict(max_grad_norm=None, clip_option="mean"),
         dict(max_grad_norm=None, clip_option="percentile", z_thresh=1.5),
@@ -120,13 +125,37 @@ def test_threshold_is_the_norm_above_which_a_step_is_clipped():
     for arguments in (
         dict(max_grad_norm=None),
         dict(max_grad_norm=1.15),
+        dict(z_thresh=40.0),
         dict(max_grad_norm=None, clip_option="percentile"),
     ):
         state = ZClipState(ZClipConfig(warmup_steps=10, **arguments))
-        for norm in normal_norms(1, 300, 1.0, 0.1):
+        for norm in [*normal_norms(1, 300, 1.0, 0.1), 30.0]:
             before = state["clipped"].item()
             feed(state, [norm])
             assert (state["clipped"].item() > before) == (norm > state["threshold"].item())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_cap_follows_the_run_whatever_the_unit_of_its_norms(scale):
+    """A spike before the end of the warm-up is cut down, and learned as no more than the cap."""
+    norms = normal_norms(3, 200, 1.0, 0.1)
+    norms[0], norms[12] = 1.0, 500.0
+    states = {cap: ZClipState(ZClipConfig(max_grad_norm=cap, eps=0.0)) for cap in ("auto", None)}
+    clipped = {cap: feed(state, [scale * norm for norm in norms]) for cap, state in states.items()}
+    level = sum(norms[:12]) / 12
+    assert clipped["auto"][12] / scale == pytest.approx(AUTO_CAP * level, rel=1e-2)
+    assert clipped[None][12] == scale * 500.0
+    assert [c for c, n in zip(clipped["auto"][:12], norms, strict=False) if c != scale * n] == []
+    # Six deviations: an outlier to the one, and nothing to the other, whose deviation is still that of the spike.
+    after = {cap: feed(state, [scale * 1.6])[0] / scale for cap, state in states.items()}
+    assert after["auto"] < 1.5
+    assert after[None] == pytest.approx(1.6)
+
+
+def test_the_first_step_has_no_cap_of_its_own_unit():
+    state = ZClipState(ZClipConfig())
+    assert feed(state, [1e6, 1e6]) == [1e6, 1e6]
+    assert state["threshold"].item() == AUTO_CAP * 1e6
 
 
 LOCKING = {
@@ -422,6 +451,8 @@ def test_a_step_never_waits_for_the_device():
         ("z_thresh", math.nan),
         ("max_grad_norm", 0.0),
         ("max_grad_norm", math.nan),
+        ("max_grad_norm", "automatic"),
+        ("max_grad_norm", True),
         ("eps", -1e-9),
         ("warmup_steps", 0),
         ("warmup_steps", 2.5),

@@ -204,6 +204,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
         "k": 2,
     },
     "open_source": {"path": _checkpoint},
+    "perplexity": {"p": torch.ones(3) / 3},
     "posthoc_error": {"steps": [100.0, 200.0], "sigma_rels": [0.1, 0.1], "sigma_rel": 0.1},
     "posthoc_weights": {"steps": [100.0, 200.0], "sigma_rels": [0.1, 0.1], "sigma_rel": 0.1},
     "power_decay": {"step": 5, "gamma": 7.0},

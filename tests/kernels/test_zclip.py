@@ -106,6 +106,8 @@ def test_golden_values_through_the_callback(name: str, launches: dict[str, int])
         {"max_grad_norm": None, "clip_factor": 0.5},
         {"max_grad_norm": None, "relearn_after": None},
         {"max_grad_norm": 3.0, "relearn_after": 6, "warmup_steps": 5},
+        {"max_grad_norm": 1.0},
+        {"max_grad_norm": "auto", "warmup_steps": 12},  # the spike and the broken steps lie in it
     ],
     ids=str,
 )
@@ -125,7 +127,7 @@ def test_every_figure_follows_the_plain_torch_one(
             zclip_update(given, plain, on_nonfinite=on_nonfinite)
         zclip_update(given, launched, on_nonfinite=on_nonfinite)
         torch.testing.assert_close(launched.values, plain.values, rtol=1e-12, atol=1e-14, equal_nan=True)
-        assert torch.equal(launched.norms, plain.norms)
+        torch.testing.assert_close(launched.norms, plain.norms, rtol=1e-14, atol=0.0)
     relearned = 1 if arguments.get("relearn_after") == 6 else 0
     assert plain["relearned"].item() == relearned
 
@@ -143,7 +145,7 @@ def test_decide_refuses_what_it_would_misread(device: torch.device) -> None:
         torch.zeros(4, dtype=torch.float64, device=device),
     )
     norm = torch.ones((), device=device)
-    constants = zclip.Constants(*[1.0] * 10)
+    constants = zclip.Constants(*[1.0] * 11)
     modes = {"percentile": False, "to_mean": False, "skip_spikes": False}
     with pytest.raises(ValueError, match=r"values of shape \(16,\)"):
         zclip.decide(norm, values[:16], ring, constants, **modes)

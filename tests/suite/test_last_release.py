@@ -110,6 +110,8 @@ def _without_versions(end: dict[str, Any]) -> dict[str, Any]:
     for states in (end["callbacks"], end["ranks"]):
         for owner, state in states.items():
             states[owner] = {key: value for key, value in state.items() if key != "version"}
+    if sampler := end["callbacks"].get("MISA", {}).get("sampler"):
+        del sampler["drawn"]  # counted since, for what is said at the end
     return end
 
 

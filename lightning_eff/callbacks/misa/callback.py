@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_globs
 from lightning_eff.callbacks.misa.intervals import MAPS, Intervals
 from lightning_eff.callbacks.misa.units import Granularity
-from lightning_eff.functional.misa import SamplerConfig, Sampling, Variant
+from lightning_eff.functional.misa import Auto, SamplerConfig, Sampling, Variant
 from lightning_eff.training.optimizer_state import allow_absent_states
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import check_trainable_support, refuse_other_deciders
@@ -49,9 +49,10 @@ class MISA(Callback):
         budget: the sampled matrices together have at most this fraction of all parameters of the module, in (0, 1].
             None for 0.03, or in a small model, of which one matrix is more, for as much as the largest of them is.
         every_n_steps: optimizer steps between two samples, >= 1; a step that was skipped is none.
-        eta: how strongly importance decides, >= 0; 0 is uniform. In units of 1 / importance, so that its scale depends
-            on the model's gradients and on ``variant``: ``misa/effective`` shows what it does, and a warning says when
-            it does nothing.
+        eta: how strongly importance decides. ``"auto"``: at every sample so that the probabilities amount to half of
+            the matrices that have had a turn, which ``misa/effective`` shows. Or a number, >= 0, in units of 1 /
+            importance, so that its scale depends on the model's gradients and on ``variant``; 0 is uniform. A warning
+            says when a number does nothing.
         beta: weight of the past in the importance, in [0, 1).
         granularity: what is sampled: ``"module"``, single matrices; ``"layer"``, whole blocks with their norms and
             biases.
@@ -64,9 +65,11 @@ class MISA(Callback):
             hidden ones where there are none or these are less than half. Embeddings and heads by their names.
         exclude: globs of what not to sample.
         always: globs on names of parameters that are trained all the time, beside the budget: norms, biases, a head.
-        sample_last: how many of those that have waited longest come first in a sample by importance, >= 0.
+        sample_last: how many of those that have waited longest come first in a sample by importance, >= 0. None: 2,
+            and with ``eta="auto"`` in every second sample only, since a sample may have room for no more.
         first_every_n_steps: steps of an interval as long as some matrix has not had its turn, >= 1. None:
-            ``every_n_steps`` with ``"paper"``, 1 with ``"official"``.
+            ``every_n_steps`` with ``"paper"``, and a tenth of it with ``eta="auto"`` too, without the momentum step;
+            1 with ``"official"``.
         momentum_step: before its state is released, each matrix makes the steps that its momentum would still have
             made. None: with ``"paper"``. Adam, AdamW and SGD.
         debias: ``"paper"``: sample by importance without its bias towards 0, since some had more turns than others.
@@ -101,7 +104,7 @@ class MISA(Callback):
         self,
         budget: float | None = None,
         every_n_steps: int = 50,
-        eta: float = 1.0,
+        eta: float | Auto = "auto",
         beta: float = 0.8,
         granularity: Granularity = "module",
         sampling: Sampling = "importance",
@@ -110,7 +113,7 @@ class MISA(Callback):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         always: list[str] | None = None,
-        sample_last: int = 2,
+        sample_last: int | None = None,
         first_every_n_steps: int | None = None,
         momentum_step: bool | None = None,
         debias: bool = True,
@@ -134,7 +137,10 @@ class MISA(Callback):
         for name, flag in flags.items():
             check_flag(name, flag)
         self.every_n_steps, self.granularity = every_n_steps, granularity
-        self.first_every_n_steps = first_every_n_steps or (1 if variant == "official" else every_n_steps)
+        soon = eta == "auto" and variant == "paper" and sampling == "importance" and first_every_n_steps is None
+        self.first_momentum_step = not soon  # after a few steps it would be most of what a matrix has made
+        least = max(1, every_n_steps // 10) if soon else every_n_steps
+        self.first_every_n_steps = first_every_n_steps or (1 if variant == "official" else least)
         self.include, self.exclude, self.always = include, exclude, always
         self.momentum_step, self.log_details, self.heat_map = momentum_step, log_details, heat_map
         self._updates = UpdateCount()
@@ -208,7 +214,7 @@ class MISA(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fit is not None:
-            self._fit.draw()
+            self._fit.end()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_eff.callbacks.misa.units import ModuleUnits, StepMeans
 from lightning_eff.functional.gradients import squared_grad_norms
-from lightning_eff.functional.misa import Sampler
+from lightning_eff.functional.misa import Sampler, perplexity
 from lightning_eff.functional.momentum_tail import has_momentum_tail, momentum_tail_
 from lightning_eff.structure.select import listed
 from lightning_eff.training.dtensor import reshard
@@ -140,7 +140,7 @@ class Intervals:
             "active": len(self.active),
             "trainable": trained / units.total,
             "used": sum(last >= 0 for last in sampler.last) / len(units.names),
-            "effective": torch.exp(-torch.xlogy(p, p).sum()),
+            "effective": perplexity(p),
             "optimizer_bytes": state_bytes(self.trainer.optimizers),
         }
         device = self.trainer.strategy.root_device
@@ -156,7 +156,7 @@ class Intervals:
     def end_interval(self) -> None:
         """Take what was measured into the importance, and train other units."""
         reshard(self.trainer.lightning_module)
-        if self.settings.momentum_step:
+        if self.settings.momentum_step and (self.settings.first_momentum_step or not self.sampler.waiting):
             momentum_tail_(self.optimizer, [p for members in self.units.tensors(self.active) for p in members])
         # Equal on all ranks as far as the reduction of gradients is; what follows from it has to be equal.
         means: list[float] = self.trainer.strategy.broadcast(self.measured.means())
@@ -179,8 +179,7 @@ class Intervals:
         """Sample the units of the next interval."""
         settings, sampler, before = self.settings, self.sampler, self.active
         self.active = sampler.select()
-        waiting = any(last < 0 and sampler.fits(size) for last, size in zip(sampler.last, sampler.sizes, strict=True))
-        self.due = self._count() + (settings.first_every_n_steps if waiting else settings.every_n_steps)
+        self.due = self._count() + (settings.first_every_n_steps if sampler.waiting else settings.every_n_steps)
         self.measured = StepMeans(len(self.active))
         if settings.config.variant == "paper":  # else the state of what is sampled again is kept
             for members in self.units.tensors(before):
@@ -193,8 +192,10 @@ class Intervals:
         set_trainable(self.trainer, trainable_by_name(self.trainer.lightning_module, wanted))
         release_state(self.trainer.optimizers, [parameter for parameter, trained in wanted.items() if not trained])
 
-    def draw(self) -> None:
-        """Publish the pictures of the run."""
+    def end(self) -> None:
+        """Say why importance has decided nothing, else a user takes it for a gain; publish the pictures of the run."""
+        if (why := self.sampler.why_none()) is not None:
+            rank_zero_info(f"MISA: importance has decided nothing in this run: {why}")
         for name, heat_map in self.maps.items():
             title = f"MISA: {name} of each {self.settings.granularity}"
             heat_map.publish(self.trainer, f"misa/{name}_map", title, scale=MAPS[name], missing="no turn yet")

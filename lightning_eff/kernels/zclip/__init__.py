@@ -22,7 +22,7 @@ VALUES = (
 
 
 class Constants(NamedTuple):
-    """The numbers of ZClip's decision; infinity where there is no cap and no learning anew."""
+    """The numbers of ZClip's decision; infinity where there is no cap, none that follows the run, no learning anew."""
 
     alpha: float
     one_minus_alpha: float
@@ -34,6 +34,7 @@ class Constants(NamedTuple):
     on_nonfinite: float
     relearn_after: float
     norm_eps: float
+    auto_cap: float
 
 
 def decide(

@@ -10,6 +10,7 @@ the two differ by no more than the order of the sums over the ring.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -43,7 +44,9 @@ def _decide(
     on_nonfinite = tl.load(constants + 7)
     relearn_after = tl.load(constants + 8)
     norm_eps = tl.load(constants + 9)
-    one = tl.load(constants + 10)
+    auto_cap = tl.load(constants + 10)
+    one = tl.load(constants + 11)
+    infinity = tl.load(constants + 12)
     zero = one - one
 
     norm = tl.load(norm_pointer).to(tl.float64)
@@ -54,6 +57,15 @@ def _decide(
     finite = (norm - norm) == zero
     valid = finite & (norm > zero)
     warm = count >= WARMUP
+
+    # The ring before this step: in the warm-up its mean so far is the level that a cap of its own unit follows.
+    places = tl.arange(0, BLOCK)
+    inside = places < WARMUP
+    norms = tl.load(ring + places, mask=inside, other=0.0)
+    so_far = tl.where(count > zero, tl.sum(norms, axis=0) / tl.maximum(count, one), infinity)
+    own_cap = auto_cap * tl.where(warm, mean, so_far)
+    cap = tl.minimum(cap, own_cap)
+    kept = tl.where(warm, norm, tl.minimum(norm, own_cap))
 
     std = tl.maximum(tl.sqrt(var), std_floor * mean)
     z_score = (norm - mean) / (std + eps)
@@ -82,12 +94,9 @@ def _decide(
     change = seen - new_mean
     new_var = alpha * var + beta * (change * change)
 
-    # The ring is read before its new entry is written, and given that entry in registers.
-    places = tl.arange(0, BLOCK)
-    inside = places < WARMUP
+    # The ring was read before its new entry is written, and is given that entry in registers.
     place = tl.where(valid, count.to(tl.int32) % WARMUP, -1)
-    norms = tl.load(ring + places, mask=inside, other=0.0)
-    norms = tl.where(places == place, norm, norms)
+    norms = tl.where(places == place, kept, norms)
     count += tl.where(valid, one, zero)
     streak = tl.where(valid, tl.where(spike, streak + one, zero), streak)
     relearn = streak >= relearn_after
@@ -138,7 +147,7 @@ def decide(
     """Launch `_decide`."""
     with torch.cuda.device_of(norm):
         _decide[(1,)](
-            norm, values, ring, _on_device((*constants, 1.0), norm.device),
+            norm, values, ring, _on_device((*constants, 1.0, math.inf), norm.device),
             WARMUP=len(ring), PERCENTILE=percentile, TO_MEAN=to_mean, SKIP_SPIKES=skip_spikes,
             BLOCK=triton.next_power_of_2(len(ring)), num_warps=1, **OPTIONS,
         )  # fmt: skip

@@ -278,7 +278,7 @@ def test_nothing_waits_inside_an_interval():
         return counter.host_syncs
 
     def extra(steps):
-        return syncs(steps, MISA(budget=0.3, every_n_steps=6)) - syncs(steps, None)
+        return syncs(steps, MISA(budget=0.3, every_n_steps=6, first_every_n_steps=6)) - syncs(steps, None)
 
     start, four, eight = extra(1), extra(4), extra(8)
     assert start == four  # three more steps
@@ -605,7 +605,7 @@ def test_matrices_that_the_model_does_not_use_cost_a_step_each_and_no_run(tmp_pa
 
 
 def test_an_eta_without_effect_says_so(tmp_path):
-    with pytest.warns(UserWarning, match=r"MISA\(eta=1e-07\) samples as good as uniformly"):
+    with pytest.warns(UserWarning, match=r"MISA\(eta=1e-07\) samples as good as uniformly.*or set eta='auto'"):
         train(tmp_path, 10, eta=1e-7)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="MISA")
@@ -624,3 +624,59 @@ def test_a_state_of_other_matrices_starts_anew(tmp_path):
 
 def test_the_models_size_is_what_the_budgets_here_count_on():
     assert sum(parameter.numel() for parameter in Net().parameters()) == TOTAL
+
+
+def _told(caplog, **arguments):
+    caplog.clear()
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    steps = arguments.pop("steps", 12)
+    misa = MISA(**{"units": 1, "every_n_steps": 1, **arguments})
+    runs.fit(Net(), misa, max_steps=steps, limit_val_batches=0)
+    words = "MISA: importance has decided nothing in this run: "
+    return misa, [r.message.removeprefix(words) for r in caplog.records if r.message.startswith(words)]
+
+
+def test_by_default_importance_decides_and_shows_it():
+    """Eight matrices one at a time: half of the samples after the first round are drawn, from as good as four."""
+    misa = MISA(units=1, every_n_steps=10)  # one step each until all had a turn
+    trainer = runs.fit(Net(), misa, max_steps=127, limit_val_batches=0)
+    sampler = misa.state_dict()["sampler"]
+    assert sampler["interval"] == 20  # the last of the first round is as long as those that follow
+    assert sampler["drawn"] == 6  # the even ones from 8 to 18
+    assert trainer.callback_metrics["misa/effective"].item() == pytest.approx(4, abs=0.01)
+    old = MISA(units=1, every_n_steps=10, eta=1.0, first_every_n_steps=1)
+    trainer = runs.fit(Net(), old, max_steps=127, limit_val_batches=0)
+    assert old.state_dict()["sampler"]["drawn"] == 0  # those that have waited longest fill each sample
+    assert trainer.callback_metrics["misa/effective"].item() > 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"steps": 3}, "4 of 8 have had a turn, and those without one come first. Make first_every_n_steps smaller"),
+        ({"units": 8}, "each sample has room for all 8. Make the budget smaller, or sample more with include"),
+        ({"sample_last": 1}, "sample_last=1 may fill each sample. Make it smaller, or the budget larger"),
+        ({"steps": 7}, "the run ended with the first round. Make it longer, or first_every_n_steps smaller"),
+        ({}, None),
+        ({"eta": 0.0}, None),
+        ({"sampling": "cyclic"}, None),
+    ],
+    ids=str,
+)
+def test_a_run_in_which_importance_decided_nothing_says_why(arguments, why, caplog):
+    _, told = _told(caplog, **arguments)
+    assert len(told) == (why is not None)
+    assert why is None or told[0].startswith(why)
+
+
+def test_short_first_intervals_make_no_momentum_step():
+    """After one step it would be nine more in the same direction; a length that was asked for has it."""
+
+    def moved(**arguments):
+        model = Net()
+        before = [p.detach().clone() for p in model.parameters()]
+        runs.fit(model, MISA(units=1, every_n_steps=10, **arguments), max_steps=1, limit_val_batches=0)
+        return max((p - b).abs().max().item() for p, b in zip(model.parameters(), before, strict=True))
+
+    rate = moved()
+    assert moved(first_every_n_steps=1) == pytest.approx(10 * rate, rel=0.02)

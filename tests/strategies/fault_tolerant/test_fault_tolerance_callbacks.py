@@ -19,7 +19,8 @@ pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 on
 
 STEPS = 30
 # One of three at a time, another after every third step.
-MISA = {"units": 1, "every_n_steps": 3, "include": WEIGHTS, "always": ["*bias"], "heat_map": True}
+MISA = {"units": 1, "include": WEIGHTS, "always": ["*bias"], "heat_map": True}
+MISA |= {"every_n_steps": 3, "first_every_n_steps": 3}
 # Clips often, and collects after every second step.
 AVERAGES = {
     "ZClip": {"warmup_steps": 5, "z_thresh": 1.0, "max_grad_norm": None},

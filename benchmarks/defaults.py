@@ -1,0 +1,140 @@
+"""What the defaults of ZClip, MISA and GradES do on ten ordinary models in 300 steps, beside what they did before.
+
+    python -m benchmarks.defaults zclip   # three caps on healthy runs
+    python -m benchmarks.defaults spike   # the same with a spike in the warm-up
+    python -m benchmarks.defaults misa    # eta=1 and eta="auto": what importance decides
+    python -m benchmarks.defaults grades  # how many matrices are frozen, under a constant rate
+
+Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1. A loss is
+the mean training loss of the last 50 steps; a GAN's is its judge's, which says nothing. Rows go to
+benchmarks/results/defaults_zclip.csv, defaults_misa.csv and defaults_grades.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+
+from benchmarks.defaults_models import MODELS, Gan, Task
+from benchmarks.rows import publish, show, write_rows
+from harness.recorders import Losses
+from harness.runs import begin, quiet_trainer
+from lightning_eff.callbacks import MISA, GradES, ZClip
+
+STEPS, SEEDS, LAST = 300, (0, 1), 50
+SPIKE_STEP, SPIKE = 10, 100.0
+
+
+class Spike(L.Callback):
+    """Makes the gradients of one batch, within the warm-up, a hundred times as large."""
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == SPIKE_STEP:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= SPIKE
+
+
+class Norms(L.Callback):
+    """The gradient norm of each step, of all optimizers one after the other, before anything clips it."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+
+def train(name: str, seed: int, *callbacks: L.Callback) -> tuple[Task, L.Trainer, float]:
+    """Train a model anew; the module, the Trainer and the loss at the end."""
+    begin(seed, ".*max_epochs.*", "MISA", "the mean gradient norm")
+    module, losses = MODELS[name](), Losses()
+    steps = STEPS * (2 if isinstance(module, Gan) else 1)  # Lightning counts those of both optimizers
+    trainer = quiet_trainer(*callbacks, losses, accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1)
+    trainer.fit(module)
+    return module, trainer, statistics.fmean(losses.values[-LAST:])
+
+
+def _mean(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and lowest to highest."""
+    low, high = min(values), max(values)
+    return f"{statistics.fmean(values):.{digits}g} ({low:.{digits}g} - {high:.{digits}g})"
+
+
+def zclip(spike: bool) -> None:
+    """Each cap on each model, on a healthy run or with a spike in the warm-up."""
+    caps: dict[str, Any] = {"1.0, before": 1.0, "None": None, "auto": "auto"}
+    rows = []
+    for name in MODELS:
+        extra, norms = [Spike()] if spike else [], Norms()
+        plain = [train(name, seed, *extra, norms)[2] for seed in SEEDS]
+        row = {"model": name, "spike": f"step {SPIKE_STEP}, {SPIKE:g} times" if spike else "none"}
+        row |= {"median_norm": f"{statistics.median(norms.norms):.3g}"}
+        rows.append({**row, "cap": "no ZClip", "clipped": 0.0, "outliers": 0.0, "loss": _mean(plain)})
+        for cap, value in caps.items():
+            callbacks = [ZClip(max_grad_norm=value) for _ in SEEDS]
+            losses = [train(name, seed, *extra, callback)[2] for seed, callback in zip(SEEDS, callbacks, strict=True)]
+            states = [state for callback in callbacks for state in callback.state_dict()["optimizers"]]
+            steps = sum(state["steps"] for state in states)
+            shares = {"clipped": "clipped", "outliers": "spikes"}
+            figures = {key: round(sum(state[of] for state in states) / steps, 4) for key, of in shares.items()}
+            rows.append({**row, "cap": cap, **figures, "loss": _mean(losses)})
+        print(*rows[-4:], sep="\n", flush=True)
+    show("Share of steps clipped, by the z-score (outliers) or the cap", rows)
+    print(write_rows("defaults_zclip", rows, key=("spike",)))
+
+
+def misa() -> None:
+    """Each eta on each model, beside training all of it."""
+    arms: dict[str, dict[str, Any]] = {"1.0, before": {"eta": 1.0}, "auto": {}}
+    rows = []
+    for name in MODELS:
+        include = {"include": ["net.generator.*weight"]} if name == "GAN" else {}  # of one optimizer
+        plain = _mean([train(name, seed)[2] for seed in SEEDS])
+        for arm, arguments in arms.items():
+            runs = [_sampled(name, seed, MISA(**arguments, **include, seed=seed)) for seed in SEEDS]
+            figures = {key: round(statistics.fmean(run[key] for run in runs), 3) for key in runs[0] if key != "loss"}
+            losses = _mean([run["loss"] for run in runs])
+            rows.append({"model": name, "eta": arm, **figures, "loss": losses, "loss_of_all": plain})
+            print(rows[-1], flush=True)
+    publish("What importance decides", "defaults_misa", rows)
+
+
+def _sampled(name: str, seed: int, callback: MISA) -> dict[str, float]:
+    _, trainer, loss = train(name, seed, callback)
+    sampler = callback.state_dict()["sampler"]
+    turns = [int(each) for each in sampler["turns"]]
+    return {
+        "matrices": len(turns),
+        "had_a_turn": float(trainer.callback_metrics["misa/used"]),
+        "effective": float(trainer.callback_metrics["misa/effective"]),
+        "turns": sum(turns),
+        "turns_by_importance": sampler["drawn"] / sum(turns),
+        "loss": loss,
+    }
+
+
+def grades() -> None:
+    """What GradES freezes by default."""
+    rows = []
+    for name in MODELS:
+        callbacks = [GradES() for _ in SEEDS]
+        runs = [train(name, seed, callback) for seed, callback in zip(SEEDS, callbacks, strict=True)]
+        row = {"model": name, "matrices": len(callbacks[0].state_dict()["watch"]["names"])}
+        row |= {"frozen": ", ".join(str(len(callback.frozen)) for callback in callbacks)}
+        rows.append({**row, "steps": ", ".join(str(trainer.global_step) for _, trainer, _ in runs)})
+        print(rows[-1], flush=True)
+    publish("What GradES freezes", "defaults_grades", rows)
+
+
+if __name__ == "__main__":
+    parts = {"zclip": lambda: zclip(spike=False), "spike": lambda: zclip(spike=True), "misa": misa, "grades": grades}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=parts)
+    parts[parser.parse_args().part]()
