@@ -7,7 +7,6 @@ validation and saving.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +36,14 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return (ordered[last // 2], ordered[round(0.99 * last)]) if ordered else (np.nan, np.nan)
+
+
+def median_of_known(values: Numbers, axis: int) -> Numbers:
+    """The median of what is known; NaN where nothing is. ``np.nanmedian`` takes ten times as long of so few."""
+    ordered = np.sort(values, axis=axis)  # NaN last
+    known = (~np.isnan(values)).sum(axis, keepdims=True)
+    below = np.take_along_axis(ordered, np.maximum(known - 1, 0) // 2, axis)
+    return (below + np.take_along_axis(ordered, np.minimum(known // 2, values.shape[axis] - 1), axis)) / 2
 
 
 def summary(steps: Sequence[Sequence[float]], every: int, worst_callback: int, extra: Sequence[float]) -> Numbers:
@@ -122,7 +129,9 @@ class Stragglers:
         if ranks < 2 or np.isnan(medians).any():
             return None
         # With two ranks each is compared to the other; of several, one moves their median little.
-        usual, usual_medians = (busy[::-1], medians[::-1]) if ranks == 2 else (_middle(busy, 0), _middle(medians, 0))
+        usual, usual_medians = (
+            (busy[::-1], medians[::-1]) if ranks == 2 else (median_of_known(busy, 0), median_of_known(medians, 0))
+        )
         windows = max(self.patience, -(-_STEPS // steps))
         self._ratios.append(busy / usual)
         self.network = float(medians[:, WAITING].min())
@@ -132,7 +141,7 @@ class Stragglers:
             return None
         ratios = np.concatenate(self._ratios, axis=1)
         self._ratios.popleft()
-        middle = _middle(ratios, 1)[:, 0]
+        middle = median_of_known(ratios, 1)[:, 0]
         share = (ratios > 1 + self.slow / 2).mean(1)
         lost = (medians - usual_medians)[:, BUSY]
         slow = (middle >= 1 + self.slow) & (share >= _SHARE) & (lost.sum(1) >= _LEAST)
@@ -154,10 +163,3 @@ class Stragglers:
         if min(now) < 2 * usual or slower < self.slow or min(now) - usual < _LEAST:
             return None
         return Finding(None, "waiting", slower)
-
-
-def _middle(values: Numbers, axis: int) -> Numbers:
-    """The median of what is known."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a step that no rank knows yet
-        return np.nanmedian(values, axis=axis, keepdims=True)

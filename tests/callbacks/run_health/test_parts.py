@@ -18,7 +18,7 @@ from lightning_eff.callbacks.run_health.connections import Connections
 from lightning_eff.callbacks.run_health.device_times import DeviceTimes
 from lightning_eff.callbacks.run_health.limits import Limits
 from lightning_eff.callbacks.run_health.phases import FORWARD, PHASES, WAITING
-from lightning_eff.callbacks.run_health.stragglers import Stragglers, Window, summary
+from lightning_eff.callbacks.run_health.stragglers import Stragglers, Window, median_of_known, summary
 from lightning_eff.callbacks.run_health.verdict import Standing, judge
 from lightning_eff.callbacks.run_health.weights_hash import WeightsHash, differing
 
@@ -104,6 +104,20 @@ def test_if_all_stand_in_one_place_nobody_is_accused():
 
 
 # --- who is slow ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_median_is_of_what_is_known(axis):
+    generator = np.random.default_rng(0)
+    for shape in ((2, 30), (3, 10), (5, 1), (1, 4)):
+        values = generator.random(shape)
+        values[generator.random(shape) < 0.3] = np.nan
+        values[0, 0] = 0.5
+        nothing = np.isnan(values).all(axis, keepdims=True)
+        known = np.where(nothing, 0.0, values)  # numpy warns of a median of nothing
+        expected = np.where(nothing, np.nan, np.nanmedian(known, axis, keepdims=True))
+        np.testing.assert_array_equal(median_of_known(values, axis), expected)
+
 
 EVERY = 10
 
