@@ -159,7 +159,7 @@ class Stragglers:
         if len(before) < _LEARN:
             return None
         usual = median(before)
-        slower = (min(now) - usual) / max(float(np.median(medians[:, : OTHER + 1].sum(1))), 1e-9)
-        if min(now) < 2 * usual or slower < self.slow or min(now) - usual < _LEAST:
+        if min(now) < 2 * usual or min(now) - usual < _LEAST:
             return None
-        return Finding(None, "waiting", slower)
+        slower = (min(now) - usual) / max(float(np.median(medians[:, : OTHER + 1].sum(1))), 1e-9)
+        return None if slower < self.slow else Finding(None, "waiting", slower)
