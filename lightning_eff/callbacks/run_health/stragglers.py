@@ -18,9 +18,10 @@ from lightning_eff.callbacks.run_health.exchange import Numbers
 from lightning_eff.callbacks.run_health.phases import OTHER, PHASES, SAVING, VALIDATION, WAITING
 
 BUSY = [phase for phase in range(len(PHASES)) if phase not in (WAITING, VALIDATION, SAVING)]
-_SHARE = 0.8  # of the steps in which a slow rank has to be the slow one
+_ERRORS = 3.0  # standard errors by which a slow rank has to be slower than half of what is asked for
+_MOST = np.log(2)  # of a ratio's logarithm that is believed of one step
 _LEAST = 0.002  # seconds; in steps of a millisecond, ranks differ by what Python does beside
-_STEPS = 30  # the least that a judgement is made of
+_STEPS = 40  # the least that a judgement is made of
 _LEARN = 5  # windows until what the network takes is known
 
 _COUNT = len(PHASES)
@@ -44,6 +45,26 @@ def median_of_known(values: Numbers, axis: int) -> Numbers:
     known = (~np.isnan(values)).sum(axis, keepdims=True)
     below = np.take_along_axis(ordered, np.maximum(known - 1, 0) // 2, axis)
     return (below + np.take_along_axis(ordered, np.minimum(known // 2, values.shape[axis] - 1), axis)) / 2
+
+
+def surely_above(ratios: Numbers, least: float) -> bool:
+    """Whether these ratios of consecutive steps are above ``least`` by three standard errors of their mean.
+
+    On a busy machine they scatter, and what disturbs one step disturbs the next one too, so that many steps say less
+    than they would otherwise: the error grows by their autocorrelation. No single step counts for more than a double.
+
+    Example:
+        >>> surely_above(np.array([1.2, 1.1] * 20), 1.05), surely_above(np.array([1.6, 0.8] * 20), 1.05)
+        (True, False)
+    """
+    logs = np.clip(np.log(ratios[~np.isnan(ratios)]), -_MOST, _MOST)
+    if len(logs) < 0.8 * len(ratios):
+        return False
+    away = logs - logs.mean()
+    variance = max(float((away**2).mean()), 1e-12)
+    alike = min(max(float((away[1:] * away[:-1]).mean()) / variance, 0.0), 0.9)
+    error = np.sqrt(variance / len(logs) * (1 + alike) / (1 - alike))
+    return bool(logs.mean() - np.log(least) > _ERRORS * error)
 
 
 def summary(steps: Sequence[Sequence[float]], every: int, worst_callback: int, extra: Sequence[float]) -> Numbers:
@@ -105,9 +126,10 @@ class Finding:
 class Stragglers:
     """Judges window after window.
 
-    A rank is slow if it was in the median step by ``slow`` busier than the others, and in four of five steps by half of
-    that, over the last ``patience`` windows, or as many as make 30 steps. The network is slow if in each of them even
-    the rank that comes last waits twice as long as it used to, and by ``slow`` of a step longer.
+    A rank is slow if over the last ``patience`` windows, or as many as make 40 steps, it was in the median step by
+    ``slow`` busier than the others, and by half of that in the mean for sure: by three standard errors, as these steps
+    scatter. The network is slow if in each of the windows even the rank that comes last waits twice as long as it used
+    to, and by ``slow`` of a step longer.
 
     Args:
         slow: the share of a step, > 0.
@@ -142,9 +164,10 @@ class Stragglers:
         ratios = np.concatenate(self._ratios, axis=1)
         self._ratios.popleft()
         middle = median_of_known(ratios, 1)[:, 0]
-        share = (ratios > 1 + self.slow / 2).mean(1)
         lost = (medians - usual_medians)[:, BUSY]
-        slow = (middle >= 1 + self.slow) & (share >= _SHARE) & (lost.sum(1) >= _LEAST)
+        slow = (middle >= 1 + self.slow) & (lost.sum(1) >= _LEAST)
+        for rank in np.flatnonzero(slow):
+            slow[rank] = surely_above(ratios[rank], 1 + self.slow / 2)
         if not slow.any():
             return slow_network
         rank = int(np.where(slow, middle, 0.0).argmax())
