@@ -18,7 +18,7 @@ from lightning_eff.callbacks.run_health.exchange import Numbers
 from lightning_eff.callbacks.run_health.phases import OTHER, PHASES, SAVING, VALIDATION, WAITING
 
 BUSY = [phase for phase in range(len(PHASES)) if phase not in (WAITING, VALIDATION, SAVING)]
-_ERRORS = 3.0  # standard errors by which a slow rank has to be slower than half of what is asked for
+_ERRORS = 4.0  # standard errors by which a slow rank has to be slower than half of what is asked for
 _MOST = np.log(2)  # of a ratio's logarithm that is believed of one step
 _LEAST = 0.002  # seconds; in steps of a millisecond, ranks differ by what Python does beside
 _STEPS = 40  # the least that a judgement is made of
@@ -48,7 +48,7 @@ def median_of_known(values: Numbers, axis: int) -> Numbers:
 
 
 def surely_above(ratios: Numbers, least: float) -> bool:
-    """Whether these ratios of consecutive steps are above ``least`` by three standard errors of their mean.
+    """Whether these ratios of consecutive steps are above ``least`` by four standard errors of their mean.
 
     On a busy machine they scatter, and what disturbs one step disturbs the next one too, so that many steps say less
     than they would otherwise: the error grows by their autocorrelation. No single step counts for more than a double.
@@ -127,9 +127,9 @@ class Stragglers:
     """Judges window after window.
 
     A rank is slow if over the last ``patience`` windows, or as many as make 40 steps, it was in the median step by
-    ``slow`` busier than the others, and by half of that in the mean for sure: by three standard errors, as these steps
+    ``slow`` busier than the others, and by half of that in the mean for sure: by four standard errors, as these steps
     scatter. The network is slow if in each of the windows even the rank that comes last waits twice as long as it used
-    to, and by ``slow`` of a step longer.
+    to, longer than in nineteen of twenty before, and by ``slow`` of a step.
 
     Args:
         slow: the share of a step, > 0.
@@ -181,8 +181,8 @@ class Stragglers:
         before, now = waits[:-windows], waits[-windows:]
         if len(before) < _LEARN:
             return None
-        usual = median(before)
-        if min(now) < 2 * usual or min(now) - usual < _LEAST:
+        usual, often = median(before), sorted(before)[int(0.95 * len(before))]
+        if min(now) < 2 * usual or min(now) <= often or min(now) - usual < _LEAST:
             return None
         slower = (min(now) - usual) / max(float(np.median(medians[:, : OTHER + 1].sum(1))), 1e-9)
         return None if slower < self.slow else Finding(None, "waiting", slower)
