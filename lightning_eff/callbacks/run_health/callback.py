@@ -71,8 +71,8 @@ class RunHealth(Callback):
         when each hook begins and ends.
     Reads: clocks; every ``weights_every_n_steps`` the weights.
     Changes: nothing.
-    Collectives: one all-gather of 280 bytes every ``every_n_steps`` steps on a gloo group of its own, read when
-        the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
+    Collectives: one all-gather of 280 bytes every ``every_n_steps`` steps on a gloo group of its own, read two steps
+        later, on CUDA when the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
     Host syncs: none; on CUDA the device's times are read when it has long passed them.
     Strategies: all. Under FSDP2 waiting is within forward and backward, so that a rank which is slow in these is not
         told from those that wait, and shards are not compared. Under ``ddp_ft`` a replica looks after itself.
