@@ -22,6 +22,7 @@ _ERRORS = 4.0  # standard errors by which a slow rank has to be slower than half
 _MOST = np.log(2)  # of a ratio's logarithm that is believed of one step
 _LEAST = 0.002  # seconds; in steps of a millisecond, ranks differ by what Python does beside
 _STEPS = 40  # the least that a judgement is made of
+_SECONDS = 2.0  # and no less: for so long the system may prefer one process to another where cores are shared
 _LEARN = 5  # windows until what the network takes is known
 
 _COUNT = len(PHASES)
@@ -126,10 +127,10 @@ class Finding:
 class Stragglers:
     """Judges window after window.
 
-    A rank is slow if over the last ``patience`` windows, or as many as make 40 steps, it was in the median step by
-    ``slow`` busier than the others, and by half of that in the mean for sure: by four standard errors, as these steps
-    scatter. The network is slow if in each of the windows even the rank that comes last waits twice as long as it used
-    to, longer than in nineteen of twenty before, and by ``slow`` of a step.
+    A rank is slow if over the last ``patience`` windows, or as many as make 40 steps and 2 s, it was in the median step
+    by ``slow`` busier than the others, and by half of that in the mean for sure: by four standard errors, as these
+    steps scatter. The network is slow if in each of the windows even the rank that comes last waits twice as long as
+    it used to, longer than in nineteen of twenty before, and by ``slow`` of a step.
 
     Args:
         slow: the share of a step, > 0.
@@ -141,7 +142,8 @@ class Stragglers:
         self.patience = patience
         self.network = 0.0
         """Seconds of a step that even the last rank waits."""
-        self._ratios: deque[Numbers] = deque()
+        self._ratios: deque[Numbers] = deque()  # of the windows that are judged together
+        self._seconds: deque[float] = deque()  # that each of them took
         self._waits: deque[float] = deque(maxlen=50)
 
     def judge(self, window: Window) -> Finding | None:
@@ -156,13 +158,16 @@ class Stragglers:
         )
         windows = max(self.patience, -(-_STEPS // steps))
         self._ratios.append(busy / usual)
+        self._seconds.append(steps * float(np.median(medians[:, : OTHER + 1].sum(1))))
         self.network = float(medians[:, WAITING].min())
         slow_network = self._slow_network(medians, windows)
         self._waits.append(self.network)
-        if len(self._ratios) < windows:
+        if len(self._ratios) < windows or sum(self._seconds) < _SECONDS:
             return None
+        while len(self._ratios) > windows and sum(self._seconds) - self._seconds[0] >= _SECONDS:
+            self._ratios.popleft()
+            self._seconds.popleft()
         ratios = np.concatenate(self._ratios, axis=1)
-        self._ratios.popleft()
         middle = median_of_known(ratios, 1)[:, 0]
         lost = (medians - usual_medians)[:, BUSY]
         slow = (middle >= 1 + self.slow) & (lost.sum(1) >= _LEAST)

@@ -229,6 +229,17 @@ def test_forty_steps_are_needed_however_short_the_windows():
     assert judged.judge(_window(3, slow=slow)).rank == 0
 
 
+def test_nobody_is_judged_by_less_than_two_seconds():
+    """Where steps are short, the system may prefer one process to another for as long as forty of them take."""
+    judged = Stragglers(0.1, 3)
+    findings = []
+    for _ in range(25):
+        window = _window(2, slow=(1, FORWARD, 0.1))
+        window.medians[:] *= 0.1  # 10 and 20 ms
+        findings.append(judged.judge(window))
+    assert [finding is not None for finding in findings] == [False] * 13 + [True] * 12
+
+
 # --- equal weights --------------------------------------------------------------------------------------------------
 
 
