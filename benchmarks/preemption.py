@@ -1,7 +1,8 @@
 """Preemption: how long from a signal to the checkpoint and to the exit, and what an ordinary step pays.
 
 python -m benchmarks.preemption signal    # a signal to one rank in each phase, two and three ranks under torchrun
-python -m benchmarks.preemption cost      # collectives, host syncs, process CPU time a step, plain Lightning and ours
+python -m benchmarks.preemption cost      # process CPU time a step, with and without, in turn within one run
+python -m benchmarks.preemption counts    # collectives and host syncs of plain Lightning and of ours
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
+from harness.alternating import COLUMNS, Alternating, cost_row
 from harness.forked import ForkedRanks
 from harness.operators import OperatorCounter
 from harness.runs import QUIET, quiet_lightning
-from harness.timing import ratio
 from lightning_eff.callbacks import Preemption
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +48,13 @@ PHASES = {  # where the signal comes, and at which call of it
 EVERY = 10
 WARM = 20
 COUNTED = 40  # steps
+SIZES = {  # of the GPT: layers, heads and width
+    "0.01 M": (1, 1, 16),
+    "0.1 M": (2, 2, 64),
+    "0.85 M": (4, 4, 128),
+    "10.8 M": (6, 6, 384),
+}
+PLAIN, SILENT, OURS = "Lightning", "Lightning without its broadcast", "Preemption"
 
 
 class Rows(Dataset[torch.Tensor]):
@@ -88,10 +95,11 @@ class Signal(L.Callback):
 class Module(L.LightningModule):
     """A byte GPT of a million parameters on random bytes."""
 
-    def __init__(self, where: str | None, sender: Signal | None, waits: bool) -> None:
+    def __init__(self, where: str | None, sender: Signal | None, waits: bool, size: str) -> None:
         super().__init__()
         self.waits = waits
-        self.model = GPT(GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128))
+        layers, heads, width = SIZES[size]
+        self.model = GPT(GPTConfig(block_size=64, n_layer=layers, n_head=heads, n_embd=width))
         self.called = sender.here if sender is not None and where == "data" else None
         if where == "compile":
 
@@ -144,12 +152,10 @@ class Waits(L.Callback):
         self.counter.__exit__()
 
 
-class Steps(L.Callback):
-    """Process CPU time and wall-clock of each step behind the first ones, and collectives."""
+class Collectives(L.Callback):
+    """Counts those that this rank calls while it trains."""
 
     def __init__(self) -> None:
-        self.cpu: list[float] = []
-        self.wall: list[float] = []
         self.counts: dict[str, int] = {}
 
     def on_train_start(self, *_: Any) -> None:
@@ -163,15 +169,34 @@ class Steps(L.Callback):
 
         return call
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.cpu.append(time.process_time())
-        self.wall.append(time.perf_counter())
 
-    def figures(self) -> dict[str, Any]:
-        def each(times: list[float]) -> float:
-            return (times[-1] - times[WARM]) / (len(times) - 1 - WARM)
+class Arms:
+    """A Trainer with the callback, without it, and without Lightning's own broadcast as well."""
 
-        return {"cpu": each(self.cpu), "wall": each(self.wall), "counts": self.counts, "steps": len(self.wall)}
+    hooks = ("on_advance_end", "_broadcast_sigterm_tensor")  # of the loop, which the callback stands in front of
+
+    def __init__(self) -> None:
+        self.callbacks: list[Any] = []
+        self.wrappers: dict[str, Any] = {}
+
+    def plain(self, trainer: Any) -> None:
+        own = self._own(trainer)
+        self.callbacks = self.callbacks or trainer.callbacks
+        self.wrappers = self.wrappers or {name: own[name] for name in self.hooks}
+        for name in self.hooks:
+            own.pop(name, None)
+        trainer.callbacks = [each for each in self.callbacks if not isinstance(each, Preemption)]
+
+    def silent(self, trainer: Any) -> None:
+        self.plain(trainer)
+        self._own(trainer)["_broadcast_sigterm_tensor"] = lambda: None
+
+    def ours(self, trainer: Any) -> None:
+        self._own(trainer).update(self.wrappers)
+        trainer.callbacks = self.callbacks
+
+    def _own(self, trainer: Any) -> dict[str, Any]:
+        return vars(trainer.fit_loop.epoch_loop)
 
 
 def worker(settings: dict[str, Any]) -> None:
@@ -179,12 +204,19 @@ def worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     quiet_lightning()
     rank = int(os.environ["RANK"])
-    steps, saved, waits = Steps(), Saved(), Waits()
-    callbacks: list[L.Callback] = [saved, steps, *([waits] if settings.get("waits") else [])]
+    saved, waits, collectives = Saved(), Waits(), Collectives()
+    callbacks: list[L.Callback] = [saved, *([waits] if settings.get("waits") else [])]
     sender, where = None, settings.get("where")
     preemption = Preemption(every_n_steps=EVERY)
+    arms = Arms()
+    # Five steps behind the first ones, so that what happens every ten does so in the midst of a block.
+    turns = Alternating({OURS: arms.ours, PLAIN: arms.plain, SILENT: arms.silent}, block=EVERY, warm=WARM + EVERY // 2)
+    if settings.get("counts"):
+        callbacks.append(collectives)
     if settings["ours"]:
         callbacks.append(preemption)
+    if settings.get("turns"):
+        callbacks.append(turns)
     if where and rank == settings["rank"]:
         sender = Signal(where, settings["call"])
         callbacks.append(sender)
@@ -198,15 +230,14 @@ def worker(settings: dict[str, Any]) -> None:
     )  # fmt: skip
     found: dict[str, Any] = {}
     try:
-        trainer.fit(Module(where, sender, settings.get("waits", False)))
+        trainer.fit(Module(where, sender, settings.get("waits", False), settings.get("size", "0.85 M")))
     finally:
         found |= {"step": trainer.global_step, "ended": saved.at, "waits": waits.counter.waits}
         if preemption.saved is not None:
             found["saved_step"] = torch.load(preemption.saved, weights_only=True)["global_step"]
         if sender is not None:
             found |= {"signalled": sender.at, "at_step": sender.step}
-        if settings["max_steps"] <= trainer.global_step:
-            found |= steps.figures()
+        found |= {"counts": collectives.counts, **turns.figures()}
         Path(settings["folder"], f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -227,7 +258,7 @@ def run_forked(**settings: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"ranks": 2, "folder": folder, "validation": 0}
         with ForkedRanks(2, Path(folder), worker, settings) as forked:
-            forked.wait(300)
+            forked.wait(900)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -264,60 +295,53 @@ def signals(ranks_of: Sequence[int], phases: Sequence[str]) -> None:
     show("From a signal to one rank to the end of all, 0.85 M GPT", rows)
 
 
-def cost(rounds: int, steps: int) -> None:
-    figures: dict[str, dict[str, list[float]]] = {"cpu": {}, "wall": {}}
-    counts = {}
-    for turn in range(rounds):
-        for ours in (bool(turn % 2), not turn % 2):
-            name = "Preemption" if ours else "Lightning"
-            found = run_forked(ours=ours, max_steps=steps)
-            for kind in figures:
-                figures[kind].setdefault(name, []).append(statistics.mean(rank[kind] for rank in found))
-            counts[name] = found[0]["counts"]
-    for name, ours in (("Lightning", False), ("Preemption", True)):
-        found = run_forked(ours=ours, max_steps=WARM + COUNTED, waits=True)
-        waits = found[0]["waits"]
-        counts[name] |= {"host": waits.pop("tolist", 0), "waits": sum(waits.values())}
+def cost(size: str, rounds: int) -> None:
+    """Process CPU time of a step, of both ranks."""
+    steps = WARM + EVERY // 2 + 3 * EVERY * rounds
+    found = run_forked(ours=True, turns=True, size=size, max_steps=steps)
+    load = round(os.getloadavg()[0], 1)
     rows = []
-    for name in ("Lightning", "Preemption"):
-        middle, low, high = ratio(figures["cpu"], name, "Lightning")
-        wall, *_ = ratio(figures["wall"], name, "Lightning")
+    for other in (PLAIN, SILENT):
+        about = {"size": size, "run": OURS, "over": other, "ranks": 2, "steps_in_a_block": EVERY}
+        rows.append({**about, **cost_row(found, OURS, other), "load": load})
+    show(f"An ordinary step, {size} GPT", rows, ["over", *COLUMNS])
+    write_rows("preemption_cost", rows, key=("size", "over"))
+
+
+def counts() -> None:
+    rows = []
+    for name in (PLAIN, OURS):
+        collectives = run_forked(ours=name == OURS, counts=True, max_steps=130)[0]["counts"]
+        waits = run_forked(ours=name == OURS, waits=True, max_steps=WARM + COUNTED)[0]["waits"]
         rows.append(
             {
                 "run": name,
                 "ranks": 2,
-                "steps": steps,
-                "rounds": rounds,
-                "broadcasts_in_all": counts[name].get("broadcast", 0),
-                "all_reduces_in_all": counts[name].get("all_reduce", 0),
-                "host_syncs_in_40_steps": counts[name]["waits"],
-                "reads_of_host_tensors_in_40_steps": counts[name]["host"],
-                "cpu_ms_a_step": round(1000 * statistics.median(figures["cpu"][name]), 2),
-                "cpu_ratio": round(middle, 4),
-                "cpu_ratio_low": round(low, 4),
-                "cpu_ratio_high": round(high, 4),
-                "wall_ratio": round(wall, 4),
-                "load": round(os.getloadavg()[0], 1),
+                "steps": 130,
+                "broadcasts_in_all": collectives.get("broadcast", 0),
+                "all_reduces_in_all": collectives.get("all_reduce", 0),
+                "reads_of_host_tensors_in_40_steps": waits.pop("tolist", 0),
+                "host_syncs_in_40_steps": sum(waits.values()),
             }
         )
     show("An ordinary step, 0.85 M GPT", rows)
-    write_rows("preemption_cost", rows)
+    write_rows("preemption_counts", rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["signal", "cost", "worker"])
+    parser.add_argument("what", choices=["signal", "cost", "counts", "worker"])
     parser.add_argument("settings", nargs="?")
     parser.add_argument("--phases", nargs="+", choices=list(PHASES), default=list(PHASES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--size", choices=list(SIZES), default="0.85 M")
+    parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
     if arguments.what == "worker":
         worker(json.loads(arguments.settings))
     elif arguments.what == "signal":
         signals(arguments.ranks, arguments.phases)
-        if 2 in arguments.ranks:
-            cost(4, 200)
+    elif arguments.what == "counts":
+        counts()
     else:
-        cost(arguments.rounds, arguments.steps)
+        cost(arguments.size, arguments.rounds)

@@ -46,6 +46,8 @@ from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, r
 
 Action = Literal["warn", "abort"]
 
+_LATE = 2  # steps from the end of a window until it is read
+
 
 class RunHealth(Callback):
     """Says which rank is slow and in what, which one holds up a run that hangs, and whose weights differ.
@@ -69,8 +71,8 @@ class RunHealth(Callback):
         when each hook begins and ends.
     Reads: clocks; every ``weights_every_n_steps`` the weights.
     Changes: nothing.
-    Collectives: one all-gather of 280 bytes every ``every_n_steps`` steps on a gloo group of its own, read when
-        the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
+    Collectives: one all-gather of 280 bytes every ``every_n_steps`` steps on a gloo group of its own, read two steps
+        later, on CUDA when the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
     Host syncs: none; on CUDA the device's times are read when it has long passed them.
     Strategies: all. Under FSDP2 waiting is within forward and backward, so that a rank which is slow in these is not
         told from those that wait, and shards are not compared. Under ``ddp_ft`` a replica looks after itself.
@@ -168,7 +170,7 @@ class RunHealth(Callback):
         self._hash: WeightsHash | None = None
         self._last_hash = 0
         self._window: Window | None = None
-        self._slow_now: tuple[int | None, str] | None = None
+        self._slow_now: tuple[int | None] | None = None
         self._weights_differ = False
         self._epoch_ended: float | None = None
         self._batch_ended = time.perf_counter()  # of validation
@@ -314,21 +316,29 @@ class RunHealth(Callback):
         else:
             self._device.close(times)
             self._steps.extend(self._device.ready())
+        # A host that runs ahead of its device would wait for one that does less.
+        late = min(_LATE, self.every_n_steps - 1) if self._device is None else 0
+        if self._count % self.every_n_steps == late:
+            self._read_window(trainer)
         if self._count % self.every_n_steps == 0:
-            self._end_window(trainer)
+            self._send_window(trainer)
 
-    def _end_window(self, trainer: Trainer) -> None:
+    def _send_window(self, trainer: Trainer) -> None:
         halves = [torch.nan, torch.nan] if self._hash is None else self._hash.halves()
-        told = self._exchange.swap(summary(self._steps, self.every_n_steps, self._worst_callback(trainer), halves))
-        if len(told):
-            self._window = window = Window.of(told, self.every_n_steps)
-            if self.slow is not None:
-                self._tell(trainer, self._judge.judge(window))
-            self._compare(trainer, window.extra)
+        self._exchange.send(summary(self._steps, self.every_n_steps, self._worst_callback(trainer), halves))
         first = self._count == self.every_n_steps
         if self._hash is not None and (first or self._count - self._last_hash >= (self.weights_every_n_steps or 0)):
             self._hash.take()
             self._last_hash = self._count
+
+    def _read_window(self, trainer: Trainer) -> None:
+        told = self._exchange.read()
+        if told is None:
+            return
+        self._window = window = Window.of(told, self.every_n_steps)
+        if self.slow is not None:
+            self._tell(trainer, self._judge.judge(window))
+        self._compare(trainer, window.extra)
 
     def _worst_callback(self, trainer: Trainer) -> int:
         """Its index among the Trainer's, where the ranks have the same; -1 for none."""
@@ -340,7 +350,7 @@ class RunHealth(Callback):
         return names.index(worst) if worst in names else -1
 
     def _tell(self, trainer: Trainer, finding: Finding | None) -> None:
-        now = None if finding is None else (finding.rank, finding.phase)
+        now = None if finding is None else (finding.rank,)  # its phase may change from window to window
         if finding is not None and now != self._slow_now:
             self.findings.append((trainer.global_step, finding))
             rank_zero_warn(f"RunHealth: {self._sentence(trainer, finding)}")

@@ -15,7 +15,7 @@ class Exchange:
     """Gathers a vector of every rank, some steps late.
 
     It goes over a gloo group of its own: no device is synchronised, and nothing comes between the collectives of the
-    training. What was sent is read when the next one is due.
+    training. Where the ranks' hosts end each step together, what was sent is there one step later.
 
     With one rank there is no group, and nothing is sent.
     """
@@ -24,29 +24,29 @@ class Exchange:
         self.group: dist.ProcessGroup | None = None
         self.sent = 0
         self._pending: tuple[dist.Work, Numbers] | None = None
+        self._own: Numbers | None = None  # of one rank alone
 
     def attach(self) -> None:
         """Make the group; collective. Call it once the default process group is there."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo")
 
-    def swap(self, vector: Numbers) -> Numbers:
-        """Send numbers, and get what all ranks sent the last time, (ranks, numbers).
-
-        The first time there is nothing to get: shape (0, numbers).
-        """
+    def send(self, vector: Numbers) -> None:
+        """Send numbers to all ranks, once those that were sent before have been read."""
         if self.group is None:
-            return vector[None]
-        received = self.read()
+            self._own = vector
+            return
         gathered = np.empty((dist.get_world_size(self.group), len(vector)))
         into = list(torch.from_numpy(gathered).unbind())  # the same memory
         work = dist.all_gather(into, torch.from_numpy(vector), group=self.group, async_op=True)
         assert work is not None
         self._pending, self.sent = (work, gathered), self.sent + 1
-        return gathered[:0] if received is None else received
 
     def read(self) -> Numbers | None:
-        """What all ranks sent the last time; None if nothing is under way."""
+        """What all ranks sent the last time, (ranks, numbers); None if nothing is under way."""
+        if self._own is not None:
+            own, self._own = self._own, None
+            return own[None]
         if self._pending is None:
             return None
         (work, gathered), self._pending = self._pending, None
@@ -55,7 +55,7 @@ class Exchange:
 
     def detach(self) -> None:
         """The group ends; not collective, and nobody is waited for."""
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._own = self._pending, None, None
         if self.group is not None:
             # A gather that the others have left alone stays with its group until the process ends: gloo does not
             # survive that its group goes first.

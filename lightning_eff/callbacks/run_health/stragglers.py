@@ -7,7 +7,6 @@ validation and saving.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from lightning_eff.callbacks.run_health.exchange import Numbers
 from lightning_eff.callbacks.run_health.phases import OTHER, PHASES, SAVING, VALIDATION, WAITING
 
 BUSY = [phase for phase in range(len(PHASES)) if phase not in (WAITING, VALIDATION, SAVING)]
-_SHARE = 0.8  # of the steps in which a slow rank has to be the slow one
+_ERRORS = 4.0  # standard errors by which a slow rank has to be slower than half of what is asked for
+_MOST = np.log(2)  # of a ratio's logarithm that is believed of one step
 _LEAST = 0.002  # seconds; in steps of a millisecond, ranks differ by what Python does beside
-_STEPS = 30  # the least that a judgement is made of
+_STEPS = 40  # the least that a judgement is made of
+_SECONDS = 2.0  # and no less: for so long the system may prefer one process to another where cores are shared
 _LEARN = 5  # windows until what the network takes is known
 
 _COUNT = len(PHASES)
@@ -37,6 +38,34 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return (ordered[last // 2], ordered[round(0.99 * last)]) if ordered else (np.nan, np.nan)
+
+
+def median_of_known(values: Numbers, axis: int) -> Numbers:
+    """The median of what is known; NaN where nothing is. ``np.nanmedian`` takes ten times as long of so few."""
+    ordered = np.sort(values, axis=axis)  # NaN last
+    known = (~np.isnan(values)).sum(axis, keepdims=True)
+    below = np.take_along_axis(ordered, np.maximum(known - 1, 0) // 2, axis)
+    return (below + np.take_along_axis(ordered, np.minimum(known // 2, values.shape[axis] - 1), axis)) / 2
+
+
+def surely_above(ratios: Numbers, least: float) -> bool:
+    """Whether these ratios of consecutive steps are above ``least`` by four standard errors of their mean.
+
+    On a busy machine they scatter, and what disturbs one step disturbs the next one too, so that many steps say less
+    than they would otherwise: the error grows by their autocorrelation. No single step counts for more than a double.
+
+    Example:
+        >>> surely_above(np.array([1.2, 1.1] * 20), 1.05), surely_above(np.array([1.6, 0.8] * 20), 1.05)
+        (True, False)
+    """
+    logs = np.clip(np.log(ratios[~np.isnan(ratios)]), -_MOST, _MOST)
+    if len(logs) < 0.8 * len(ratios):
+        return False
+    away = logs - logs.mean()
+    variance = max(float((away**2).mean()), 1e-12)
+    alike = min(max(float((away[1:] * away[:-1]).mean()) / variance, 0.0), 0.9)
+    error = np.sqrt(variance / len(logs) * (1 + alike) / (1 - alike))
+    return bool(logs.mean() - np.log(least) > _ERRORS * error)
 
 
 def summary(steps: Sequence[Sequence[float]], every: int, worst_callback: int, extra: Sequence[float]) -> Numbers:
@@ -98,9 +127,10 @@ class Finding:
 class Stragglers:
     """Judges window after window.
 
-    A rank is slow if it was in the median step by ``slow`` busier than the others, and in four of five steps by half of
-    that, over the last ``patience`` windows, or as many as make 30 steps. The network is slow if in each of them even
-    the rank that comes last waits twice as long as it used to, and by ``slow`` of a step longer.
+    A rank is slow if over the last ``patience`` windows, or as many as make 40 steps and 2 s, it was in the median step
+    by ``slow`` busier than the others, and by half of that in the mean for sure: by four standard errors, as these
+    steps scatter. The network is slow if in each of the windows even the rank that comes last waits twice as long as
+    it used to, longer than in nineteen of twenty before, and by ``slow`` of a step.
 
     Args:
         slow: the share of a step, > 0.
@@ -112,7 +142,8 @@ class Stragglers:
         self.patience = patience
         self.network = 0.0
         """Seconds of a step that even the last rank waits."""
-        self._ratios: deque[Numbers] = deque()
+        self._ratios: deque[Numbers] = deque()  # of the windows that are judged together
+        self._seconds: deque[float] = deque()  # that each of them took
         self._waits: deque[float] = deque(maxlen=50)
 
     def judge(self, window: Window) -> Finding | None:
@@ -122,20 +153,26 @@ class Stragglers:
         if ranks < 2 or np.isnan(medians).any():
             return None
         # With two ranks each is compared to the other; of several, one moves their median little.
-        usual, usual_medians = (busy[::-1], medians[::-1]) if ranks == 2 else (_middle(busy, 0), _middle(medians, 0))
+        usual, usual_medians = (
+            (busy[::-1], medians[::-1]) if ranks == 2 else (median_of_known(busy, 0), median_of_known(medians, 0))
+        )
         windows = max(self.patience, -(-_STEPS // steps))
         self._ratios.append(busy / usual)
+        self._seconds.append(steps * float(np.median(medians[:, : OTHER + 1].sum(1))))
         self.network = float(medians[:, WAITING].min())
         slow_network = self._slow_network(medians, windows)
         self._waits.append(self.network)
-        if len(self._ratios) < windows:
+        if len(self._ratios) < windows or sum(self._seconds) < _SECONDS:
             return None
+        while len(self._ratios) > windows and sum(self._seconds) - self._seconds[0] >= _SECONDS:
+            self._ratios.popleft()
+            self._seconds.popleft()
         ratios = np.concatenate(self._ratios, axis=1)
-        self._ratios.popleft()
-        middle = _middle(ratios, 1)[:, 0]
-        share = (ratios > 1 + self.slow / 2).mean(1)
+        middle = median_of_known(ratios, 1)[:, 0]
         lost = (medians - usual_medians)[:, BUSY]
-        slow = (middle >= 1 + self.slow) & (share >= _SHARE) & (lost.sum(1) >= _LEAST)
+        slow = (middle >= 1 + self.slow) & (lost.sum(1) >= _LEAST)
+        for rank in np.flatnonzero(slow):
+            slow[rank] = surely_above(ratios[rank], 1 + self.slow / 2)
         if not slow.any():
             return slow_network
         rank = int(np.where(slow, middle, 0.0).argmax())
@@ -149,15 +186,8 @@ class Stragglers:
         before, now = waits[:-windows], waits[-windows:]
         if len(before) < _LEARN:
             return None
-        usual = median(before)
-        slower = (min(now) - usual) / max(float(np.median(medians[:, : OTHER + 1].sum(1))), 1e-9)
-        if min(now) < 2 * usual or slower < self.slow or min(now) - usual < _LEAST:
+        usual, often = median(before), sorted(before)[int(0.95 * len(before))]
+        if min(now) < 2 * usual or min(now) <= often or min(now) - usual < _LEAST:
             return None
-        return Finding(None, "waiting", slower)
-
-
-def _middle(values: Numbers, axis: int) -> Numbers:
-    """The median of what is known."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a step that no rank knows yet
-        return np.nanmedian(values, axis=axis, keepdims=True)
+        slower = (min(now) - usual) / max(float(np.median(medians[:, : OTHER + 1].sum(1))), 1e-9)
+        return None if slower < self.slow else Finding(None, "waiting", slower)

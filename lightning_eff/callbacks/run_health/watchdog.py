@@ -19,7 +19,8 @@ from lightning_eff.callbacks.run_health.limits import Kind, Limits
 from lightning_eff.callbacks.run_health.phases import Phases
 from lightning_eff.callbacks.run_health.verdict import Standing, Verdict, judge
 
-_LOOK = 0.1  # seconds between two looks at the main thread
+_LOOK = 0.25  # seconds between two looks at the main thread: waking up is most of what this thread costs
+_LOOK_AGAIN = 0.1  # while it is judged who hangs
 _BEAT = 0.5  # seconds between two messages to the others; longer with very many
 _BEATS_A_SECOND = 100  # that one rank sends, and receives, at most
 _ANSWERS = 0.7  # seconds that the others have to say where they stand
@@ -101,16 +102,17 @@ class Watchdog:
         every = max(_BEAT, ranks / _BEATS_A_SECOND)
         beat_at = 0.0
         while not self._over.is_set():
-            message = self.connections.receive(_LOOK)
+            pause = _LOOK if self._judge_at is None else _LOOK_AGAIN
+            message = self.connections.receive(pause)
             if ranks == 1:
-                self._over.wait(_LOOK)
+                self._over.wait(pause)
             now = time.perf_counter()
             if message is not None:
                 self._hear(message, now)
             if now >= beat_at:
                 self.connections.send(self._beat())
                 beat_at = now + every
-            if message is None or now - self._looked > _LOOK:
+            if message is None or now - self._looked > pause:
                 self._look(now)
         if self._failed and self._judge_at is not None:
             self._judge_with_what_is_there()

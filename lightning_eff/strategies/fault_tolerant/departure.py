@@ -40,11 +40,17 @@ class Departure:
         self._last_step = now
 
     def steps_to_stay(self) -> int:
-        """As many as the lighthouse needs, and one more; 0 if this replica stays."""
-        return math.ceil(self.seconds / max(1e-3, self._step_seconds)) + 1 if self.wanted else 0
+        """As many as the lighthouse needs, and one more; 0 if this replica stays.
+
+        -1 until it has seen how long a step takes: the first one compiles, say. Unless another one leaves as well, it
+        says so again before the next step.
+        """
+        if not self.wanted:
+            return 0
+        return math.ceil(self.seconds / max(1e-3, self._step_seconds)) + 1 if self._step_seconds else -1
 
     def agree(self, step: int, stay: int) -> None:
-        """At a rendezvous before ``step`` it came out that somebody leaves after ``stay`` more; 0 for nobody."""
+        """At a rendezvous before ``step`` it came out that somebody leaves after ``stay`` more; below 1 for nobody."""
         self._until = step + stay if stay > 0 else None
 
     def under_way(self, step: int) -> bool:

@@ -40,7 +40,7 @@ class Position:
     run: int
     """A digest of the run's id."""
     stays: int
-    """Steps that it still takes part in before it leaves; 0 if it does not leave."""
+    """Steps that it still takes part in before it leaves, -1 if it does not know yet how many; 0 if it stays."""
 
     def row(self) -> list[int]:
         """As integers."""

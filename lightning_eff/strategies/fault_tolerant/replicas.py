@@ -313,7 +313,7 @@ class Replicas(Membership):
         )
         self._generation = self.group.generation
         self.manager.reset_failures()
-        self.all_leave = all(position.stays > 0 for position in positions)
+        self.all_leave = all(position.stays != 0 for position in positions)
         self._departure.agree(self.step, 0 if self.all_leave else max(position.stays for position in positions))
         if self.all_leave:
             _launched.note_progress(left=True)

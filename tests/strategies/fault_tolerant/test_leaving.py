@@ -188,7 +188,7 @@ def test_sigterm_to_one_replica(replicas: int, processes: int, told: str, launch
 @pytest.mark.parametrize("phase", ["sanity check", "compile", "data loading", "saving", "validation"])
 @pytest.mark.parametrize("replicas", [1, 3])
 def test_sigterm_at_any_time(replicas: int, phase: str, launch: Any) -> None:
-    steps = 100
+    steps = 200  # told by the 20th, a replica stays for `TIMEOUT` more, which is 120 of at least 0.05 s
     run = launch(replicas, phase=phase, steps=steps)
     status = run.process.wait(200)
     assert (run.folder / "told").exists(), run.text
