@@ -69,6 +69,9 @@ class Placed(Protocol):
     def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
         """A batch has come."""
 
+    def arrive(self, data: Any) -> None:
+        """Something has come from a worker."""
+
 
 class Indices:
     """Stands in front of a loader's sampler of indices while an iterator is made."""
@@ -163,6 +166,21 @@ class Delivery:
         with undisturbed() if self.loader.is_seeded and not args else nullcontext():
             data = getattr(type(iterator), self.name)(iterator, *args)
         return self.loader.deliver(iterator, data, args[1] if args else None, before)
+
+
+class Arrival:
+    """Stands in front of the method of an iterator that takes what workers send, in the order in which they do."""
+
+    def __init__(self, iterator: weakref.ref[Any], loader: Placed) -> None:
+        self.iterator = iterator
+        self.loader = loader
+
+    def __call__(self) -> Any:
+        """Called by the iterator whenever it waits for its workers."""
+        iterator: Any = self.iterator()
+        number, data = type(iterator)._get_data(iterator)
+        self.loader.arrive(data)
+        return number, data
 
 
 class Held(_BaseDataLoaderIter):

@@ -79,8 +79,14 @@ class RunPlace:
 
         def loaders(inner: Callable[[], None]) -> None:
             inner()
-            self.ahead = self.stage in BETWEEN_EPOCHS
+            # In an epoch that is not the first, Lightning asks once more.
+            self.ahead = self.stage in BETWEEN_EPOCHS and trainer.current_epoch == 0
             set_loaders()
+
+        def loaders_set_up(inner: Callable[[], None]) -> None:
+            inner()
+            if self.stage == "epoch_start":  # they may have been made anew, which is not done again
+                self._moment = self._now(trainer)
 
         def fit_start(inner: Callable[[], None]) -> None:
             inner()
@@ -131,6 +137,7 @@ class RunPlace:
 
         self._wrappers = [
             Wrapper(fit, "_load_combined_loader_states", loaders),
+            Wrapper(fit, "setup_data", loaders_set_up),
             Wrapper(fit, "reset", lambda inner: self._reset_fit(trainer, inner)),
             Wrapper(fit, "on_run_start", fit_start),
             Wrapper(fit, "on_advance_start", epoch_hooks),

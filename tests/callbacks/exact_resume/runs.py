@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness.runs import quiet_trainer, seed_everything
 from lightning_eff.callbacks import ExactResume
+from lightning_eff.training.dtensor import local
 
 SAMPLES = 22
 BATCH = 4
@@ -38,6 +39,13 @@ class Noisy(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self.loaded.append(index)
         return noisy(index)
+
+
+class Pairs(Noisy):
+    """Each is a batch already."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.stack([noisy(index), noisy(index)])
 
 
 class Stream(IterableDataset[Tensor]):
@@ -95,7 +103,7 @@ class Net(L.LightningModule):
         return self.layers(batch.float() / SAMPLES)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        first = batch if isinstance(batch, Tensor) else batch[0]
+        first = batch if isinstance(batch, Tensor) else tensors(batch)[0]
         loss = F.mse_loss(self(first), first.mean(1, keepdim=True))
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(first), sync_dist=True)
         self.log(
@@ -175,10 +183,16 @@ def shown(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+def tensors(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def digest(value: Any) -> str:
     found = hashlib.sha256()
-    for tensor in value if isinstance(value, list | tuple) else [value]:
-        found.update(b"none" if tensor is None else tensor.detach().contiguous().numpy().tobytes())
+    for tensor in tensors(value):
+        found.update(b"none" if tensor is None else local(tensor.detach()).contiguous().numpy().tobytes())
     return found.hexdigest()[:12]
 
 
