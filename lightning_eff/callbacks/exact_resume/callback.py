@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check_choice
 from lightning_eff.callbacks.exact_resume.buffers import NO_BUFFERS, own_buffers, set_own_buffers
-from lightning_eff.callbacks.exact_resume.generators import Generators
+from lightning_eff.callbacks.exact_resume.generators import GeneratorsOfRun
 from lightning_eff.callbacks.exact_resume.gradients import UnusedGradients
 from lightning_eff.callbacks.exact_resume.loaders import Iterable, Loaders
 from lightning_eff.callbacks.exact_resume.logged import logged, set_logged
@@ -85,6 +85,7 @@ class ExactResume(Callback):
         self._state = RankState("exact_resume", save=self._save, load=self._load, recover=self._recover)
         self._trainer: Any = None
         self._loaders: Any = None
+        self._generators: Any = None
         self._saved: dict[str, Any] | None = None
         self._seeds: Seeds | None = None
 
@@ -105,8 +106,10 @@ class ExactResume(Callback):
         self._loaders = Loaders(trainer, self._place, self.iterable, self._seeds)
         self._load(None)
         self._state.attach(trainer.strategy)
+        self._generators = GeneratorsOfRun(trainer)
         self._place.attach(
             trainer,
+            self._generators,
             set_loaders=lambda: self._loaders.set(self._saved),
             begin=lambda: self._begin(trainer),
             begin_batch=lambda: self._begin_batch(trainer),
@@ -148,10 +151,6 @@ class ExactResume(Callback):
         if not trainer.sanity_checking:
             self._place.end_validation()
 
-    @staticmethod
-    def _user_generators(trainer: Trainer) -> Generators:
-        return Generators(module=trainer.lightning_module, datamodule=getattr(trainer, "datamodule", None))
-
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self) -> dict[str, Any]:
@@ -168,7 +167,6 @@ class ExactResume(Callback):
             "window": batches % trainer.accumulate_grad_batches if gradients and batches and automatic else 0,
             "place": self._place.state(trainer),
             **self._loaders.state(batches, going_on),
-            "generators": self._user_generators(trainer).state(),
             "gradients": gradients,
             "buffers": own_buffers(trainer),
             "logged": logged(trainer),
@@ -204,9 +202,7 @@ class ExactResume(Callback):
         saved = self._saved
         if saved is None:
             return
-        Generators(module=trainer.lightning_module, datamodule=getattr(trainer, "datamodule", None)).set(
-            saved["generators"]
-        )
+        self._generators.set(saved["place"]["generators"])
         self._gradients.set(trainer, saved["gradients"])
         set_own_buffers(trainer, saved["buffers"])
         set_logged(trainer, saved["logged"])

@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_eff.callbacks.exact_resume.dealing import Hand, note_generator, order_of, samples_of, seen
 from lightning_eff.callbacks.exact_resume.generators import Generators
-from lightning_eff.callbacks.exact_resume.order import Arrival, Delivery, Held, Indices, Pass
+from lightning_eff.callbacks.exact_resume.order import Arrival, Delivery, Held, Indices, Pass, Place
 from lightning_eff.callbacks.exact_resume.seeds import SeededDataset, Seeds
 from lightning_eff.callbacks.exact_resume.worker import (
     Carried,
@@ -36,26 +35,6 @@ from lightning_eff.training.wrapping import Wrapper
 
 _CPU = torch.device("cpu")
 _NAMES = {"batch_size": "batch size", "batch_sampler": "batch sampler", "replicas": "ranks"}
-
-
-@dataclass
-class _Place:
-    """Behind one batch, or before the first."""
-
-    tag: int
-    """Which of the epoch's batches of all loaders together it was part of."""
-    of: Pass
-    batches: int = 0
-    worker: int = -1
-    """Who made the batch."""
-    workers: dict[int, tuple[int, Carried]] = field(default_factory=dict)
-    """Of each worker the batches that it has made, and the last of its states."""
-    own: Any = None
-    """State of the sampler, or of a dataset without workers, where it keeps one."""
-    generators: dict[str, Any] = field(default_factory=dict)
-    """The loader's own."""
-    before: RawState | None = None
-    """This process's generators before the batch was fetched; only where that may happen one batch ahead."""
 
 
 class PlacedLoader:
@@ -93,7 +72,7 @@ class PlacedLoader:
         self._workers: dict[int, tuple[int, Carried]] = {}
         self._arrived: dict[int, Carried] = {}
         # A batch may be prefetched, and one in hand: what is saved is the place before both.
-        self._places: deque[_Place] = deque(maxlen=6)
+        self._places: deque[Place] = deque(maxlen=6)
         self._wrapper = Wrapper(loader, "_get_iterator", self._get_iterator)
 
     def detach(self) -> None:
@@ -133,6 +112,7 @@ class PlacedLoader:
             "over": batches is None,
             "pass": vars(place.of),
             "batches": place.batches,
+            "ended": place.ended,
             "worker": place.worker,
             "workers": workers,
             "own": place.own,
@@ -236,7 +216,15 @@ class PlacedLoader:
         now = self.draws()
         rest = {**of, "created": now, "begun": now, "drawn": None, "seen": behind}
         left = Hand(self.loader).batches(saved["about"]["samples"] - behind)
-        place = {"over": False, "batches": 0, "worker": -1, "workers": {}, "own": None, "before_next": None}
+        place = {
+            "over": False,
+            "batches": 0,
+            "ended": False,
+            "worker": -1,
+            "workers": {},
+            "own": None,
+            "before_next": None,
+        }
         return {**place, "about": self.about(), "generators": saved["generators"], "pass": rest}, left
 
     # --- iterators ---------------------------------------------------------------------------------------------------
@@ -296,13 +284,13 @@ class PlacedLoader:
             worker, own = self.target["worker"], self.target["own"]
         else:  # workers that stay have seen nothing of this pass
             self._workers = {number: (0, last) for number, (_, last) in self._workers.items()}
-        self._places.append(_Place(tag, of, batches, worker, dict(self._workers), own, self._generators.state()))
+        self._places.append(Place(tag, of, batches, worker, dict(self._workers), own, self._generators.state()))
         return of
 
     def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
         """Note a batch, and give it as the loader would."""
         last = self._places[-1]
-        place = _Place(self._tag(), last.of, last.batches + 1, before=before)
+        place = Place(self._tag(), last.of, last.batches + 1, before=before)
         if worker is not None:
             place.worker = worker
             if not self.is_seeded:
@@ -314,6 +302,7 @@ class PlacedLoader:
         if iterator._sampler_iter.states:
             place.own = iterator._sampler_iter.states.popleft()
         place.workers, place.generators = dict(self._workers), self._generators.state()
+        place.ended = iterator._sampler_iter.length == place.batches
         self._places.append(place)
         return data
 

@@ -201,12 +201,12 @@ def test_from_two_ranks_to_three_and_back(tmp_path, pool, strategy):
     assert in_turn(again) == whole[36:]
 
 
-def in_turn(ranks: list[Seen], epoch: int = 1) -> list[int]:
+def in_turn(ranks: list[dict[int, list[list[int]]]], epoch: int = 1) -> list[int]:
     """The samples of an epoch in the order in which they were dealt."""
-    return [sample for dealt in zip(*(flat(rank.epochs[epoch]) for rank in ranks), strict=True) for sample in dealt]
+    return [sample for dealt in zip(*(flat(rank[epoch]) for rank in ranks), strict=True) for sample in dealt]
 
 
-def _on_ranks(folder: Any, randomness: Any = "stock", resume: Any = None, strategy: str = "ddp") -> Seen:
+def _on_ranks(folder: Any, randomness: Any = "stock", resume: Any = None, strategy: str = "ddp") -> dict[int, Any]:
     found = Seen()
     run(
         partial(loader, 0, partial(Noisy, 40)),
@@ -220,7 +220,7 @@ def _on_ranks(folder: Any, randomness: Any = "stock", resume: Any = None, strate
         max_epochs=3 if resume else 2,
         randomness=randomness,
     )
-    return found
+    return found.epochs
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------

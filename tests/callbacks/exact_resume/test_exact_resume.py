@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import lightning as L
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from harness.faults import InjectedError
@@ -17,6 +19,8 @@ from lightning_eff.callbacks import ExactResume
 from tests.callbacks.exact_resume.runs import (
     BATCH,
     HOOKS,
+    KeptLoader,
+    KeptSampler,
     KeptStream,
     Net,
     Noisy,
@@ -33,7 +37,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`__len__` could be inaccurate"),
     pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers"),
     pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes"),
+    pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor"),
+    pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument"),
 ]
+
+
+def combined(mode: str) -> Callable[[], CombinedLoader]:
+    return lambda: CombinedLoader([loader(), loader(0, partial(Noisy, 10))], mode)
+
 
 BATCH_END = ("on_train_batch_end",)
 EPOCHS = ("on_train_epoch_start", "on_train_epoch_end")
@@ -44,11 +55,14 @@ FAST = {
     "manual accumulation": (loader, dict(hooks=BATCH_END, manual=True)),
     "only steps are counted": (loader, dict(hooks=BATCH_END, every=5, max_epochs=-1, max_steps=15)),
     "a GAN": (loader, dict(hooks=BATCH_END, every=5, gan=True)),
+    "a step that asks for its batch": (loader, dict(hooks=BATCH_END, every=3, asking=True)),
     "workers": (partial(loader, 2), dict(every=13)),
     "workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17)),
     "a stream": (partial(loader, 0, lambda: Stream(sized=False)), dict(every=5)),
     "a stream in workers": (partial(loader, 2, lambda: Stream(sized=False)), dict(hooks=BATCH_END, every=5)),
     "a stream that keeps its place": (partial(loader, 0, KeptStream), dict(hooks=BATCH_END, every=2)),
+    "a sampler that keeps its place": (lambda: loader(sampler=KeptSampler()), dict(hooks=BATCH_END, every=3)),
+    "a loader that keeps its place": (KeptLoader, dict(hooks=BATCH_END, every=3)),
     "a generator of its own": (
         lambda: loader(generator=torch.Generator().manual_seed(1)),
         dict(hooks=BATCH_END, every=3),
@@ -85,6 +99,10 @@ SLOW = {
         dict(every=2),
     ),
     "weighted": (lambda: loader(2, sampler=WeightedRandomSampler([1.0, 2.0] * 11, 20)), dict(every=5)),
+    "a sampler that keeps its place, in workers": (lambda: loader(2, sampler=KeptSampler()), dict(every=5)),
+    "a loader that keeps its place": (KeptLoader, dict(every=2)),
+    "loaders that end with the shorter": (combined("min_size"), dict(every=2)),
+    "loaders that end with the longer": (combined("max_size"), dict(every=2)),
     "batches that the data make": (partial(loader, 0, Pairs, batch_size=None), dict(every=5, limit_train_batches=6)),
     "batches that the data make, in workers": (
         partial(loader, 2, Pairs, batch_size=None),
