@@ -8,11 +8,13 @@ python -m benchmarks.exact_resume seek    # a shuffled DataLoader, to batch 100,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -32,7 +34,7 @@ from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
 from harness.processes import environment, free_port
 from harness.runs import begin, quiet_trainer
-from harness.timing import in_turn, ratio
+from harness.timing import in_turn, over
 from lightning_eff._witness import ORDERS
 from lightning_eff.callbacks import ExactResume
 from lightning_eff.callbacks.exact_resume.loader import PlacedLoader
@@ -157,6 +159,20 @@ class Bytes(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
+class Weight(L.LightningModule):
+    """One number: nearly all that a batch takes is Lightning's, and what is added to it shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        return self.weight * batch[0, 0]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
 class CpuTime(L.Callback):
     """Of this process in training batches, behind the first few."""
 
@@ -169,46 +185,52 @@ class CpuTime(L.Callback):
             self.began = self.ended
 
 
-_RUNS: dict[str, list[Any]] = {"Lightning": [], "ExactResume": [{}], "ExactResume, seeded": [{"randomness": "seeded"}]}
+_RUNS: dict[str, list[Any]] = {
+    "Lightning": [],
+    "Lightning, again": [],  # what differs here is noise
+    "ExactResume": [{}],
+    "ExactResume, seeded": [{"randomness": "seeded"}],
+}
 
 
 def cost(rounds: int, steps: int) -> None:
-    sizes: dict[tuple[str, int], int] = {}
+    sizes: dict[tuple[str, str, int], int] = {}
 
-    def one(run: str, workers: int) -> float:
+    def one(model: str, run: str, workers: int) -> float:
         begin(0)
         clock = CpuTime()
+        batches = 10 + (steps if model == "0.85 M GPT" else 5 * steps)
         own = [ExactResume(**arguments) for arguments in _RUNS[run]]
         with tempfile.TemporaryDirectory() as folder:
-            trainer = quiet_trainer(*own, clock, accelerator="cpu", max_steps=steps, default_root_dir=folder)
-            data = torch.randint(0, 256, (8 * steps, 65))
-            trainer.fit(Bytes(), DataLoader(data, batch_size=8, shuffle=True, num_workers=workers))
+            trainer = quiet_trainer(*own, clock, accelerator="cpu", max_steps=batches, default_root_dir=folder)
+            module = Bytes() if model == "0.85 M GPT" else Weight()
+            data = torch.randint(0, 256, (8 * batches, 65))
+            trainer.fit(module, DataLoader(data, batch_size=8, shuffle=True, num_workers=workers))
             path = Path(folder) / "last.ckpt"
             trainer.save_checkpoint(path)
             beside = sum(file.stat().st_size for file in Path(f"{path}.ranks").glob("*"))
-            sizes[run, workers] = path.stat().st_size + beside
-        return (clock.ended - clock.began) / (steps - 10)
+            sizes[model, run, workers] = path.stat().st_size + beside
+        return (clock.ended - clock.began) / (batches - 10)
 
-    rows = []
-    for workers in (0, 2):
-        figures = in_turn({run: partial(one, run, workers) for run in _RUNS}, rounds)
+    for model, workers in itertools.product(("one number", "0.85 M GPT"), (0, 2)):
+        rows = []
+        figures = in_turn({run: partial(one, model, run, workers) for run in _RUNS}, rounds)
         for run, times in figures.items():
-            middle, low, high = ratio(figures, run, "Lightning")
+            added = [1000 * (mine - plain) for mine, plain in zip(times, figures["Lightning"], strict=True)]
             rows.append(
                 {
+                    "model": model,
                     "run": run,
                     "workers": workers,
                     "rounds": rounds,
-                    "steps": steps,
-                    "cpu_ms_a_batch": round(1000 * sorted(times)[len(times) // 2], 3),
-                    "cpu_ratio": round(middle, 4),
-                    "cpu_ratio_low": round(low, 4),
-                    "cpu_ratio_high": round(high, 4),
-                    "checkpoint_bytes": sizes[run, workers],
+                    "cpu_ms_a_batch": round(1000 * statistics.median(times), 3),
+                    "added_cpu_ms": round(statistics.median(added), 3),
+                    **over(figures, run, "Lightning", "cpu_ratio"),
+                    "checkpoint_bytes": sizes[model, run, workers],
                 }
             )
-    show("An ordinary batch, 0.85 M GPT", rows)
-    write_rows("exact_resume_cost", rows)
+        show("An ordinary batch", rows)
+        write_rows("exact_resume_cost", rows, ("model", "workers"))
 
 
 class Numbers(Dataset[int]):
@@ -302,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["kills", "cost", "seek"])
     parser.add_argument("--number", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=100_000)
     arguments = parser.parse_args(argv)
     if arguments.what == "kills":

@@ -69,9 +69,11 @@ def test_it_says_whether_a_script_goes_on_exactly(tmp_path, how, status, words):
     assert not (tmp_path / "own").exists()  # what the script writes is redirected
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(420)
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=row.id, marks=() if row.id == "EMA" else pytest.mark.slow) for row in ROWS],
+)
 def test_beside_every_callback_the_killed_run_goes_on_exactly(tmp_path, row):
     found, output = _verify(tmp_path, sys.executable, *_script(tmp_path, row.id))
     assert found == 0, output

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_eff.training.random_state import seed_of
 
+_VALIDATION = "validation"
 _KINDS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -56,6 +58,38 @@ class Generators:
         """Seed each from its name and a number."""
         for name, generator in self.found.items():
             _seed(generator, seed_of(seed, name))
+
+
+class GeneratorsOfRun:
+    """Those of the module, the datamodule and the validation's loaders."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._known = Generators()
+
+    def find(self) -> Generators:
+        """Look for them, which takes too long for every batch."""
+        owners = {"module": self.trainer.lightning_module, "datamodule": getattr(self.trainer, "datamodule", None)}
+        combined = self.trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        for index, loader in enumerate(() if combined is None else combined.flattened):
+            owners[f"{_VALIDATION}{index}"] = loader
+            if not getattr(loader, "num_workers", 0):
+                owners[f"{_VALIDATION}{index}.dataset"] = getattr(loader, "dataset", None)
+        self._known = Generators(**owners)
+        return self._known
+
+    def state(self) -> dict[str, Any]:
+        """Of those that were found last."""
+        return self._known.state()
+
+    def set(self, states: dict[str, Any]) -> None:
+        """Set what `state` gave; the validation's loaders are asked for, where they had been there."""
+        val_loop = self.trainer.fit_loop.epoch_loop.val_loop
+        if val_loop._combined_loader is None and any(name.startswith(_VALIDATION) for name in states):
+            self.trainer.validating = True
+            val_loop.setup_data()
+            self.trainer.training = True
+        self.find().set(states)
 
 
 def _find(owner: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:

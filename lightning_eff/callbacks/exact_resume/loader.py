@@ -7,7 +7,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_eff.callbacks.exact_resume.dealing import Hand, note_generator, order_of, samples_of, seen
 from lightning_eff.callbacks.exact_resume.generators import Generators
-from lightning_eff.callbacks.exact_resume.order import Delivery, Held, Indices, Pass
+from lightning_eff.callbacks.exact_resume.order import Arrival, Delivery, Held, Indices, Pass, Place
 from lightning_eff.callbacks.exact_resume.seeds import SeededDataset, Seeds
 from lightning_eff.callbacks.exact_resume.worker import (
     Carried,
@@ -27,6 +26,7 @@ from lightning_eff.callbacks.exact_resume.worker import (
     ResumedDataset,
     WorkerStart,
     keeps_state,
+    raw,
     readable,
 )
 from lightning_eff.training.namespaces import MisconfigurationException
@@ -35,26 +35,6 @@ from lightning_eff.training.wrapping import Wrapper
 
 _CPU = torch.device("cpu")
 _NAMES = {"batch_size": "batch size", "batch_sampler": "batch sampler", "replicas": "ranks"}
-
-
-@dataclass
-class _Place:
-    """Behind one batch, or before the first."""
-
-    tag: int
-    """Which of the epoch's batches of all loaders together it was part of."""
-    of: Pass
-    batches: int = 0
-    worker: int = -1
-    """Who made the batch."""
-    workers: dict[int, tuple[int, Carried]] = field(default_factory=dict)
-    """Of each worker the batches that it has made, and the last of its states."""
-    own: Any = None
-    """State of the sampler, or of a dataset without workers, where it keeps one."""
-    generators: dict[str, Any] = field(default_factory=dict)
-    """The loader's own."""
-    before: RawState | None = None
-    """This process's generators before the batch was fetched; only where that may happen one batch ahead."""
 
 
 class PlacedLoader:
@@ -90,8 +70,9 @@ class PlacedLoader:
         self.anew = False
         self._created: dict[str, Any] = {}
         self._workers: dict[int, tuple[int, Carried]] = {}
+        self._arrived: dict[int, Carried] = {}
         # A batch may be prefetched, and one in hand: what is saved is the place before both.
-        self._places: deque[_Place] = deque(maxlen=6)
+        self._places: deque[Place] = deque(maxlen=6)
         self._wrapper = Wrapper(loader, "_get_iterator", self._get_iterator)
 
     def detach(self) -> None:
@@ -131,6 +112,7 @@ class PlacedLoader:
             "over": batches is None,
             "pass": vars(place.of),
             "batches": place.batches,
+            "ended": place.ended,
             "worker": place.worker,
             "workers": workers,
             "own": place.own,
@@ -155,11 +137,16 @@ class PlacedLoader:
 
         The generators are left as they are, the loader's own as saved.
         """
+        iterator = self.take_up(saved, device)
+        return iter(self.loader) if iterator is None or saved["over"] else iterator
+
+    def take_up(self, saved: dict[str, Any], device: torch.device) -> Iterator[Any] | None:
+        """Be what the loader was at a `fitting` place, and give the iterator that it had, if anything is left of it."""
         self.held = False
         _shutdown_workers_and_reset_iterator(self.loader)
         if "pass" not in saved:
             self._generators.set(saved.get("generators", {}))
-            return iter(self.loader)
+            return None
         now = random_state(device)
         self.target, self.anew = saved, True
         iterator: Any = iter(self.loader)
@@ -173,7 +160,8 @@ class PlacedLoader:
                 iterator._try_put_index()
         self._generators.set(saved["generators"])
         set_random_state(now, device)
-        return iter(self.loader) if saved["over"] else iterator
+        taken_up: Iterator[Any] = iterator
+        return taken_up
 
     def fitting(self, saved: dict[str, Any], window: int = 0, last: bool = False) -> tuple[dict[str, Any], int | None]:
         """A saved place, as far as this loader can take it up.
@@ -228,7 +216,15 @@ class PlacedLoader:
         now = self.draws()
         rest = {**of, "created": now, "begun": now, "drawn": None, "seen": behind}
         left = Hand(self.loader).batches(saved["about"]["samples"] - behind)
-        place = {"over": False, "batches": 0, "worker": -1, "workers": {}, "own": None, "before_next": None}
+        place = {
+            "over": False,
+            "batches": 0,
+            "ended": False,
+            "worker": -1,
+            "workers": {},
+            "own": None,
+            "before_next": None,
+        }
         return {**place, "about": self.about(), "generators": saved["generators"], "pass": rest}, left
 
     # --- iterators ---------------------------------------------------------------------------------------------------
@@ -260,6 +256,8 @@ class PlacedLoader:
         # Not a Wrapper: the iterator would refer to itself, and its workers end when nobody refers to it.
         name = "_process_data" if loader.num_workers else "_next_data"
         setattr(iterator, name, Delivery(weakref.ref(iterator), name, self))
+        if loader.num_workers and loader.persistent_workers:
+            iterator._get_data = Arrival(weakref.ref(iterator), self)
         return iterator
 
     def _states(self, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -267,7 +265,7 @@ class PlacedLoader:
             self._workers = {
                 worker: (
                     state["batches"],
-                    Carried(None, _raw(state["random"]), state["dataset"], state["generators"], state["ended"]),
+                    Carried(None, raw(state["random"]), state["dataset"], state["generators"], state["ended"]),
                 )
                 for worker, state in saved["workers"].items()
             }
@@ -286,13 +284,13 @@ class PlacedLoader:
             worker, own = self.target["worker"], self.target["own"]
         else:  # workers that stay have seen nothing of this pass
             self._workers = {number: (0, last) for number, (_, last) in self._workers.items()}
-        self._places.append(_Place(tag, of, batches, worker, dict(self._workers), own, self._generators.state()))
+        self._places.append(Place(tag, of, batches, worker, dict(self._workers), own, self._generators.state()))
         return of
 
     def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
         """Note a batch, and give it as the loader would."""
         last = self._places[-1]
-        place = _Place(self._tag(), last.of, last.batches + 1, before=before)
+        place = Place(self._tag(), last.of, last.batches + 1, before=before)
         if worker is not None:
             place.worker = worker
             if not self.is_seeded:
@@ -304,8 +302,19 @@ class PlacedLoader:
         if iterator._sampler_iter.states:
             place.own = iterator._sampler_iter.states.popleft()
         place.workers, place.generators = dict(self._workers), self._generators.state()
+        place.ended = iterator._sampler_iter.length == place.batches
         self._places.append(place)
         return data
+
+    def arrive(self, data: Any) -> None:
+        """Of workers that stay: what they fetched ahead is dropped when the next pass begins, and has moved them on."""
+        if isinstance(data, Carried):
+            self._arrived[data.worker] = data
+        elif data is None:  # a worker has come to the pass that begins
+            for worker, last in self._arrived.items():
+                last.batch = None
+                self._workers[worker] = (0, last)
+            self._places[-1].workers = dict(self._workers)
 
     @property
     def _dataset_keeps_state(self) -> bool:
@@ -373,14 +382,3 @@ def _with(loader: Any, others: dict[str, Any]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             object.__setattr__(loader, name, value)
-
-
-def _raw(state: dict[str, Any]) -> Any:
-    """The other way round than ``readable``."""
-    name, keys, *rest = state["numpy"]
-    version, internal, gauss = state["python"]
-    return (
-        state["torch"].numpy().tobytes(),
-        (version, tuple(internal), gauss),
-        (name, keys.numpy().astype("uint32"), *rest),
-    )

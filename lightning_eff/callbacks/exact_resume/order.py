@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_eff.callbacks.exact_resume.worker import RawState, raw_random_state
+from lightning_eff.callbacks.exact_resume.worker import Carried, RawState, raw_random_state
 from lightning_eff.training.random_state import undisturbed
 
 
@@ -31,6 +31,28 @@ class Pass:
     """What the order over all ranks is made from, where that is known."""
     seen: int = 0
     """Samples of the epoch that were seen before what is left was dealt anew, and this is a pass through that."""
+
+
+@dataclass
+class Place:
+    """Behind one batch, or before the first."""
+
+    tag: int
+    """Which of the epoch's batches of all loaders together it was part of."""
+    of: Pass
+    batches: int = 0
+    worker: int = -1
+    """Who made the batch."""
+    workers: dict[int, tuple[int, Carried]] = field(default_factory=dict)
+    """Of each worker the batches that it has made, and the last of its states."""
+    own: Any = None
+    """State of the sampler, or of a dataset without workers, where it keeps one."""
+    generators: dict[str, Any] = field(default_factory=dict)
+    """The loader's own."""
+    ended: bool = False
+    """The sampler has been asked for more, and had no more."""
+    before: RawState | None = None
+    """This process's generators before the batch was fetched; only where that may happen one batch ahead."""
 
 
 class Placed(Protocol):
@@ -69,6 +91,9 @@ class Placed(Protocol):
     def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
         """A batch has come."""
 
+    def arrive(self, data: Any) -> None:
+        """Something has come from a worker."""
+
 
 class Indices:
     """Stands in front of a loader's sampler of indices while an iterator is made."""
@@ -103,6 +128,8 @@ class Order:
         self.first = True
         """No index has been asked for."""
         self.batch = 0
+        self.length: int | None = None
+        """Of the pass, when it is known."""
         if saved is None:
             with loader.drawing():
                 self.of = loader.begin()
@@ -116,6 +143,8 @@ class Order:
         if self.keeper is not None and saved["own"] is not None:
             self.keeper.load_state_dict(saved["own"])
         self.indices = iter(loader.left(self.of) if self.of.seen else sampler)
+        if self.keeper is not None and saved["ended"]:  # asked for more, it would begin its next pass
+            self.indices = iter(())
 
     def __iter__(self) -> Order:
         return self
@@ -123,18 +152,24 @@ class Order:
     def __next__(self) -> Any:
         if self.waits:
             raise StopIteration
-        if self.first:
-            self.first = False
-            with self.loader.drawing(self.of):
-                if self.of.drawn is None:
-                    self.loader.note_drawn(self.of)
-                drawn = next(self.indices)
-        else:
-            drawn = next(self.indices)
+        try:
+            drawn = self._draw()
+        except StopIteration:
+            self.length = self.batch
+            raise
         if self.keeper is not None:
             self.states.append(self.keeper.state_dict())
         self.batch += 1
         return self.loader.numbered(self.of, self.batch - 1, drawn)
+
+    def _draw(self) -> Any:
+        if not self.first:
+            return next(self.indices)
+        self.first = False
+        with self.loader.drawing(self.of):
+            if self.of.drawn is None:
+                self.loader.note_drawn(self.of)
+            return next(self.indices)
 
     def go_on(self, batches: int) -> None:
         """Skip batches that were seen; nothing of them is loaded."""
@@ -163,6 +198,21 @@ class Delivery:
         with undisturbed() if self.loader.is_seeded and not args else nullcontext():
             data = getattr(type(iterator), self.name)(iterator, *args)
         return self.loader.deliver(iterator, data, args[1] if args else None, before)
+
+
+class Arrival:
+    """Stands in front of the method of an iterator that takes what workers send, in the order in which they do."""
+
+    def __init__(self, iterator: weakref.ref[Any], loader: Placed) -> None:
+        self.iterator = iterator
+        self.loader = loader
+
+    def __call__(self) -> Any:
+        """Called by the iterator whenever it waits for its workers."""
+        iterator: Any = self.iterator()
+        number, data = type(iterator)._get_data(iterator)
+        self.loader.arrive(data)
+        return number, data
 
 
 class Held(_BaseDataLoaderIter):

@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import RestartStage
 from lightning.pytorch.loops.loop import _Loop
 
+from lightning_eff.callbacks.exact_resume.generators import GeneratorsOfRun
 from lightning_eff.callbacks.exact_resume.worker import RawState, raw_random_state, readable
 from lightning_eff.training.random_state import random_state
 from lightning_eff.training.wrapping import Wrapper
@@ -38,6 +39,7 @@ class _Moment:
     last: bool
     validation: dict[str, Any]
     steps: int
+    generators: dict[str, Any]
 
     def random_state(self) -> dict[str, Any]:
         return {**readable(self.random), **({} if self.cuda is None else {"cuda": self.cuda})}
@@ -55,10 +57,12 @@ class RunPlace:
         self._moment: _Moment | None = None
         self._saved: dict[str, Any] | None = None
         self._wrappers: list[Wrapper] = []
+        self._generators: Any = None
 
     def attach(
         self,
         trainer: Trainer,
+        generators: GeneratorsOfRun,
         set_loaders: Callable[[], None],
         begin: Callable[[], None],
         begin_batch: Callable[[], None],
@@ -68,27 +72,37 @@ class RunPlace:
 
         Args:
             trainer: in ``setup``.
+            generators: that are somebody's own.
             set_loaders: called when the training loaders are there and have not been iterated.
             begin: called when the loops are about to go on, behind ``on_train_start``.
             begin_batch: called when a training batch is about to be asked for.
             begin_epoch: called with the fetcher when a resumed run's first epoch goes on, if there is one.
         """
         self.detach()
+        self._generators = generators
         self.stage, self.within_batch, self.ahead = "outside", False, False
         fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
 
         def loaders(inner: Callable[[], None]) -> None:
             inner()
-            self.ahead = self.stage in BETWEEN_EPOCHS
+            # In an epoch that is not the first, Lightning asks once more.
+            self.ahead = self.stage in BETWEEN_EPOCHS and trainer.current_epoch == 0
             set_loaders()
+
+        def loaders_set_up(inner: Callable[[], None]) -> None:
+            inner()
+            if self.stage == "epoch_start":  # they may have been made anew, which is not done again
+                self._moment = self._now(trainer)
 
         def fit_start(inner: Callable[[], None]) -> None:
             inner()
+            generators.find()
             begin()
             if self._saved is not None and self._saved["stage"] == "epoch_end":
                 self._end_epoch(trainer)
 
         def epoch_hooks(inner: Callable[[], None]) -> None:
+            generators.find()
             self._moment, self.stage = self._now(trainer), "epoch_start"
             inner()
 
@@ -119,6 +133,7 @@ class RunPlace:
         def validation(inner: Callable[[], Any]) -> Any:
             if trainer.sanity_checking:
                 return inner()
+            generators.find()
             self._moment, self.stage = self._now(trainer), "validation"
             outputs = inner()
             self.stage = "validated"
@@ -131,6 +146,7 @@ class RunPlace:
 
         self._wrappers = [
             Wrapper(fit, "_load_combined_loader_states", loaders),
+            Wrapper(fit, "setup_data", loaders_set_up),
             Wrapper(fit, "reset", lambda inner: self._reset_fit(trainer, inner)),
             Wrapper(fit, "on_run_start", fit_start),
             Wrapper(fit, "on_advance_start", epoch_hooks),
@@ -169,6 +185,7 @@ class RunPlace:
         return {
             "stage": self.stage,
             "random": moment.random_state() if repeated else random_state(trainer.strategy.root_device),
+            "generators": moment.generators if repeated else self._generators.find().state(),
             "total": loop.batch_progress.total.processed,
             "batches": loop.batch_progress.current.processed,
             "last": moment.last if self.within_batch else loop.batch_progress.is_last_batch,
@@ -198,6 +215,7 @@ class RunPlace:
             loop.batch_progress.is_last_batch,
             loop.val_loop.batch_progress.state_dict(),
             loop._batches_that_stepped,
+            self._generators.state(),
         )
 
     # --- going on ----------------------------------------------------------------------------------------------------

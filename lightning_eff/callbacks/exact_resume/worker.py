@@ -33,6 +33,17 @@ def readable(raw: RawState) -> dict[str, Any]:
     return {"torch": state, "python": raw[1], "numpy": numpy}
 
 
+def raw(state: dict[str, Any]) -> Any:
+    """The other way round."""
+    name, keys, *rest = state["numpy"]
+    version, internal, gauss = state["python"]
+    return (
+        state["torch"].numpy().tobytes(),
+        (version, tuple(internal), gauss),
+        (name, keys.numpy().astype("uint32"), *rest),
+    )
+
+
 @dataclass
 class Carried:
     """A batch, and the state of the worker that made it, as of behind it."""
@@ -45,6 +56,8 @@ class Carried:
     """Of the generators that are the dataset's own."""
     ended: bool = False
     """The dataset has no more for this worker, in this pass."""
+    worker: int = -1
+    """Which one."""
 
     def pin_memory(self, device: Any = None) -> Carried:
         """The loader's pinning thread asks for it."""
@@ -63,7 +76,8 @@ class Carrier:
     def __call__(self, samples: Any) -> Carried:
         """Make a batch."""
         batch = self.collate(samples)
-        dataset: Any = get_worker_info().dataset  # type: ignore[union-attr, no-untyped-call]
+        information: Any = get_worker_info()  # type: ignore[no-untyped-call]
+        dataset = information.dataset
         if self._generators is None:
             self._generators = Generators(dataset=dataset)
         own = dataset.state_dict() if keeps_state(dataset) else None
@@ -71,7 +85,7 @@ class Carrier:
         state, *others = raw_random_state()
         # A tensor would take a file descriptor on its way.
         sent: Any = (state.numpy().tobytes(), *others)
-        return Carried(batch, sent, own, self._generators.state(), ended)
+        return Carried(batch, sent, own, self._generators.state(), ended, information.id)
 
 
 class WorkerStart:

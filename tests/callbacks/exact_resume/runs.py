@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from harness.runs import quiet_trainer, seed_everything
 from lightning_eff.callbacks import ExactResume
+from lightning_eff.training.dtensor import local
 
 SAMPLES = 22
 BATCH = 4
@@ -38,6 +39,13 @@ class Noisy(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         self.loaded.append(index)
         return noisy(index)
+
+
+class Pairs(Noisy):
+    """Each is a batch already."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.stack([noisy(index), noisy(index)])
 
 
 class Stream(IterableDataset[Tensor]):
@@ -79,6 +87,53 @@ class KeptStream(Stream):
         self.next = state["next"]
 
 
+class KeptSampler(Sampler[int]):
+    """One that keeps its place in an order of its own."""
+
+    def __init__(self, samples: int = SAMPLES) -> None:
+        self.samples = samples
+        self.order: list[int] = []
+        self.next = 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[int]:
+        if self.next == 0:
+            self.order = torch.randperm(self.samples).tolist()
+        while self.next < self.samples:
+            self.next += 1
+            yield self.order[self.next - 1]
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next, "order": list(self.order)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next, self.order = state["next"], state["order"]
+
+
+class KeptLoader:
+    """No DataLoader, and keeps its place."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number in range(self.next % len(self), len(self)):
+            self.next = number + 1
+            yield torch.stack([noisy(number), noisy(number)])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
 def noisy(index: int) -> Tensor:
     return torch.tensor([index, random.random(), float(np.random.rand()), float(torch.rand(()))])
 
@@ -90,12 +145,13 @@ class Net(L.LightningModule):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 1))
         self.automatic_optimization = not manual
+        self.draws = torch.Generator().manual_seed(5)
 
     def forward(self, batch: Tensor) -> Tensor:
         return self.layers(batch.float() / SAMPLES)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        first = batch if isinstance(batch, Tensor) else batch[0]
+        first = batch if isinstance(batch, Tensor) else tensors(batch)[0]
         loss = F.mse_loss(self(first), first.mean(1, keepdim=True))
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(first), sync_dist=True)
         self.log(
@@ -111,7 +167,7 @@ class Net(L.LightningModule):
         return None
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        noise = torch.rand(())
+        noise = torch.rand(()) + torch.rand((), generator=self.draws)
         self.log("val_loss", self(batch).square().mean() + noise, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
@@ -120,6 +176,14 @@ class Net(L.LightningModule):
             return optimizer
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+
+class Asking(Net):
+    """Takes its batch from the loader by itself."""
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor | None:
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
 
 
 class Gan(Net):
@@ -175,10 +239,16 @@ def shown(trainer: L.Trainer) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+def tensors(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def digest(value: Any) -> str:
     found = hashlib.sha256()
-    for tensor in value if isinstance(value, list | tuple) else [value]:
-        found.update(b"none" if tensor is None else tensor.detach().contiguous().numpy().tobytes())
+    for tensor in tensors(value):
+        found.update(b"none" if tensor is None else local(tensor.detach()).contiguous().numpy().tobytes())
     return found.hexdigest()[:12]
 
 
@@ -218,6 +288,7 @@ def run(
     seed: int = 0,
     manual: bool = False,
     gan: bool = False,
+    asking: bool = False,
     callbacks: tuple[L.Callback, ...] = (),
     exact: bool = True,
     randomness: Any = "stock",
@@ -225,9 +296,10 @@ def run(
 ) -> tuple[Events, SaveEverywhere, L.Trainer]:
     """Two and a half epochs, or so."""
     seed_everything(seed)
-    module, events = Gan() if gan else Net(manual), Events()
+    module, events = Gan() if gan else Asking() if asking else Net(manual), Events()
     saver = SaveEverywhere(events, folder, hooks)
-    validation = DataLoader(Noisy(8), batch_size=4, shuffle=True)
+    own_order = torch.Generator().manual_seed(6)
+    validation = DataLoader(Noisy(8), batch_size=4, shuffle=True, generator=own_order)
     defaults = {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1, "num_sanity_val_steps": 1}
     own = [ExactResume(randomness=randomness)] if exact else []
     trainer = quiet_trainer(*own, *callbacks, events, saver, default_root_dir=folder, **{**defaults, **arguments})

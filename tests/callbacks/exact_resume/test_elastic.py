@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, WeightedRandomSampler
 
+from harness.pool import Pool
 from lightning_eff.callbacks.exact_resume.dealing import Hand, note_generator, order_of, samples_of, seen
 from tests.callbacks.exact_resume.runs import BATCH, SAMPLES, Noisy, loader, run
 
@@ -165,8 +166,7 @@ def test_several_loaders_are_not_dealt(tmp_path):
 @pytest.mark.parametrize("randomness", ["stock", pytest.param("seeded", marks=pytest.mark.slow)])
 def test_from_two_ranks_to_one_and_back(tmp_path, pool, randomness):
     """40 samples in batches of 4: two ranks see 24 of the second epoch, one the others."""
-    both = pool.run(_on_two_ranks, tmp_path, randomness)
-    whole = [sample for pair in zip(*(flat(rank.epochs[1]) for rank in both), strict=True) for sample in pair]
+    whole = in_turn(pool.run(_on_ranks, tmp_path / "two", randomness))
     assert sorted(whole) == list(range(40))
     path = next((tmp_path / "two").glob("7-*.ckpt"))
     alone = Seen()
@@ -176,27 +176,51 @@ def test_from_two_ranks_to_one_and_back(tmp_path, pool, randomness):
     )
     assert flat(alone.epochs[1]) == whole[24:]
     assert [len(batch) for batch in alone.epochs[1]] == [4, 4, 4, 4]
-    again = pool.run(_on_two_ranks, tmp_path / "again", randomness, saver.saved[0][2])
-    rest = [sample for pair in zip(*(flat(rank.epochs[1]) for rank in again), strict=True) for sample in pair]
-    assert rest == whole[28:]
-    assert sorted(flat(again[0].epochs[2]) + flat(again[1].epochs[2])) == list(range(40))
+    again = pool.run(_on_ranks, tmp_path / "again", randomness, saver.saved[0][2])
+    assert in_turn(again) == whole[28:]
+    assert sorted(in_turn(again, epoch=2)) == list(range(40))
 
 
-def _on_two_ranks(folder: Any, randomness: Any, resume: Any = None) -> Seen:
+@DEALT
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*lightning_eff_rank_state", "ignore:.*are not used by this rank")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_from_two_ranks_to_three_and_back(tmp_path, pool, strategy):
+    """Two ranks see 24 of the second epoch; three see 12 of the others in their first batch, two the last four."""
+    whole = in_turn(pool.run(_on_ranks, tmp_path / "two", strategy=strategy))
+    path = next((tmp_path / "two").glob("7-*.ckpt"))
+    with Pool(3) as pool_of_three:
+        three = pool_of_three.run(_on_ranks, tmp_path / "three", strategy=strategy, resume=path)
+    rest = in_turn(three)
+    assert rest[:16] == whole[24:]
+    assert len(rest) == 18  # two more, such that each rank has as many
+    assert set(rest[16:]) <= set(whole[24:])
+    assert set(in_turn(three, epoch=2)) == set(range(40))
+    path = next((tmp_path / "three").glob("0-*.ckpt"))
+    again = pool.run(_on_ranks, tmp_path / "again", strategy=strategy, resume=path)
+    assert in_turn(again) == whole[36:]
+
+
+def in_turn(ranks: list[dict[int, list[list[int]]]], epoch: int = 1) -> list[int]:
+    """The samples of an epoch in the order in which they were dealt."""
+    return [sample for dealt in zip(*(flat(rank[epoch]) for rank in ranks), strict=True) for sample in dealt]
+
+
+def _on_ranks(folder: Any, randomness: Any = "stock", resume: Any = None, strategy: str = "ddp") -> dict[int, Any]:
     found = Seen()
     run(
         partial(loader, 0, partial(Noisy, 40)),
-        folder / "two",
+        folder,
         hooks=BATCH_END,
         callbacks=(found,),
         seed=torch.distributed.get_rank(),
         resume=resume,
-        strategy="ddp",
-        devices=2,
+        strategy=strategy,
+        devices=torch.distributed.get_world_size(),
         max_epochs=3 if resume else 2,
         randomness=randomness,
     )
-    return found
+    return found.epochs
 
 
 # --- the arithmetic ---------------------------------------------------------------------------------------------------

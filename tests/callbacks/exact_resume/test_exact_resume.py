@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import lightning as L
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from harness.faults import InjectedError
@@ -17,9 +19,12 @@ from lightning_eff.callbacks import ExactResume
 from tests.callbacks.exact_resume.runs import (
     BATCH,
     HOOKS,
+    KeptLoader,
+    KeptSampler,
     KeptStream,
     Net,
     Noisy,
+    Pairs,
     Stream,
     first_differences,
     loader,
@@ -31,9 +36,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*`__len__` could be inaccurate"),
     pytest.mark.filterwarnings("ignore:Consider setting `persistent_workers"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes"),
+    pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor"),
+    pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument"),
 ]
 
+
+def combined(mode: str) -> Callable[[], CombinedLoader]:
+    return lambda: CombinedLoader([loader(), loader(0, partial(Noisy, 10))], mode)
+
+
 BATCH_END = ("on_train_batch_end",)
+EPOCHS = ("on_train_epoch_start", "on_train_epoch_end")
 
 FAST = {
     "one process": (loader, dict(every=3)),
@@ -41,11 +55,14 @@ FAST = {
     "manual accumulation": (loader, dict(hooks=BATCH_END, manual=True)),
     "only steps are counted": (loader, dict(hooks=BATCH_END, every=5, max_epochs=-1, max_steps=15)),
     "a GAN": (loader, dict(hooks=BATCH_END, every=5, gan=True)),
+    "a step that asks for its batch": (loader, dict(hooks=BATCH_END, every=3, asking=True)),
     "workers": (partial(loader, 2), dict(every=13)),
     "workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17)),
     "a stream": (partial(loader, 0, lambda: Stream(sized=False)), dict(every=5)),
     "a stream in workers": (partial(loader, 2, lambda: Stream(sized=False)), dict(hooks=BATCH_END, every=5)),
     "a stream that keeps its place": (partial(loader, 0, KeptStream), dict(hooks=BATCH_END, every=2)),
+    "a sampler that keeps its place": (lambda: loader(sampler=KeptSampler()), dict(hooks=BATCH_END, every=3)),
+    "a loader that keeps its place": (KeptLoader, dict(hooks=BATCH_END, every=3)),
     "a generator of its own": (
         lambda: loader(generator=torch.Generator().manual_seed(1)),
         dict(hooks=BATCH_END, every=3),
@@ -57,16 +74,19 @@ FAST = {
 SLOW = {
     "one process": (loader, {}),
     "only steps are counted": (loader, dict(every=2, max_epochs=-1, max_steps=15)),
-    "workers": (partial(loader, 2), {}),
+    "workers": (partial(loader, 2), dict(every=3)),
     "seeded, every": (loader, dict(randomness="seeded")),
     "seeded, workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17, randomness="seeded")),
     "seeded, several loaders": (
         lambda: [loader(), loader(0, partial(Noisy, 10))],
         dict(hooks=BATCH_END, every=2, randomness="seeded"),
     ),
-    "seeded workers and accumulation": (partial(loader, 2), dict(accumulate_grad_batches=4, randomness="seeded")),
-    "workers and accumulation": (partial(loader, 3), dict(val_check_interval=2, accumulate_grad_batches=4)),
-    "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=2)),
+    "seeded workers and accumulation": (
+        partial(loader, 2),
+        dict(every=4, accumulate_grad_batches=4, randomness="seeded"),
+    ),
+    "workers and accumulation": (partial(loader, 3), dict(every=4, val_check_interval=2, accumulate_grad_batches=4)),
+    "workers that stay": (partial(loader, 3, persistent_workers=True), dict(every=5)),
     "workers that stay, and not all batches": (
         partial(loader, 2, persistent_workers=True),
         dict(every=3, limit_train_batches=4),
@@ -79,9 +99,26 @@ SLOW = {
         dict(every=2),
     ),
     "weighted": (lambda: loader(2, sampler=WeightedRandomSampler([1.0, 2.0] * 11, 20)), dict(every=5)),
-    "samples one by one": (partial(loader, 0, batch_size=None), dict(every=5, limit_train_batches=6)),
+    "a sampler that keeps its place, in workers": (lambda: loader(2, sampler=KeptSampler()), dict(every=5)),
+    "a loader that keeps its place": (KeptLoader, dict(every=2)),
+    "loaders that end with the shorter": (combined("min_size"), dict(every=2)),
+    "loaders that end with the longer": (combined("max_size"), dict(every=2)),
+    "batches that the data make": (partial(loader, 0, Pairs, batch_size=None), dict(every=5, limit_train_batches=6)),
+    "batches that the data make, in workers": (
+        partial(loader, 2, Pairs, batch_size=None),
+        dict(hooks=BATCH_END, every=5, limit_train_batches=6),
+    ),
     "several loaders in workers": (lambda: {"a": loader(2), "b": loader(2, partial(Noisy, 10))}, dict(every=5)),
-    "loaders made anew": (loader, dict(every=2, reload_dataloaders_every_n_epochs=2)),
+    "loaders made anew": (loader, dict(hooks=EPOCHS, reload_dataloaders_every_n_epochs=1)),
+    "loaders made anew every other time": (loader, dict(every=2, reload_dataloaders_every_n_epochs=2)),
+    "loaders made anew, workers that stay": (
+        partial(loader, 2, persistent_workers=True),
+        dict(hooks=EPOCHS, reload_dataloaders_every_n_epochs=1),
+    ),
+    "a stream made anew": (
+        partial(loader, 0, lambda: Stream(sized=False)),
+        dict(hooks=EPOCHS, reload_dataloaders_every_n_epochs=1),
+    ),
 }
 
 
@@ -149,6 +186,24 @@ def test_a_resumed_run_is_resumed_again_in_the_same_epoch(tmp_path):
     last = run(partial(loader, 2), again, resume=saver.saved[1][2], seed=6)[0].events
     assert last == whole[-len(last) :]
     assert [event[1] for event in last if event[0] == "batch"][:2] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    "loaders",
+    [loader, pytest.param(partial(loader, 2, persistent_workers=True), marks=pytest.mark.slow)],
+    ids=["one process", "workers that stay"],
+)
+def test_a_resumed_run_is_saved_before_it_has_gone_on(tmp_path, loaders):
+    how = dict(hooks=(*BATCH_END, "on_train_epoch_end"), max_epochs=2)
+    events, saver, _ = run(loaders, tmp_path, **how)
+    for number, places in ((1, 1), (6, 2)):  # in the midst of the first epoch, and behind its end
+        _, happened, path = saver.saved[number]
+        how = dict(hooks=("on_train_start", "on_train_epoch_start"), max_epochs=2, seed=5)
+        again = run(loaders, tmp_path / f"{number}", resume=path, **how)[1].saved[:places]
+        assert len(again) == places
+        for hook, _, path in again:
+            resumed = run(loaders, tmp_path, resume=path, seed=6, max_epochs=2)[0].events
+            assert resumed == events.events[happened:], (number, hook)
 
 
 @pytest.mark.parametrize(
