@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+from harness.interpreter import mended_bfloat16
 from lightning_eff.kernels.dispatch import ENVIRONMENT_VARIABLE
 
 # Without Triton there is nothing to hold to the references, and what is left is that the package works without it.
@@ -32,34 +33,8 @@ def triton_kernels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Ite
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "triton")
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
-    if INTERPRETED:
-        _mend_bfloat16(monkeypatch)
-    with np.errstate(all="ignore"):  # numpy, under the interpreter, warns of inf - inf
+    with mended_bfloat16() if INTERPRETED else nullcontext():
         yield
-
-
-def _mend_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two faults of the interpreter: it cuts bits off instead of rounding, and a product is that of bit patterns."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    truncate = interpreter.InterpreterBuilder.create_fp_trunc
-
-    def create_fp_trunc(self: Any, source: Any, target: Any) -> Any:
-        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
-            return truncate(self, source, target)
-        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16).view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(np.uint16), tl.bfloat16)
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
-        return multiply(self, a, b, *args)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", create_fp_trunc)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 def _poisoning(allocate: Any) -> Any:
