@@ -1,13 +1,12 @@
-"""What the defaults of ZClip, MISA and GradES do on ten ordinary models in 300 steps, beside what they did before.
+"""What the defaults of ZClip and MISA do on ten ordinary models in 300 steps, beside what they did before.
 
     python -m benchmarks.defaults zclip   # three caps on healthy runs
     python -m benchmarks.defaults spike   # the same with a spike in the warm-up
     python -m benchmarks.defaults misa    # eta=1 and eta="auto": what importance decides
-    python -m benchmarks.defaults grades  # how many matrices are frozen, under a constant rate
 
 Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1. A loss is
 the mean training loss of the last 50 steps; a GAN's is its judge's, which says nothing. Rows go to
-benchmarks/results/defaults_zclip.csv, defaults_misa.csv and defaults_grades.csv.
+benchmarks/results/defaults_zclip.csv and defaults_misa.csv.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from benchmarks.defaults_models import MODELS, Gan, Task
 from benchmarks.rows import publish, show, write_rows
 from harness.recorders import Losses
 from harness.runs import begin, quiet_trainer
-from lightning_eff.callbacks import MISA, GradES, ZClip
+from lightning_eff.callbacks import MISA, ZClip
 
 STEPS, SEEDS, LAST = 300, (0, 1), 50
 SPIKE_STEP, SPIKE = 10, 100.0
@@ -120,21 +119,8 @@ def _sampled(name: str, seed: int, callback: MISA) -> dict[str, float]:
     }
 
 
-def grades() -> None:
-    """What GradES freezes by default."""
-    rows = []
-    for name in MODELS:
-        callbacks = [GradES() for _ in SEEDS]
-        runs = [train(name, seed, callback) for seed, callback in zip(SEEDS, callbacks, strict=True)]
-        row = {"model": name, "matrices": len(callbacks[0].state_dict()["watch"]["names"])}
-        row |= {"frozen": ", ".join(str(len(callback.frozen)) for callback in callbacks)}
-        rows.append({**row, "steps": ", ".join(str(trainer.global_step) for _, trainer, _ in runs)})
-        print(rows[-1], flush=True)
-    publish("What GradES freezes", "defaults_grades", rows)
-
-
 if __name__ == "__main__":
-    parts = {"zclip": lambda: zclip(spike=False), "spike": lambda: zclip(spike=True), "misa": misa, "grades": grades}
+    parts = {"zclip": lambda: zclip(spike=False), "spike": lambda: zclip(spike=True), "misa": misa}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
     parts[parser.parse_args().part]()
