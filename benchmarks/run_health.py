@@ -4,177 +4,29 @@ python -m benchmarks.run_health detect   # stopped, looping, stuck in a worker, 
 python -m benchmarks.run_health slow     # a rank throttled by a fifth, from outside, with SIGSTOP and SIGCONT
 python -m benchmarks.run_health bit      # one bit of one rank's weights
 python -m benchmarks.run_health soak     # 5,000 steps with validation, saves and a long batch: no alarm
-python -m benchmarks.run_health cost     # process CPU time a step, plain Lightning against ours
+python -m benchmarks.run_health cost     # process CPU time a step, with and without, in turn within one run
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Dataset
-
 from benchmarks.rows import show, write_rows
-from examples.gpt.model import GPT, GPTConfig
+from benchmarks.run_health_runs import AT, EVERY, HANG, OURS, PLAIN, SIZES, WARM, run, train
+from harness.alternating import COLUMNS, cost_row
 from harness.forked import ForkedRanks
-from harness.runs import QUIET, quiet_lightning
-from harness.timing import ratio
-from lightning_eff.callbacks import FaultInjector, RunHealth
 
-SIZES = {
-    "0.1 M": GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=64),
-    "0.85 M": GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
-    "10.8 M": GPTConfig(block_size=64, n_layer=6, n_head=6, n_embd=384),
-}
-HANG = 3.0  # seconds
-AT = 40  # the step of a fault
 PHASES = {"stop": "FaultInjector", "loop": "forward", "worker": "data", "left_out": "waiting"}
-WARM = 40
-
-
-class Bytes(Dataset[torch.Tensor]):
-    """Random bytes; in a worker, one of them may never come."""
-
-    def __init__(self, block_size: int, stuck_at: int | None = None) -> None:
-        self.data = torch.randint(0, 256, (4096, block_size + 1), generator=torch.Generator().manual_seed(0))
-        self.stuck_at = stuck_at
-        self.rank = os.getpid()
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        while self.stuck_at is not None and index >= self.stuck_at:
-            time.sleep(0.1)
-            if os.getppid() != self.rank:  # which has been killed
-                os._exit(1)
-        return self.data[index]
-
-
-class Module(L.LightningModule):
-    """A byte GPT, with the faults that are no callback's."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.config = SIZES[settings["size"]]
-        self.model = GPT(self.config)
-        self.settings = settings
-        self.group: Any = None
-
-    def _is(self, fault: str) -> bool:
-        return self.settings.get("fault") == fault and self.global_rank == self.settings["victim"]
-
-    def on_fit_start(self) -> None:
-        if self.settings.get("fault") == "left_out":
-            self.group = dist.new_group(backend="gloo")
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        at = self.global_step == AT
-        if at and self._is("loop"):
-            print("FAULT", flush=True)
-            while True:
-                time.sleep(0)
-        if at and self.settings.get("fault") == "left_out":
-            if self._is("left_out"):
-                print("FAULT", flush=True)
-            else:
-                dist.barrier(group=self.group)
-        if self.settings.get("long_batch") == self.global_step:
-            for _ in range(9):
-                self._loss(batch).backward()
-        return self._loss(batch)
-
-    def _loss(self, batch: Any) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._loss(batch)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-    def train_dataloader(self) -> Any:
-        stuck = 4 * AT if self._is("worker") else None
-        workers = 1 if self.settings.get("fault") == "worker" else 0
-        return DataLoader(Bytes(self.config.block_size, stuck), batch_size=4, num_workers=workers)
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(Bytes(self.config.block_size), batch_size=4)
-
-
-class Steps(L.Callback):
-    """Process CPU time and wall-clock of each step; a step's number for whoever looks from outside."""
-
-    def __init__(self, folder: str) -> None:
-        self.cpu: list[float] = []
-        self.wall: list[float] = []
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.cpu.append(time.process_time())
-        self.wall.append(time.perf_counter())
-        if trainer.global_step == AT and trainer.is_global_zero:
-            Path(self.folder, "at").touch()
-
-
-def train(settings: dict[str, Any]) -> None:
-    """What each rank does."""
-    torch.set_num_threads(1)
-    quiet_lightning()
-    folder, rank = settings["folder"], int(os.environ["RANK"])
-    steps = Steps(folder)
-    callbacks: list[L.Callback] = [steps]
-    health = RunHealth(**{"folder": folder, "hang_seconds": HANG, "first_seconds": 60.0, **settings.get("health", {})})
-    if settings.get("ours", True):
-        callbacks.append(health)
-    if settings.get("fault") in ("stop", "corrupt"):
-        callbacks.append(FaultInjector(settings["fault"], AT, settings["victim"]))
-    if settings.get("saves"):
-        callbacks.append(ModelCheckpoint(folder, every_n_train_steps=settings["saves"], save_top_k=1))
-    quiet = {**QUIET, "enable_checkpointing": bool(settings.get("saves"))}
-    trainer = L.Trainer(
-        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", use_distributed_sampler=False,
-        callbacks=callbacks, num_sanity_val_steps=0, default_root_dir=folder,
-        **{**quiet, "max_steps": 1000, "limit_val_batches": 0, **settings.get("trainer", {})},
-    )  # fmt: skip
-    trainer.fit(Module(settings))
-    figures = {name: _each(times) for name, times in (("cpu", steps.cpu), ("wall", steps.wall))}
-    told = {
-        "findings": [(step, vars(finding)) for step, finding in health.findings],
-        "differences": health.differences,
-        "verdicts": len(health.verdicts),
-        **figures,
-    }
-    Path(folder, f"rank{rank}.json").write_text(json.dumps(told))
-
-
-def _each(times: list[float]) -> float:
-    return (times[-1] - times[WARM]) / (len(times) - 1 - WARM)
-
-
-def run(ranks: int, watch: Any = None, **settings: Any) -> list[dict[str, Any]]:
-    """What each rank has told at its end; ``watch`` is called meanwhile."""
-    with tempfile.TemporaryDirectory() as folder:
-        with ForkedRanks(ranks, Path(folder), train, {"folder": folder, **settings}) as forked:
-            if watch is not None:
-                watch(forked)
-            forked.wait(3600)
-        return [json.loads(Path(folder, f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def _until(forked: ForkedRanks, pattern: str, seconds: float) -> tuple[float, re.Match[str]]:
@@ -187,9 +39,9 @@ def _until(forked: ForkedRanks, pattern: str, seconds: float) -> tuple[float, re
     return time.monotonic(), found
 
 
-def detect() -> None:
+def detect(ranks_of: Sequence[int]) -> None:
     rows = []
-    for ranks in (2, 3):
+    for ranks in ranks_of:
         for fault in PHASES:
             for victim in range(ranks):
                 with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +72,7 @@ def detect() -> None:
                 print(rows[-1], flush=True)
     right = sum(row["right_rank"] and row["right_phase"] for row in rows)
     show(f"Who holds up a run: right rank and phase in {right} of {len(rows)}", rows)
-    write_rows("run_health_detect", rows)
+    write_rows("run_health_detect", rows, key=("ranks",))
 
 
 def _throttle(forked: ForkedRanks, victim: int, share: float) -> None:
@@ -235,12 +87,21 @@ def _throttle(forked: ForkedRanks, victim: int, share: float) -> None:
         time.sleep(period / (1 + share))
 
 
-def slow(steps: int) -> None:
+def _who(rank: int | None) -> str:
+    return "the network" if rank is None else f"rank {rank}"
+
+
+def _words(findings: Sequence[Any]) -> str:
+    """Who was named, when and by how much."""
+    return "; ".join(f"{_who(one['rank'])} by {one['slower']:.2f} at step {step}" for step, one in findings)
+
+
+def slow(steps: int, repeats: int) -> None:
     rows = []
-    for victim in (0, 1):
+    for victim in (0, 1) * repeats:
         found = run(2, lambda forked, v=victim: _throttle(forked, v, 0.2), size="0.85 M", trainer={"max_steps": steps})
         first = next(((step, one) for step, one in found[0]["findings"] if one["rank"] == victim), None)
-        others = [one for _, one in found[0]["findings"] if one["rank"] != victim]
+        others = [(step, one) for step, one in found[0]["findings"] if one["rank"] != victim]
         rows.append(
             {
                 "ranks": 2,
@@ -249,7 +110,8 @@ def slow(steps: int) -> None:
                 "named_after_steps": None if first is None else first[0] - AT,
                 "slower": None if first is None else round(first[1]["slower"], 3),
                 "phase": None if first is None else first[1]["phase"],
-                "others_named": len(others),
+                "steps": steps,
+                "others_named": _words(others),
                 "load": round(os.getloadavg()[0], 1),
             }
         )
@@ -299,59 +161,56 @@ def soak(steps: int, beside: int) -> None:
         "hang_seconds": HANG,
         "hangs_reported": max(rank["verdicts"] for rank in found),
         "slow_reported": len(found[0]["findings"]),
+        "which": _words(found[0]["findings"]),
         "differences_reported": len(found[0]["differences"]),
-        "ms_a_step": round(1000 * found[0]["wall"], 1),
+        "ms_a_step": round(1000 * found[0]["seconds"], 1),
         "load": round(os.getloadavg()[0], 1),
     }
     show("False alarms", [row])
     write_rows("run_health_soak", [row], key=("steps", "busy_processes_beside"))
 
 
-def cost(size: str, rounds: int, steps: int) -> None:
-    figures: dict[str, dict[str, list[float]]] = {"cpu": {}, "wall": {}}
-    for turn in range(rounds):
-        for ours in (bool(turn % 2), not turn % 2):
-            name = "RunHealth" if ours else "Lightning"
-            found = run(2, size=size, ours=ours, trainer={"max_steps": steps})
-            for kind in figures:
-                figures[kind].setdefault(name, []).append(statistics.mean(rank[kind] for rank in found))
-    rows = []
-    for name in ("Lightning", "RunHealth"):
-        middle, low, high = ratio(figures["cpu"], name, "Lightning")
-        wall, *_ = ratio(figures["wall"], name, "Lightning")
-        rows.append(
-            {
-                "size": size,
-                "run": name,
-                "ranks": 2,
-                "steps": steps,
-                "rounds": rounds,
-                "cpu_ms_a_step": round(1000 * statistics.median(figures["cpu"][name]), 3),
-                "cpu_ratio": round(middle, 4),
-                "cpu_ratio_low": round(low, 4),
-                "cpu_ratio_high": round(high, 4),
-                "wall_ratio": round(wall, 4),
-                "load": round(os.getloadavg()[0], 1),
-            }
-        )
-    show(f"An ordinary step, {size}", rows)
-    write_rows("run_health_cost", rows, key=("size", "run"))
+def cost(size: str, rounds: int) -> None:
+    """Process CPU time of a step, of both ranks: of the hooks, of the thread, and of what is due once in 990 steps."""
+    found = run(2, size=size, turns=True, trainer={"max_steps": WARM + EVERY // 2 + 2 * EVERY * rounds})
+    hooks = cost_row(found, OURS, PLAIN)
+    weights = 1e6 * max(rank["hash_seconds"] for rank in found) / 990
+    watchdog = 1e6 * max(rank["watchdog"] for rank in found)  # in a second
+    beside = weights + watchdog * max(rank["seconds"] for rank in found)
+    step = 1000 * hooks["cpu_ms_a_step"]
+    row = {
+        "size": size,
+        "run": OURS,
+        "over": PLAIN,
+        "ranks": 2,
+        "steps_in_a_block": EVERY,
+        **hooks,
+        "weights_us_a_step": round(weights, 1),
+        "watchdog_us_a_second": round(watchdog, 1),
+        **{f"in_all{end}": round(1 + (hooks[f"cpu_us_more{end}"] + beside) / step, 4) for end in ("", "_low", "_high")},
+        "load": round(os.getloadavg()[0], 1),
+    }
+    show(f"An ordinary step, {size}", [row], ["size", *COLUMNS, "watchdog_us_a_second", "in_all"])
+    write_rows("run_health_cost", [row], key=("size", "run"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["detect", "slow", "bit", "soak", "cost"])
     parser.add_argument("--size", choices=list(SIZES), default="0.85 M")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="of detect")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--beside", type=int, default=0, help="processes that keep a core busy beside the soak")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if arguments.what == "slow":
-        slow(arguments.steps or 200)
+        slow(arguments.steps or 200, 3)
     elif arguments.what == "soak":
         soak(arguments.steps or 5000, arguments.beside)
     elif arguments.what == "cost":
-        cost(arguments.size, arguments.rounds, arguments.steps or 220)
+        cost(arguments.size, arguments.rounds)
+    elif arguments.what == "detect":
+        detect(arguments.ranks)
     else:
-        {"detect": detect, "bit": bit}[arguments.what]()
+        bit()

@@ -171,8 +171,8 @@ class Stragglers:
         middle = median_of_known(ratios, 1)[:, 0]
         lost = (medians - usual_medians)[:, BUSY]
         slow = (middle >= 1 + self.slow) & (lost.sum(1) >= _LEAST)
-        for rank in np.flatnonzero(slow):
-            slow[rank] = surely_above(ratios[rank], 1 + self.slow / 2)
+        for suspect in np.flatnonzero(slow):
+            slow[suspect] = surely_above(ratios[suspect], 1 + self.slow / 2)
         if not slow.any():
             return slow_network
         rank = int(np.where(slow, middle, 0.0).argmax())
