@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -59,15 +60,14 @@ class Saves(L.Callback):
             fsync(descriptor)
             self.sync_seconds[-1] += time.perf_counter() - begin
 
-        os.fsync = timed
-        for save in range(SAVES):
-            self.sync_seconds.append(0.0)
-            trainer.strategy.barrier()
-            begin = time.perf_counter()
-            trainer.save_checkpoint(self.folder / f"{save}" / "run.ckpt")
-            trainer.strategy.barrier()
-            self.seconds.append(time.perf_counter() - begin)
-        os.fsync = fsync
+        with mock.patch.object(os, "fsync", timed):
+            for save in range(SAVES):
+                self.sync_seconds.append(0.0)
+                trainer.strategy.barrier()
+                begin = time.perf_counter()
+                trainer.save_checkpoint(self.folder / f"{save}" / "run.ckpt")
+                trainer.strategy.barrier()
+                self.seconds.append(time.perf_counter() - begin)
 
 
 def rank(folder: Path, averages: bool) -> None:

@@ -39,7 +39,7 @@ def killed_and_resumed(config: GPTConfig, text: dict[str, Any], steps: int, fold
     whole = train(config, text, steps, folder / "whole")
     kill = steps * 7 // 10
     arguments = (config, text, steps, folder / "killed", FaultInjector("kill", step=kill))
-    process = multiprocessing.get_context("spawn").Process(target=train, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(target=train, args=arguments, daemon=True)
     process.start()
     process.join()
     if process.exitcode != -signal.SIGKILL:

@@ -58,9 +58,10 @@ class ZClip(Callback):
         alpha: weight of the past in the running mean and variance, in [0, 1). 0.97 remembers about 33 steps.
         z_thresh: a norm more than this many standard deviations above the mean is an outlier, > 0.
         max_grad_norm: no step is longer than this, whatever the z-score says, in the warm-up too. ``"auto"``: 5 times
-            the running mean, in the warm-up 5 times the mean of the norms so far, whatever their unit; the first step
-            has no cap. Or a number, > 0, in units of the norm: the paper's is 1.0; where healthy norms are above it,
-            ZClip is a plain clip at this value, and says so in a warning. None: no cap.
+            the running mean, in the warm-up 5 times the mean of the norms so far, or the norm before where that is
+            larger, whatever their unit; the first step has no cap. Or a number, > 0, in units of the norm: the paper's
+            is 1.0; where healthy norms are above it, ZClip is a plain clip at this value, and says so in a warning.
+            None: no cap.
         eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
         warmup_steps: norms collected before the first decision, >= 1.
         clip_option: where an outlier is clipped to: ``"adaptive_scaling"`` to mean + z_thresh^2 / z * std (the further

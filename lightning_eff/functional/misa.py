@@ -210,6 +210,7 @@ class Sampler:
         self.last = [-1] * count
         self.interval = self.drawn = 0
         self._start = 0  # of the next cycle
+        self._drawn_by: tuple[Tensor, Tensor] | None = None  # importance and turns, and the probabilities of these
         self.generator = torch.Generator().manual_seed(config.seed)
         if not any(self.fits(size) for size in self.sizes):
             smallest = min(self.sizes, default=0)
@@ -225,6 +226,12 @@ class Sampler:
     @property
     def probabilities(self) -> Tensor:
         """Of each module to be drawn first, among those that had a turn; float64 tensor of shape (n,)."""
+        of = torch.stack([self.importance, self.turns.double()])
+        if self._drawn_by is None or not torch.equal(self._drawn_by[0], of):  # eta="auto" takes a millisecond
+            self._drawn_by = of, self._probabilities()
+        return self._drawn_by[1]
+
+    def _probabilities(self) -> Tensor:
         config = self.config
         if config.sampling != "importance":
             return torch.full_like(self.importance, 1 / len(self.sizes))
@@ -273,7 +280,8 @@ class Sampler:
         if self.fits(sum(self.sizes)) and (config.units is None or config.units >= count):
             return f"each sample has room for all {count}. Make the budget smaller, or sample more with include"
         if p.max() < CLEAR * p.min():
-            return "all are about as important as each other, or eta is too small: set eta='auto'"
+            why = "all are about as important as each other"
+            return why if config.eta == "auto" else f"{why}, or eta is too small: set eta='auto'"
         if config.sample_last:
             return f"sample_last={config.sample_last} may fill each sample. Make it smaller, or the budget larger"
         return "the run ended with the first round. Make it longer, or first_every_n_steps smaller"

@@ -76,8 +76,9 @@ class ZClipConfig:
         alpha: weight of the past in the running mean and variance, in [0, 1). 0.97 remembers about 33 steps.
         z_thresh: a norm more than this many standard deviations above the mean is an outlier, > 0.
         max_grad_norm: no step is longer than this, whatever the z-score says, in the warm-up too. ``"auto"``: 5 times
-            the running mean, in the warm-up 5 times the mean of the norms so far, whatever their unit; the first step
-            has no cap. Or a number, > 0, in units of the norm: the paper's is 1.0. None: no cap.
+            the running mean, in the warm-up 5 times the mean of the norms so far, or the norm before where that is
+            larger, whatever their unit; the first step has no cap. Or a number, > 0, in units of the norm: the paper's
+            is 1.0. None: no cap.
         eps: added to the standard deviation in the z-score, >= 0, in units of the norm.
         warmup_steps: norms collected before the first decision, >= 1.
         clip_option: where an outlier is clipped to: ``"adaptive_scaling"`` to mean + z_thresh^2 / z * std (the further
@@ -243,8 +244,11 @@ def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
     finite = torch.isfinite(norm)
     valid = finite & (norm > 0)
     warm = count >= config.warmup_steps
+    places = torch.arange(config.warmup_steps, device=norm.device)
     if isinstance(config.max_grad_norm, str):
-        so_far = torch.where(count > 0, state.norms.sum() / count.clamp(min=1), math.inf)
+        # The norm before: behind a first one of nearly nothing the mean would hold the run down for the whole warm-up.
+        before = torch.where(places == torch.remainder(count - 1, config.warmup_steps), state.norms, 0.0).sum()
+        so_far = torch.where(count > 0, torch.maximum(state.norms.sum() / count.clamp(min=1), before), math.inf)
         cap = AUTO_CAP * torch.where(warm, mean, so_far)
         kept = torch.where(warm, norm, torch.minimum(norm, cap))  # in the ring: the warm-up learns no spike
     else:
@@ -280,7 +284,7 @@ def _decide(norm: Tensor, state: ZClipState, on_nonfinite: float) -> Tensor:
 
     # The ring of raw norms: its mean and variance are the statistics at the end of the warm-up, and again when
     # outliers have lasted so long that they are the new level.
-    place = torch.arange(config.warmup_steps, device=norm.device) == torch.remainder(count, config.warmup_steps)
+    place = places == torch.remainder(count, config.warmup_steps)
     state.norms.copy_(torch.where(place & valid, kept, state.norms))
     count = count + valid
     streak = torch.where(valid, torch.where(spike, streak + 1, 0.0), streak)

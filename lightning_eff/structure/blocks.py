@@ -99,7 +99,7 @@ def _kind(module: nn.Module) -> object:
 def _is_composite(module: nn.Module) -> bool:
     """A block is made of modules and has weights: a bare layer is none, nor is a list of such that nobody calls."""
     inside = children(module)
-    listed = isinstance(module, nn.ModuleList | nn.ModuleDict) and not any(children(child) for _, child in inside)
+    listed = type(module) in (nn.ModuleList, nn.ModuleDict) and not any(children(child) for _, child in inside)
     return bool(inside) and not listed and bool(_ids(module))
 
 

@@ -36,7 +36,7 @@ class Reference:
         limit = norm if target is None else target
         cap = math.inf if c.max_grad_norm is None else c.max_grad_norm
         if cap == "auto":
-            level = sum(self.buffer) / len(self.buffer) if self.buffer else math.inf
+            level = max(sum(self.buffer) / len(self.buffer), self.buffer[-1]) if self.buffer else math.inf
             cap = AUTO_CAP * (level if warming_up else self.mean)
         limit = min(limit, cap)
         clipped = norm * limit / (norm + 1e-6) if norm > limit else norm
@@ -142,7 +142,7 @@ def test_the_cap_follows_the_run_whatever_the_unit_of_its_norms(scale):
     norms[0], norms[12] = 1.0, 500.0
     states = {cap: ZClipState(ZClipConfig(max_grad_norm=cap, eps=0.0)) for cap in ("auto", None)}
     clipped = {cap: feed(state, [scale * norm for norm in norms]) for cap, state in states.items()}
-    level = sum(norms[:12]) / 12
+    level = max(sum(norms[:12]) / 12, norms[11])
     assert clipped["auto"][12] / scale == pytest.approx(AUTO_CAP * level, rel=1e-2)
     assert clipped[None][12] == scale * 500.0
     assert [c for c, n in zip(clipped["auto"][:12], norms, strict=False) if c != scale * n] == []
@@ -150,6 +150,16 @@ def test_the_cap_follows_the_run_whatever_the_unit_of_its_norms(scale):
     after = {cap: feed(state, [scale * 1.6])[0] / scale for cap, state in states.items()}
     assert after["auto"] < 1.5
     assert after[None] == pytest.approx(1.6)
+
+
+@pytest.mark.parametrize("first", [1e-2, 1e-6, 1e-10])
+def test_a_first_norm_of_nearly_nothing_does_not_hold_the_run_down(first):
+    """A batch that is masked, say: the level is reached in the warm-up, fivefold a step."""
+    state = ZClipState(ZClipConfig(eps=0.0))
+    clipped = feed(state, [first, *normal_norms(3, 60, 1.0, 0.1)])
+    steps = math.ceil(math.log(1.3 / first, AUTO_CAP)) + 1
+    assert clipped[steps:25] == pytest.approx(normal_norms(3, 60, 1.0, 0.1)[steps - 1 : 24])
+    assert min(clipped[25:]) > 0.5
 
 
 def test_the_first_step_has_no_cap_of_its_own_unit():

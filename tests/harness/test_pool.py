@@ -56,6 +56,8 @@ def _say():
 
 
 def test_what_the_workers_write_to_stderr_is_the_tests(pool, capsys):
+    pool.run(_state)  # what new workers say at their start
+    capsys.readouterr()
     for _ in range(2):
         pool.run(_say)
         assert capsys.readouterr().err == "rank 0 speaks\nrank 1 speaks\n"

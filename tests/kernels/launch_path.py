@@ -61,7 +61,7 @@ def main() -> None:
         u, s, _, _ = moc.activate(matrices[0], gates, channels)
         moc.activate_backward(matrices[0], gates, channels.to(torch.int16), u, s)
     values, norm = torch.zeros(17, dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    constants = zclip.Constants(*[1.0] * 10)
+    constants = zclip.Constants(*[1.0] * len(zclip.Constants._fields))
     for warmup_steps, percentile, to_mean in itertools.product((1, 25), (False, True), (False, True)):
         ring = torch.zeros(warmup_steps, dtype=torch.float64)
         modes = {"percentile": percentile, "to_mean": to_mean, "skip_spikes": to_mean}

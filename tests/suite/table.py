@@ -99,6 +99,9 @@ class Row:
     tags_two_optimizers: tuple[str, ...] = ()
     """And with two."""
 
+    logs_from: int = 1
+    """The first step, of those that Lightning logs, at which there is a number."""
+
     syncs_per_log: int | None = None
     """Host syncs allowed on a step that Lightning logs; None: one for each tag."""
 
@@ -508,6 +511,7 @@ ROWS = (
         changes_training=False,
         tags=_HEALTH_TAGS,
         tags_two_optimizers=_HEALTH_TAGS,
+        logs_from=3,  # a window is read two steps behind its end
         bad_arguments=(
             {"every_n_steps": 0},
             {"slow": 0.0},

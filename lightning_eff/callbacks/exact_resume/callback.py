@@ -162,7 +162,7 @@ class ExactResume(Callback):
         gradients = self._gradients.state(trainer, batches)
         automatic = trainer.lightning_module.automatic_optimization
         return {
-            "version": 1,
+            "version": 2,
             "seed": None if self._seeds is None else self._seeds.base,
             "window": batches % trainer.accumulate_grad_batches if gradients and batches and automatic else 0,
             "place": self._place.state(trainer),
@@ -174,7 +174,7 @@ class ExactResume(Callback):
 
     def _load(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
-            check_version("ExactResume", saved, known=1)
+            check_version("ExactResume", saved, known=2)
             seed = saved.get("seed")
             if (seed is None) == (self.randomness == "seeded"):
                 rank_zero_warn(
@@ -202,7 +202,8 @@ class ExactResume(Callback):
         saved = self._saved
         if saved is None:
             return
-        self._generators.set(saved["place"]["generators"])
+        # Version 1 had them beside the place.
+        self._generators.set(saved["place"].get("generators", saved.get("generators", {})))
         self._gradients.set(trainer, saved["gradients"])
         set_own_buffers(trainer, saved["buffers"])
         set_logged(trainer, saved["logged"])

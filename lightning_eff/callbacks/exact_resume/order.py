@@ -143,7 +143,7 @@ class Order:
         if self.keeper is not None and saved["own"] is not None:
             self.keeper.load_state_dict(saved["own"])
         self.indices = iter(loader.left(self.of) if self.of.seen else sampler)
-        if self.keeper is not None and saved["ended"]:  # asked for more, it would begin its next pass
+        if self.keeper is not None and saved.get("ended"):  # asked for more, it would begin its next pass
             self.indices = iter(())
 
     def __iter__(self) -> Order:

