@@ -201,7 +201,9 @@ class Preemption(Callback):
             self._leave(trainer, validation_pending=True)
         else:
             inner(fetcher)
-            self._leave(trainer)
+            # Behind an epoch's last batch Lightning would resume with one too many: then behind the next one's first.
+            if not loop.batch_progress.is_last_batch:
+                self._leave(trainer)
 
     def exits(self, trainer: Trainer) -> bool:
         """Whether the process is ended, rather than the fit asked to stop; the latter is done here."""

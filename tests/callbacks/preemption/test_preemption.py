@@ -79,6 +79,15 @@ def test_resumed_equals_unbroken(tmp_path, hook, at, accumulate):
     assert schedulers[0] == schedulers[1]
 
 
+def test_behind_an_epochs_last_batch_the_run_ends_in_the_next_one(tmp_path):
+    """Lightning resumes from there with a batch more than the epoch has."""
+    whole, _ = _unbroken(tmp_path / "whole", val_check_interval=5)
+    first, second, _, _ = _broken(tmp_path, Act("on_train_batch_end", 12, send), val_check_interval=5)
+    assert first.seen == [*range(12), 0]
+    assert first.seen + second.seen == whole.seen
+    assert _same(whole, second)
+
+
 def test_a_signal_in_the_sanity_check_ends_the_run_with_nothing_saved(tmp_path):
     run = trainer(tmp_path, Act("on_sanity_check_start", 1, send), _OnLate(), Preemption(), num_sanity_val_steps=2)
     model = Model()
