@@ -79,14 +79,16 @@ def overhead() -> Any:
 def recovery() -> Any:
     """Seconds from ``kill -9`` to the next step, and the steps that are made again."""
     figure, axis = panels(height=2.2)
+    labels = []
     for place, strategy in enumerate(["ddp, restart", "ddp_ft"]):
         row = rows("fault_tolerance_recovery", strategy=strategy, quantity="kill_to_commit")[0]
         lost = float(rows("fault_tolerance_recovery", strategy=strategy, quantity="steps_lost")[0]["median"])
+        labels.append(f"{strategy}\n({row['model']} GPT)")
         axis.barh(place, float(row["median"]), color="tab:blue" if strategy == "ddp_ft" else "grey")
         axis.text(
             float(row["median"]) + 0.2, place, f"{float(row['median']):.1f} s, {lost:.0f} steps made again", va="center"
         )
-    axis.set_yticks([0, 1], ["ddp, restart", "ddp_ft"])
+    axis.set_yticks(range(len(labels)), labels)
     axis.set(xlim=(0, 21), xlabel="seconds from kill -9 to the next step (median, three replicas, CPU)")
     return figure
 

@@ -93,7 +93,7 @@ class Signal(L.Callback):
 
 
 class Module(L.LightningModule):
-    """A byte GPT of a million parameters on random bytes."""
+    """A byte GPT on random bytes."""
 
     def __init__(self, where: str | None, sender: Signal | None, waits: bool, size: str) -> None:
         super().__init__()

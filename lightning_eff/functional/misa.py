@@ -248,16 +248,22 @@ class Sampler:
         return _softmax(torch.where(self.turns > 0, values, known.mean()), eta, config.variant)
 
     @property
+    def _tells_apart(self) -> bool:
+        """Whether one is more than 5 % likelier than another."""
+        p = self.probabilities
+        return bool(p.max() >= CLEAR * p.min())
+
+    @property
     def waiting(self) -> int:
         """How many modules that fit have not had a turn, and so come first."""
         return sum(last < 0 and self.fits(size) for last, size in zip(self.last, self.sizes, strict=True))
 
     def eta_advice(self) -> str | None:
         """What to tell a user whose number for ``eta`` has no effect: none is more than 5 % likelier than another."""
-        config, p, largest = self.config, self.probabilities, float(self.importance.max())
+        config, largest = self.config, float(self.importance.max())
         if config.sampling != "importance" or isinstance(config.eta, str) or config.eta == 0:
             return None
-        if p.max() >= CLEAR * p.min():
+        if self._tells_apart:
             return None
         decides = 1 / (largest if config.variant == "paper" else largest**2) if largest > 0 else float("inf")
         if config.eta >= decides:
@@ -269,7 +275,7 @@ class Sampler:
 
     def why_none(self) -> str | None:
         """Why importance has decided no turn, and what would change it; None where it has, or was not asked to."""
-        config, count, p = self.config, len(self.sizes), self.probabilities
+        config, count = self.config, len(self.sizes)
         if self.drawn or config.sampling != "importance" or config.eta == 0:
             return None
         if waiting := self.waiting:
@@ -279,7 +285,7 @@ class Sampler:
             )
         if self.fits(sum(self.sizes)) and (config.units is None or config.units >= count):
             return f"each sample has room for all {count}. Make the budget smaller, or sample more with include"
-        if p.max() < CLEAR * p.min():
+        if not self._tells_apart:
             why = "all are about as important as each other"
             return why if config.eta == "auto" else f"{why}, or eta is too small: set eta='auto'"
         if config.sample_last:
@@ -318,8 +324,7 @@ class Sampler:
         self._start = (chosen[-1] + 1) % len(self.sizes)
         if self.config.sampling == "importance":
             left = any(self.fits(self.sizes[i]) for i in set(order[first:]).difference(chosen))
-            p = self.probabilities
-            self.drawn += len(set(chosen).difference(order[:first])) if left and p.max() >= CLEAR * p.min() else 0
+            self.drawn += len(set(chosen).difference(order[:first])) if left and self._tells_apart else 0
         for index in chosen:
             self.last[index] = self.interval
         self.interval += 1

@@ -70,7 +70,7 @@ class Preemption(Callback):
         max_time: the run ends when it has taken so long since training began, as Lightning's
             ``Trainer(max_time=...)``: "DD:HH:MM:SS". Leave time for saving.
         every_n_steps: batches, of training or validation, between two all-reduces, >= 1. A notice is acted on after at
-            most twice as many. One rank alone acts at once.
+            most twice as many by all, at once by one rank alone, and one later where that is an epoch's last.
         exit_code: of the process, in [0, 255]. 143 is what a process has that SIGTERM ended; torchrun and Kubernetes
             take all but 0 for a failure. None ends no process: ``fit`` returns, after a validation if one is due. Not
             under ``ddp_ft``, where the others would wait for it.
