@@ -37,7 +37,6 @@ class _Moment:
     epoch_begins: bool | None
     hook: str | None
     last: bool
-    validation: dict[str, Any]
     steps: int
     generators: dict[str, Any]
 
@@ -55,6 +54,8 @@ class RunPlace:
         self.ahead = False
         """The first epoch's loaders have been asked for iterators, and the epoch has not begun."""
         self._moment: _Moment | None = None
+        self._validated: dict[str, Any] = {}
+        """Progress of the validations before the one that runs."""
         self._saved: dict[str, Any] | None = None
         self._wrappers: list[Wrapper] = []
         self._generators: Any = None
@@ -135,6 +136,7 @@ class RunPlace:
                 return inner()
             generators.find()
             self._moment, self.stage = self._now(trainer), "validation"
+            self._validated = epoch.val_loop.batch_progress.state_dict()
             outputs = inner()
             self.stage = "validated"
             return outputs
@@ -177,7 +179,7 @@ class RunPlace:
     def state(self, trainer: Trainer) -> dict[str, Any]:
         """The place, for `load`; plain values."""
         loop: Any = trainer.fit_loop.epoch_loop
-        moment = now = self._now(trainer)
+        moment = self._now(trainer)
         before = self.within_batch or self.stage in ("epoch_start", "validation", "validated")
         if before and self._moment is not None:
             moment = self._moment
@@ -189,7 +191,7 @@ class RunPlace:
             "total": loop.batch_progress.total.processed,
             "batches": loop.batch_progress.current.processed,
             "last": moment.last if self.within_batch else loop.batch_progress.is_last_batch,
-            "validation": moment.validation if self.stage != "validated" else now.validation,
+            "validation": self._validated if self.stage == "validation" else loop.val_loop.batch_progress.state_dict(),
             "steps": moment.steps,
             "epoch_begins": moment.epoch_begins,
             "hook": moment.hook,
@@ -213,7 +215,6 @@ class RunPlace:
             connector._first_loop_iter,
             connector._current_fx,
             loop.batch_progress.is_last_batch,
-            loop.val_loop.batch_progress.state_dict(),
             loop._batches_that_stepped,
             self._generators.state(),
         )
