@@ -7,6 +7,7 @@ import queue
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -14,6 +15,31 @@ from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.training.dtensor import local
 
 BUFFERS = 2
+_LARGE = 128 * 1024  # bytes, from where torch copies with several threads
+
+
+def copy_into(copy: Tensor, source: Tensor) -> None:
+    """Copy a tensor to one in host memory of the same form; from a GPU, behind the work so far.
+
+    Within the host it is one thread that copies, unless torch has more than two. A second one adds little where memory
+    is what limits it, and OpenMP's threads wait for each other at each tensor: for a while, where the thread that
+    writes the checkpoint before has their core.
+    """
+    if (
+        torch.get_num_threads() > 2
+        or source.device.type != "cpu"
+        or source.nbytes < _LARGE
+        or not (source.is_contiguous() and copy.is_contiguous())
+        or source.is_conj()
+        or source.is_neg()
+    ):
+        copy.copy_(source, non_blocking=source.is_cuda)
+    else:
+        numpy.copyto(_as_bytes(copy), _as_bytes(source))
+
+
+def _as_bytes(tensor: Tensor) -> Any:
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
 
 
 class Buffers:
@@ -52,7 +78,7 @@ class Buffers:
             if buffer is None or _form(buffer) != _form(value):
                 buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
             with torch.no_grad():
-                local(buffer).copy_(local(value), non_blocking=True)
+                copy_into(local(buffer), local(value))
             self._kept.append(buffer)
             done[id(value)] = buffer
         return done[id(value)]

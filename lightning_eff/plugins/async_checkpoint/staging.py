@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import take_apart
+from lightning_eff.plugins.async_checkpoint.copies import copy_into
 
 BUFFERS = 2
 _ALIGNMENT = 64
@@ -117,7 +118,7 @@ class Staged:
                     later.append((copy, source))
                     continue
                 # From a GPU behind the work so far, and before all that comes.
-                copy.copy_(source, non_blocking=storage.device.type == "cuda")
+                copy_into(copy, source)
                 if storage.device.type == "cuda":
                     devices.add(storage.device)
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
