@@ -139,6 +139,10 @@ CALLBACKS: dict[str, tuple[Callable[[], L.Callback], Callable[[Any], str]]] = {
         lambda callback: "no alarm",
     ),
     "Preemption": (lambda: ours.Preemption(), lambda callback: "no notice"),
+    "ExactResume": (lambda: ours.ExactResume(), lambda callback: ""),
+    "AsyncCheckpoint": (lambda: ours.AsyncCheckpoint(), lambda callback: ""),
+    "RunHealth": (lambda: ours.RunHealth(), lambda callback: ""),
+    "GradientStats": (lambda: ours.GradientStats(), lambda callback: ""),
     "CompressionMonitor": (lambda: ours.CompressionMonitor(), lambda callback: ""),
     "TensorBoardLayout": (lambda: ours.TensorBoardLayout(), lambda callback: ""),
 }
@@ -160,7 +164,7 @@ class Watch(L.Callback):
     """How far the run came, what the callback did, and what of the module is selected by default."""
 
     def __init__(self, path: Path | None, acts: Callable[[Any], str] | None) -> None:
-        self.path, self.acts = path, acts
+        self.path, self.acts, self.saved = path, acts, False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainable = {name: p.requires_grad for name, p in pl_module.named_parameters()}
@@ -171,7 +175,8 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         SEEN.steps = trainer.global_step
-        if self.path is not None and SEEN.steps >= SAVED_AT and not self.path.exists():
+        if self.path is not None and SEEN.steps >= SAVED_AT and not self.saved:
+            self.saved = True
             trainer.save_checkpoint(self.path)
 
     def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
