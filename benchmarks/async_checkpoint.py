@@ -35,6 +35,7 @@ from examples.gpt.model import GPTConfig
 from harness import REPOSITORY
 from harness.processes import environment, eventually
 from harness.runs import fit, quiet_lightning
+from harness.timing import seconds_of_a_copy
 from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 from lightning_eff.training.rank_state import RankState, rank_state_files
@@ -113,6 +114,7 @@ def stall_worker(settings: dict[str, Any]) -> None:
         "idle": [seconds for seconds, writing in times.steps[1:] if not writing],
         "device_bytes": times.device_bytes,
         "damage": damage(checkpoint),
+        "bare_copy": seconds_of_a_copy(checkpoint.stat().st_size),
     }
     Path(settings["folder"], "found.json").write_text(json.dumps(found))
 
@@ -158,6 +160,7 @@ def stall(
                 "cpu_ms": round(1e3 * statistics.median(cpu for run in runs for cpu in run["cpu"][1:]), 2),
                 "step_ms": round(1e3 * statistics.median(step for run in runs for step in run["idle"]), 2),
                 "step_ms_while_writing": round(1e3 * statistics.median(s for run in runs for s in run["writing"]), 2),
+                "bare_copy_ms": round(1e3 * statistics.median(run["bare_copy"] for run in runs), 2),
                 "device_bytes": max(run["device_bytes"] for run in runs),
                 "whole": all(run["damage"] is None for run in runs),
             }

@@ -29,6 +29,7 @@ from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
 from harness.pool import Pool
 from harness.runs import fit, fsdp2, seed_everything
+from harness.timing import seconds_of_a_copy
 from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.strategies import FSDP2Strategy
@@ -155,6 +156,7 @@ def _saves(folder: Path, name: str, layers: int, width: int, saves: int, every: 
     fit(module(layers, width), *callbacks(), callback, strategy=strategy(), max_steps=saves * every, **OPTIONS)
     size = sum(file.stat().st_size for file in next(folder.iterdir()).iterdir())
     took = time.perf_counter() - began
+    copy = seconds_of_a_copy(size // RANKS, before=dist.barrier)
     dist.barrier()
     return {
         "run": name, "ranks": RANKS, "megabytes": round(size / 1e6, 1), "saves": saves,
@@ -162,6 +164,7 @@ def _saves(folder: Path, name: str, layers: int, width: int, saves: int, every: 
         "most_s": round(max(callback.wall[2:]), 4),
         "median_cpu_s_of_the_thread": round(statistics.median(callback.cpu[2:]), 4),
         "median_step_s": round(statistics.median(callback.steps[1:]), 4), "run_s": round(took, 2),
+        "bare_copy_s": round(copy, 4),
     }  # fmt: skip
 
 

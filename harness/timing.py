@@ -27,6 +27,19 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return now() - start
 
 
+def seconds_of_a_copy(size: int, times: int = 7, before: Callable[[], Any] = lambda: None) -> float:
+    """How long so many bytes of host memory take into memory that has been used: the median, and what a machine allows.
+
+    ``before`` is called in front of each copy and not measured.
+    """
+    source, copy = torch.ones(size, dtype=torch.uint8).numpy(), torch.zeros(size, dtype=torch.uint8).numpy()
+    seconds = []
+    for _ in range(times):
+        before()
+        seconds.append(seconds_of(lambda: copy.__setitem__(slice(None), source)))
+    return statistics.median(seconds)
+
+
 class StepTimes(L.Callback):
     """Seconds of every step, from one batch's start to the next one's, without the first ``warmup`` steps."""
 

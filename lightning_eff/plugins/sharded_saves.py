@@ -222,6 +222,7 @@ class ShardedSaves:
             failures = [failure for failure, _ in error.failures.values()]
             kind = OSError if all(isinstance(failure, OSError) for failure in failures) else RuntimeError
             self._leave(job)
+            dist.barrier(self._groups[0])  # the next attempt finds nothing of this one
             raise kind(_reason(error)) from error
         except Exception:
             self._leave(job)

@@ -9,6 +9,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -197,6 +198,31 @@ def test_an_error_of_rank_zero_is_raised_on_all_at_the_end(pool, tmp_path):
     (first, left), (second, _) = pool.run(_fails_at_the_end, tmp_path)
     assert first == second
     assert left == []
+
+
+def _rank_zero_removes_slowly(folder):
+    saves = ShardedSaves(retry_seconds=0.01)
+    removed = sharded_saves.shutil.rmtree
+
+    def fails_once(before, part, path):
+        if not failed:
+            failed.append(path)
+            raise OSError(30, "Read-only file system")
+        before(part, path)
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.5)
+        removed(*args, **kwargs)
+
+    failed = []
+    with _instead(sharded_saves, "_take_name", fails_once), mock.patch.object(sharded_saves.shutil, "rmtree", slowly):
+        saves.save(_checkpoint(1.0), folder / "a")
+        _ends(saves)
+    return _values(folder / "a")
+
+
+def test_another_attempt_begins_when_nothing_of_the_one_before_is_left(pool, tmp_path):
+    assert pool.run(_rank_zero_removes_slowly, tmp_path) == [{1.0}, {1.0}]
 
 
 def _cannot_be_pickled(folder):

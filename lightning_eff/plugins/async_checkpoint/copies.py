@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import queue
-from collections.abc import Iterator
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy
@@ -15,27 +18,45 @@ from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.training.dtensor import local
 
 BUFFERS = 2
-_LARGE = 128 * 1024  # bytes, from where torch copies with several threads
+_THREADS = 8
+_PIECE = 8 * 1024 * 1024  # bytes
+_SMALL = 128 * 1024  # bytes, below which torch copies with one thread
 
 
-def copy_into(copy: Tensor, source: Tensor) -> None:
-    """Copy a tensor to one in host memory of the same form; from a GPU, behind the work so far.
+def copy_all(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Copy tensors to others in host memory of the same form; from a GPU, behind the work so far.
 
-    Within the host it is one thread that copies, unless torch has more than two. A second one adds little where memory
-    is what limits it, and OpenMP's threads wait for each other at each tensor: for a while, where the thread that
-    writes the checkpoint before has their core.
+    Within the host by as many threads as torch has, up to eight, of which each takes the next piece when it is free.
+    Where a core is somebody else's for a while, as that of the thread that writes the checkpoint before, the others do
+    its part: torch's own threads would wait for the last of them at each tensor.
+
+    Args:
+        pairs: the copy, and what is copied.
     """
-    if (
-        torch.get_num_threads() > 2
-        or source.device.type != "cpu"
-        or source.nbytes < _LARGE
-        or not (source.is_contiguous() and copy.is_contiguous())
-        or source.is_conj()
-        or source.is_neg()
-    ):
-        copy.copy_(source, non_blocking=source.is_cuda)
-    else:
-        numpy.copyto(_as_bytes(copy), _as_bytes(source))
+    pieces: deque[tuple[Any, Any]] = deque()
+    for target, source in pairs:
+        if source.device.type != "cpu" or source.nbytes < _SMALL or not (_is_plain(target) and _is_plain(source)):
+            target.copy_(source, non_blocking=source.is_cuda)
+            continue
+        into, of = _as_bytes(target), _as_bytes(source)
+        pieces.extend((into[at : at + _PIECE], of[at : at + _PIECE]) for at in range(0, len(of), _PIECE))
+
+    def work() -> None:
+        with suppress(IndexError):  # none is left
+            while True:
+                numpy.copyto(*pieces.popleft())
+
+    count = min(_THREADS, torch.get_num_threads(), len(pieces))
+    others = [threading.Thread(target=work, daemon=True) for _ in range(count - 1)]
+    for other in others:
+        other.start()
+    work()
+    for other in others:
+        other.join()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _as_bytes(tensor: Tensor) -> Any:
@@ -55,7 +76,10 @@ class Buffers:
         What comes from a GPU is copied behind the work so far and before all that comes: `wait` before it is read.
         """
         before, self._kept = iter(self._kept), []
-        copied = self._copy(content, before, {})
+        pairs: list[tuple[Tensor, Tensor]] = []
+        copied = self._copy(content, before, {}, pairs)
+        with torch.no_grad():
+            copy_all(pairs)
         if any(local(buffer).is_pinned() for buffer in self._kept):
             self._event = torch.accelerator.current_stream().record_event()
         return copied
@@ -66,19 +90,20 @@ class Buffers:
         if event is not None:
             event.synchronize()
 
-    def _copy(self, value: Any, before: Iterator[Tensor], done: dict[int, Tensor]) -> Any:
+    def _copy(
+        self, value: Any, before: Iterator[Tensor], done: dict[int, Tensor], pairs: list[tuple[Tensor, Tensor]]
+    ) -> Any:
         if isinstance(value, dict):
-            return {key: self._copy(entry, before, done) for key, entry in value.items()}
+            return {key: self._copy(entry, before, done, pairs) for key, entry in value.items()}
         if type(value) in (list, tuple):
-            return type(value)(self._copy(entry, before, done) for entry in value)
+            return type(value)(self._copy(entry, before, done, pairs) for entry in value)
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
             return copy.deepcopy(value)
         if id(value) not in done:  # else it is a tied one, which is written once
             buffer = next(before, None)
             if buffer is None or _form(buffer) != _form(value):
                 buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-            with torch.no_grad():
-                copy_into(local(buffer), local(value))
+            pairs.append((local(buffer), local(value)))
             self._kept.append(buffer)
             done[id(value)] = buffer
         return done[id(value)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import take_apart
-from lightning_eff.plugins.async_checkpoint.copies import copy_into
+from lightning_eff.plugins.async_checkpoint.copies import copy_all
 
 BUFFERS = 2
 _ALIGNMENT = 64
@@ -106,7 +106,7 @@ class Staged:
 
     @torch.no_grad()
     def _copy(self, late: set[int]) -> None:
-        later = []
+        later, pairs = [], []
         devices = set()
         with torch.inference_mode(False):
             for storage, offset, size in zip(self._sources, self._offsets, self._sizes, strict=True):
@@ -118,9 +118,10 @@ class Staged:
                     later.append((copy, source))
                     continue
                 # From a GPU behind the work so far, and before all that comes.
-                copy_into(copy, source)
+                pairs.append((copy, source))
                 if storage.device.type == "cuda":
                     devices.add(storage.device)
+            copy_all(pairs)
         self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
         if later:
             self._late = LateCopy(later)
