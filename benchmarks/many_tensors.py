@@ -26,9 +26,13 @@ from harness.timing import in_turn, ratio
 from lightning_eff.callbacks import (
     EMA,
     MISA,
+    AsyncCheckpoint,
     CheckpointAveraging,
+    ExactResume,
     GradES,
+    GradientStats,
     Preemption,
+    RunHealth,
     SpectralAlignmentMonitor,
     TrainingGuard,
     ZClip,
@@ -83,6 +87,10 @@ ARMS: dict[str, Callable[[], dict[str, Any]]] = {
     "SpectralAlignmentMonitor": lambda: dict(callbacks=[SpectralAlignmentMonitor()]),
     "TrainingGuard": lambda: dict(callbacks=[TrainingGuard()]),
     "Preemption": lambda: dict(callbacks=[Preemption(signals=["SIGUSR2"])]),
+    "ExactResume": lambda: dict(callbacks=[ExactResume()]),
+    "AsyncCheckpoint": lambda: dict(callbacks=[AsyncCheckpoint()]),
+    "GradientStats": lambda: dict(callbacks=[GradientStats()]),
+    "RunHealth": lambda: dict(callbacks=[RunHealth()]),
 }
 """Arguments of the Trainer."""
 
