@@ -27,6 +27,7 @@ COMMANDS = {
     "lighthouse": Command("lightning_eff.cli.lighthouse", "the rendezvous of a fault-tolerant run's replicas"),
     "list": Command("lightning_eff.cli.listing", "name the suite's callbacks, strategies, plugins, compressors"),
     "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on data"),
+    "recipe": Command("lightning_eff.cli.recipe", "callbacks with settings that belong together, as YAML"),
     "verify": Command("lightning_eff.cli.verify", "check checkpoints: cut off, flipped bytes, missing rank files"),
     "verify-resume": Command("lightning_eff.cli.verify_resume.run", "does your script go on exactly after `kill -9`?"),
 }
