@@ -43,7 +43,8 @@ def recipe(purpose: Purpose, steps: int, *, low_memory: bool = False, resumable:
 
     - ``TrainingGuard(action="rollback")``: a diverged run of days is worth three snapshots in host memory. Its clocks
       hang together: a snapshot every hundredth of the run (20 to 100 steps), ``margin`` half of it, the rate lowered
-      for twice, the count forgotten after ten times as long; at 10,000 steps these are its defaults.
+      for twice, the count forgotten after ten times as long; at 10,000 steps these are its defaults. `ddp_ft`, FSDP1
+      and DeepSpeed refuse a rollback: there take another purpose.
     - ``EMA(half_life=steps / 32)``: a float32 copy of the weights, no host sync; 25 of 800 steps in
       ``benchmarks/results/checkpoint_averaging_worth.csv``.
 

@@ -20,7 +20,7 @@ class Command(NamedTuple):
 # A new command is a line here and a module with `main` and `make_parser`. Modules are imported when they are called, so
 # that `--help` is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
-    "advise": Command("lightning_eff.cli.advise", "measure the link between the ranks: does compression pay?"),
+    "advise": Command("lightning_eff.cli.advise", "what pays on this link, and for this model (advise link | model)"),
     "completion": Command("lightning_eff.cli.completion", "print what bash or zsh needs to complete a command line"),
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
     "launch": Command("lightning_eff.cli.launch.run", "start a fault-tolerant run: replicas may die and come back"),
