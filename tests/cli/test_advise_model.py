@@ -12,6 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
 
+import examples.digits  # noqa: F401  (scikit-learn sets environment variables as it is imported)
 from benchmarks.fsdp2 import Module as BenchmarkGPT
 from benchmarks.gpt import constant
 from benchmarks.misa import SIZES

@@ -52,8 +52,6 @@ def test_grades_freezes_what_has_settled():
     found = grades.train(one())
     assert set(found["frozen"]) == {"0.weight", "2.weight", "4.weight"}
     assert min(found["frozen"].values()) > 100  # the grace period of a quarter
-    again = grades.train(one(), steps=400)
-    assert again["frozen"] == found["frozen"]
     assert not any(p.requires_grad for name, p in found["module"].named_parameters() if name in found["frozen"])
 
 
