@@ -15,6 +15,7 @@ PACKAGE = "lightning_eff"
 LEVELS = {
     "cli": 5,
     "pytorch_lightning": 5,
+    "recipes": 5,
     "callbacks": 4,
     "strategies": 4,
     "plugins": 4,

@@ -20,13 +20,14 @@ class Command(NamedTuple):
 # A new command is a line here and a module with `main` and `make_parser`. Modules are imported when they are called, so
 # that `--help` is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
-    "advise": Command("lightning_eff.cli.advise", "measure the link between the ranks: does compression pay?"),
+    "advise": Command("lightning_eff.cli.advise", "what pays on this link, and for this model (advise link | model)"),
     "completion": Command("lightning_eff.cli.completion", "print what bash or zsh needs to complete a command line"),
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
     "launch": Command("lightning_eff.cli.launch.run", "start a fault-tolerant run: replicas may die and come back"),
     "lighthouse": Command("lightning_eff.cli.lighthouse", "the rendezvous of a fault-tolerant run's replicas"),
     "list": Command("lightning_eff.cli.listing", "name the suite's callbacks, strategies, plugins, compressors"),
     "merge": Command("lightning_eff.cli.merge", "average checkpoints: by a scheme, or by search on data"),
+    "recipe": Command("lightning_eff.cli.recipe", "callbacks with settings that belong together, as YAML"),
     "verify": Command("lightning_eff.cli.verify", "check checkpoints: cut off, flipped bytes, missing rank files"),
     "verify-resume": Command("lightning_eff.cli.verify_resume.run", "does your script go on exactly after `kill -9`?"),
 }

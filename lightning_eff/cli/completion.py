@@ -62,7 +62,8 @@ def script() -> str:
     names = {title.split(",")[0]: " ".join(name for name, _ in rows) for title, rows in listed().items()}
     words = {"|".join(TRAINING): training_options()}
     for name, command in COMMANDS.items():
-        words[name] = list(import_module(command.module).make_parser()._option_string_actions)
+        module = import_module(command.module)
+        words[name] = module.words() if hasattr(module, "words") else list(module.make_parser()._option_string_actions)
     cases = "\n".join(f'            {name}) words="{" ".join(options)}" ;;' for name, options in words.items())
     return _SCRIPT.format(
         callbacks=names["Callbacks"],

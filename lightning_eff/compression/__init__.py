@@ -1,5 +1,6 @@
 """Gradient compression for data-parallel training: one interface, and the compressors."""
 
+from lightning_eff.compression.comm_hook import CompressedReduction
 from lightning_eff.compression.compressors.arc_topk import ArcTopK
 from lightning_eff.compression.compressors.half import BF16, FP16
 from lightning_eff.compression.compressors.int8 import Int8
@@ -30,6 +31,7 @@ __all__ = [
     "ArcTopK",
     "Bucket",
     "Collective",
+    "CompressedReduction",
     "Compressor",
     "ErrorFeedback",
     "Exchange",

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_eff.arguments import check, check_instance
 from lightning_eff.compression.exchange import (
     BucketExchange,
     Memory,
@@ -82,7 +83,7 @@ class _Running:
 
 
 class CompressedReduction:
-    """Averages DDP's gradients with a compressor; registered by ``ddp.register_comm_hook(reduction, hook)``.
+    """Averages DDP's gradients with a compressor, in any loop; the strategies register it by themselves.
 
     Args:
         compressor: with its settings.
@@ -98,6 +99,14 @@ class CompressedReduction:
         measure_next: set it to measure in the next step what is left out.
         left_out: of the last step that was measured: squared norms of what was to be sent and of what was not, a
             tensor of two numbers, this rank's.
+
+    Raises:
+        ValueError: an argument of a wrong type.
+
+    Example, behind ``ddp = DistributedDataParallel(model)`` on each rank, ``steps`` being the loop's own count::
+
+        reduction = CompressedReduction(ArcTopK(), dict(model.named_parameters()), lambda: steps)
+        reduction.register(ddp)
     """
 
     def __init__(
@@ -107,6 +116,13 @@ class CompressedReduction:
         step: Callable[[], int],
         scale: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
+        check_instance("compressor", compressor, Compressor, "a Compressor, such as ArcTopK()")
+        named = isinstance(parameters, Mapping) and all(isinstance(p, nn.Parameter) for p in parameters.values())
+        check(
+            "parameters", parameters, named, "a dictionary of names and parameters, as dict(model.named_parameters())"
+        )
+        check("step", step, callable(step), "a function without arguments")
+        check("scale", scale, callable(scale), "a function without arguments")
         self.compressor = compressor
         self.memory: Memory = {}
         self.traffic = Traffic()
@@ -120,6 +136,10 @@ class CompressedReduction:
         self._running: list[_Running] = []
         self._sums: list[Tensor] = []  # of all that came back in this step, where the step is judged
         self._reduced = -1, 0  # the optimizer step and which reduction in it
+
+    def register(self, ddp: nn.parallel.DistributedDataParallel) -> None:
+        """Let a model wrapped by DDP reduce its gradients so."""
+        ddp.register_comm_hook(self, hook)  # type: ignore[no-untyped-call]
 
     def reduce(self, bucket: dist.GradBucket, group: dist.ProcessGroup | None = None) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         """Start a bucket's exchange, move on those before it, and finish all of them with the last bucket."""

@@ -156,7 +156,7 @@ class CompressedDDP(_Base):
         if not predict(self.compressor, shapes, self.world_size, dtype).compressed:
             rank_zero_warn(
                 f"{self.compressor} compresses no parameter of this model at {self.world_size} ranks: each is too "
-                "small, or would take as many bytes. Everything is reduced dense; `lightning-eff advise` compares"
+                "small, or would take as many bytes. Everything is reduced dense; `lightning-eff advise link` compares"
             )
 
     def _steps_done(self) -> int:

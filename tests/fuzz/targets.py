@@ -138,6 +138,11 @@ def _grades(folder: Path) -> GradESState:
 
 
 _GIVEN: dict[str, dict[str, Any]] = {
+    "CompressedReduction": {
+        "compressor": lambda folder: ArcTopK(),
+        "parameters": lambda folder: dict(_model().named_parameters()),
+        "step": lambda folder: lambda: 0,
+    },
     "CompressedDDPStrategy": {"compressor": lambda folder: ArcTopK()},
     "FaultInjector": {"fault": "raise", "step": 0},
     "FaultTolerantDDPStrategy": {"max_replicas": 2, "replica": 0, "lighthouse": "127.0.0.1:29510"},

@@ -36,11 +36,7 @@ def shard(
     """
     _check(module)
     modules = clean_named_modules(module)
-    blocks = [block.name for block in find_blocks(module)]
-    if exclude:
-        left_out = set(select(blocks, exclude, "exclude", "block"))
-        blocks = [name for name in blocks if name not in left_out]
-    blocks = _without_shared(module, {name: modules[name] for name in blocks})
+    blocks = blocks_to_shard(module, exclude)
     for name in (*blocks, ""):
         part = modules[name] if name else module
         held = [tensor for tensor in (*part.parameters(), *part.buffers()) if not is_dtensor(tensor)]
@@ -60,6 +56,16 @@ def shard(
         if device.type == "cpu":
             sharded.set_force_sum_reduction_for_comms(True)  # gloo has no mean: torch 2.8 took the sum for it
     return blocks
+
+
+def blocks_to_shard(module: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
+    """Names of the blocks that are sharded each by itself: repeated ones that share no parameter."""
+    modules = clean_named_modules(module)
+    blocks = [block.name for block in find_blocks(module)]
+    if exclude:
+        left_out = set(select(blocks, exclude, "exclude", "block"))
+        blocks = [name for name in blocks if name not in left_out]
+    return _without_shared(module, {name: modules[name] for name in blocks})
 
 
 def broadcast_from_rank_zero(tensors: Iterable[Tensor]) -> None:

@@ -24,12 +24,12 @@ SMALL = ["--model.config.n_embd=64", "--model.config.n_layer=2"]
 
 @pytest.fixture
 def advise(capsys, monkeypatch):
-    """Run `lightning-eff advise` in this process: its exit status, and what it printed."""
+    """Run `lightning-eff advise link` in this process: its exit status, and what it printed."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def advise(*args):
-        status = main(["advise", *args])
+        status = main(["advise", "link", *args])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_read_is_said_before_anything_is_measured(advise, args, m
     status, out, err = advise("--link=50", *args)
 
     assert (status, out) == (1, "")
-    assert err.startswith("lightning-eff advise: ")
+    assert err.startswith("lightning-eff advise link: ")
     assert re.search(message, err)
     assert len(err.splitlines()) == 1
 
@@ -190,7 +190,17 @@ def test_arguments_that_do_not_fit_are_refused(advise, capsys, args, message):
 
 
 def test_it_measures_between_processes_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "lightning_eff", "advise", "--ranks=2", "--budget=1", "--json", "--backend=gloo"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_eff",
+        "advise",
+        "link",
+        "--ranks=2",
+        "--budget=1",
+        "--json",
+        "--backend=gloo",
+    ]
     command += [f"--model={GPT_CLASS}", *SMALL]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
@@ -208,7 +218,7 @@ def _advise_under_torchrun():
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = main(["advise", "--budget=1", "--backend=gloo", f"--model={GPT_CLASS}", *SMALL])
+        status = main(["advise", "link", "--budget=1", "--backend=gloo", f"--model={GPT_CLASS}", *SMALL])
     return status, printed.getvalue()
 
 
@@ -222,7 +232,7 @@ def test_torchruns_ranks_measure_together_and_the_first_one_prints(pool):
 
 
 def test_without_the_cli_extra_a_model_class_names_it(tmp_path):
-    code = "from lightning_eff.cli import main; sys.exit(main(['advise', '--link=50', '--model=x.Y']))"
+    code = "from lightning_eff.cli import main; sys.exit(main(['advise', 'link', '--link=50', '--model=x.Y']))"
     status, out, err = run_without(["jsonargparse"], code, tmp_path)
 
     assert (status, out) == (1, "")
@@ -273,7 +283,7 @@ def test_the_prediction_is_within_a_quarter_of_what_is_then_measured(network, mb
     net = network(2, mbit)
     arguments = [f"--model={Chain.__module__}.Chain", "--model.width=512", "--model.layers=4"]
 
-    command = [sys.executable, "-m", "lightning_eff", "advise", "--budget=5", "--json", *arguments]
+    command = [sys.executable, "-m", "lightning_eff", "advise", "link", "--budget=5", "--json", *arguments]
     ranks = [net.popen(rank, command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for rank in range(2)]
     outs = [rank.communicate(timeout=120)[0] for rank in ranks]
     report = json.loads(outs[0])

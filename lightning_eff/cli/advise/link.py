@@ -1,4 +1,4 @@
-"""`lightning-eff advise`: measure the link between the ranks, and say which way to reduce gradients pays on it."""
+"""`lightning-eff advise link`: measure the link between the ranks, and say which way to reduce gradients pays on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from math import prod
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_eff.arguments import readable_size
-from lightning_eff.cli import need_jsonargparse, tables
-from lightning_eff.cli.complaints import complaint
+from lightning_eff.cli import tables
+from lightning_eff.cli.advise.modules import Shapes, add_model_arguments, model_shapes, parse
 from lightning_eff.cli.parser import Parser, UsageError
 from lightning_eff.compression import all_compressors
 from lightning_eff.compression.forecast.advice import DENSE, Forecast, advise, forecasts
@@ -33,22 +33,13 @@ between machines; else between processes that it starts on this one. With --link
 """
 _TIMEOUT = timedelta(minutes=5)
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the advice; return 0, or 1 with the reason where a file or the link cannot be read."""
     parser = make_parser()
-    args, rest = parser.parse_known_args(argv)
-    options = [word for word in rest if word.startswith("-")]
-    if rest and (args.model is None or rest[0] not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if unknown := [word for word in options if not word.startswith("--model.")]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args, rest = parse(parser, argv)
     if args.checkpoint is not None and (args.model is not None or args.config is not None):
         parser.error("--checkpoint excludes --model and --config")
-    if args.latency is not None and args.link is None:
-        parser.error("--latency has an effect only with --link")
     if "RANK" in os.environ and args.ranks is not None and args.link is None:
         parser.error("--ranks has no effect under torchrun, which has started the ranks")
     try:
@@ -56,16 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"lightning-eff advise: {error}", file=sys.stderr)
+        print(f"lightning-eff advise link: {error}", file=sys.stderr)
         return 1
 
 
 def make_parser() -> Parser:
     """The arguments, but those of the model."""
-    parser = Parser("lightning-eff advise", description=_DESCRIPTION, allow_abbrev=False)
-    model = parser.add_argument_group("the model (default: GPT-2 with 124 M parameters)")
-    model.add_argument("--model", metavar="CLASS", help="a LightningModule; its arguments follow as --model.NAME=VALUE")
-    model.add_argument("--config", type=Path, metavar="YAML", help="LightningCLI's, e.g. a run's config.yaml")
+    parser = Parser("lightning-eff advise link", description=_DESCRIPTION, allow_abbrev=False)
+    model = add_model_arguments(parser, "the model (default: GPT-2 with 124 M parameters)")
     model.add_argument("--checkpoint", type=Path, metavar="FILE", help="Lightning's, a state dict, or safetensors")
     model.add_argument(
         "--compute",
@@ -73,35 +62,40 @@ def make_parser() -> Parser:
         metavar="SECONDS",
         help="a training step on one rank alone; without it only the communication is predicted",
     )
-    link = parser.add_argument_group("the link")
-    link.add_argument("--ranks", type=int, metavar="N", help="processes to start here, or to count with; default 2")
-    link.add_argument("--link", type=float, metavar="MBIT", help="do not measure: so many Mbit/s out of each rank")
-    link.add_argument("--latency", type=float, metavar="MS", help="with --link: of a collective; default 0.5")
-    link.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl where each rank has a GPU, else gloo")
-    link.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="of measuring; default 20")
+    add_link_arguments(parser, "processes to start here, or to count with; default 2")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 
 
-def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
+def add_link_arguments(parser: Parser, ranks: str) -> None:
+    """How the link is measured, or what it would be."""
+    link = parser.add_argument_group("the link")
+    link.add_argument("--ranks", type=int, metavar="N", help=ranks)
+    link.add_argument("--link", type=float, metavar="MBIT", help="do not measure: so many Mbit/s out of each rank")
+    link.add_argument("--latency", type=float, metavar="MS", help="with --link: of a collective; default 0.5")
+    link.add_argument("--backend", choices=["gloo", "nccl"], help="default: nccl where each rank has a GPU, else gloo")
+    link.add_argument("--budget", type=float, default=20.0, metavar="SECONDS", help="of measuring; default 20")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """The numbers of the link and of the step, before anything is measured."""
     for name in ("compute", "link", "budget"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UsageError(f"--{name}={value} is not allowed: it must be above 0")
+    if args.latency is not None and args.link is None:
+        raise UsageError("--latency has an effect only with --link")
+
+
+def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
+    check_numbers(args)
     if args.ranks is not None and args.ranks < 2:
         raise UsageError(f"--ranks={args.ranks} is not allowed: a link has at least 2 ranks")
     # Before anything is measured: a model that cannot be read is the earlier error.
     name, shapes = model_shapes(args, model_arguments)
-    measured = _measure(args)
+    measured = measure(args)
     if measured is None:
         return 0  # a rank that prints nothing
-    compute = Compute() if args.compute is None else Compute.of_step(args.compute)
-    device = measured.device
-    _say("compressing random gradients of the model's shapes with each compressor ...")
-    found = []
-    for forecast in forecasts(all_compressors(), shapes, measured.link, compute, bucket_cap_mb, device):
-        _say(f"  {forecast.strategy}")
-        found.append(forecast)
-    advised = advise(found)
+    found, advised = foretell(shapes, measured, args.compute)
     if args.json:
         report = {
             "link": asdict(measured.link),
@@ -114,6 +108,17 @@ def _run(args: argparse.Namespace, model_arguments: Sequence[str]) -> int:
     else:
         _show(name, shapes, measured, args.compute, found, advised)
     return 0
+
+
+def foretell(shapes: Shapes, measured: Measured, compute: float | None) -> tuple[list[Forecast], Forecast]:
+    """Each way to reduce gradients, rehearsed here, and the one that is advised."""
+    seconds = Compute() if compute is None else Compute.of_step(compute)
+    _say("compressing random gradients of the model's shapes with each compressor ...")
+    found = []
+    for forecast in forecasts(all_compressors(), shapes, measured.link, seconds, bucket_cap_mb, measured.device):
+        _say(f"  {forecast.strategy}")
+        found.append(forecast)
+    return found, advise(found)
 
 
 def _say(text: str) -> None:
@@ -135,7 +140,7 @@ class Measured:
     device: str
 
 
-def _measure(args: argparse.Namespace) -> Measured | None:
+def measure(args: argparse.Namespace) -> Measured | None:
     """The link; None on the ranks that have nothing to say."""
     if args.link is not None:
         link = Link(args.ranks or 2, args.link * 1e6 / 8, 1e-3 * (0.5 if args.latency is None else args.latency))
@@ -189,92 +194,6 @@ def _backend(wish: str | None, ranks: int, local: int) -> tuple[str, str]:
     return backend, f"cuda:{local}"
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
-def model_shapes(args: argparse.Namespace, model_arguments: Sequence[str]) -> tuple[str, Shapes]:
-    """What the model is called, and the shapes of what is trained, by name."""
-    if args.checkpoint is not None:
-        from lightning_eff.merging import open_source
-
-        source = open_source(args.checkpoint)
-        again = {name for names in source.tied for name in names[1:]}
-        shapes = {name: spec.shape for name, spec in source.specs.items() if spec.averaged and name not in again}
-        # A checkpoint does not say which of its tensors are buffers, or frozen.
-        return f"{args.checkpoint}, all of its floating tensors", _not_empty(shapes)
-    if args.model is None and args.config is None:
-        return "GPT-2, no model was given", _gpt2()
-    module = _instantiate(args.model, model_arguments, args.config)
-    trained = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-    return type(module).__name__, _not_empty(trained)
-
-
-def _not_empty(shapes: Shapes) -> Shapes:
-    if not shapes:
-        raise ValueError("the model has no trainable parameters")
-    return shapes
-
-
-def _instantiate(model: str | None, arguments: Sequence[str], config: Path | None) -> torch.nn.Module:
-    """Build a LightningModule without its memory, where it allows that."""
-    need_jsonargparse("advise --model")
-    import lightning as L
-    import yaml  # type: ignore[import-untyped]
-    from jsonargparse import ArgumentParser
-
-    if os.getcwd() not in sys.path:  # as with `python -m`: a model in the current directory can be named
-        sys.path.insert(0, os.getcwd())
-    parser = ArgumentParser("lightning-eff advise", exit_on_error=False)
-    parser.add_subclass_arguments(L.LightningModule, "model", required=True)
-    settings: dict[str, object] | str | None = None
-    if config is not None:
-        found = yaml.safe_load(config.read_text())
-        settings = found.get("model") if isinstance(found, dict) else None
-        if settings is None:
-            raise UsageError(f"{config} is no config of LightningCLI: it holds no `model:`")
-        if model is not None:
-            given = settings if isinstance(settings, dict) else {}
-            settings = {"class_path": model, "init_args": given.get("init_args", given)}
-        elif isinstance(settings, dict) and "class_path" not in settings:
-            raise UsageError(f"{config} does not say the class of the model: name it with --model")
-    try:
-        chosen = model if settings is None else settings
-        text = chosen if isinstance(chosen, str) else json.dumps(chosen)
-        parsed = parser.parse_args([f"--model={text}", *arguments])
-        try:
-            with torch.device("meta"):
-                module = parser.instantiate_classes(parsed).model
-                module.configure_model()
-        except Exception:  # it reads its weights while it is built, or it cannot be built at all: then it says so below
-            module = parser.instantiate_classes(parsed).model
-            module.configure_model()
-    except (argparse.ArgumentError, ValueError, TypeError) as error:
-        # jsonargparse lists what it has tried, one below the other; the class's own complaint is the innermost.
-        raise UsageError(f"the model cannot be built: {complaint(_innermost(error), arguments)}") from error
-    assert isinstance(module, torch.nn.Module)
-    return module
-
-
-def _innermost(error: BaseException) -> str:
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return str(error)
-
-
-def _gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
-    shapes: dict[str, tuple[int, ...]] = {"wte": (vocabulary, width), "wpe": (context, width)}
-    for layer in range(layers):
-        for name, rows, columns in (
-            ("attn.c_attn", 3 * width, width),
-            ("attn.c_proj", width, width),
-            ("mlp.c_fc", 4 * width, width),
-            ("mlp.c_proj", width, 4 * width),
-        ):
-            shapes |= {f"h.{layer}.{name}.weight": (rows, columns), f"h.{layer}.{name}.bias": (rows,)}
-        shapes |= {f"h.{layer}.{name}": (width,) for name in ("ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias")}
-    return shapes | {"ln_f.weight": (width,), "ln_f.bias": (width,)}
-
-
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -314,13 +233,14 @@ def _show(
         ],
     )
     print()
-    for line in _conclusion(measured, compute, dense, found, advised):
+    for line in conclusion(measured, compute, dense, found, advised):
         print(line)
 
 
-def _conclusion(
+def conclusion(
     measured: Measured, compute: float | None, dense: Forecast, found: list[Forecast], advised: Forecast
 ) -> list[str]:
+    """The advice in sentences."""
     lines = []
     if advised is dense:
         others = [each for each in found if each is not dense]
@@ -346,9 +266,5 @@ def _conclusion(
             " step the gain is a smaller part."
         )
     if "of this machine" in measured.how:
-        lines.append("For the link between machines start it there: torchrun --nnodes=... -m lightning_eff advise")
+        lines.append("For the link between machines start it there: torchrun --nnodes=... -m lightning_eff advise link")
     return lines
-
-
-if __name__ == "__main__":
-    sys.exit(main())
