@@ -65,7 +65,7 @@ class UnitWatch:
         self.map = HeatMap(units.names) if heat_map else None
         self._state = GradESState(len(units.names), config).to(device)
         self._metric = MatrixMetric(units.tensors(), metric)
-        self._rule = [metric, config.tau_mode]
+        self._rule: list[str] = [metric, config.tau_mode]
         self._unfreeze = unfreeze
         self._scale: Tensor | None = None  # of the gradients that are kept
         self._elements = torch.tensor([units.elements(m.parameters) for m in units.matrices], device=device)
