@@ -1,17 +1,19 @@
-"""What the defaults of ZClip and MISA do on ten ordinary models in 300 steps, beside what they did before.
+"""What the defaults of ZClip, MISA and GradES do on ten ordinary models in 300 steps, beside what they did before.
 
     python -m benchmarks.defaults zclip   # three caps on healthy runs
     python -m benchmarks.defaults spike   # the same with a spike in the warm-up
     python -m benchmarks.defaults misa    # eta=1 and eta="auto": what importance decides
+    python -m benchmarks.defaults grades  # what is frozen, at a constant rate and at one that falls to 0
 
 Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1. A loss is
 the mean training loss of the last 50 steps; a GAN's is its judge's, which says nothing. Rows go to
-benchmarks/results/defaults_zclip.csv and defaults_misa.csv.
+benchmarks/results/defaults_zclip.csv, defaults_misa.csv and defaults_grades.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +25,7 @@ from benchmarks.defaults_models import MODELS, Gan, Task
 from benchmarks.rows import publish, show, write_rows
 from harness.recorders import Losses
 from harness.runs import begin, quiet_trainer
-from lightning_eff.callbacks import MISA, ZClip
+from lightning_eff.callbacks import MISA, GradES, ZClip
 
 STEPS, SEEDS, LAST = 300, (0, 1), 50
 SPIKE_STEP, SPIKE = 10, 100.0
@@ -48,6 +50,15 @@ class Norms(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+
+class Cosine(L.Callback):
+    """Lets the rate of each optimizer fall to 0 with the end of the run."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        done = (trainer.fit_loop.epoch_loop.total_batch_idx + 1) / STEPS
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            group["lr"] = group.setdefault("first_lr", group["lr"]) * (0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def train(name: str, seed: int, *callbacks: L.Callback) -> tuple[Task, L.Trainer, float]:
@@ -119,8 +130,34 @@ def _sampled(name: str, seed: int, callback: MISA) -> dict[str, float]:
     }
 
 
+def grades() -> None:
+    """Each rule on each model, beside training without."""
+    arms: dict[str, dict[str, Any]] = {
+        "grad_change, relative 0.5, before": {"metric": "grad_change", "tau_mode": "relative", "tau": 0.5},
+        "default": {},
+    }
+    rows = []
+    for name in MODELS:
+        for rate, extra in (("constant", []), ("cosine", [Cosine()])):
+            plain = _mean([train(name, seed, *extra)[2] for seed in SEEDS])
+            for arm, arguments in arms.items():
+                runs = [_frozen(name, seed, extra, GradES(**arguments)) for seed in SEEDS]
+                figures = {key: round(statistics.fmean(run[key] for run in runs), 3) for key in runs[0]}
+                losses = _mean([run["loss"] for run in runs])
+                rows.append({"model": name, "rate": rate, "rule": arm, **figures, "loss": losses, "loss_of_all": plain})
+                print(rows[-1], flush=True)
+    publish("What is frozen", "defaults_grades", rows)
+
+
+def _frozen(name: str, seed: int, extra: list[L.Callback], callback: GradES) -> dict[str, float]:
+    _, trainer, loss = train(name, seed, *extra, callback)
+    matrices = len(callback.state_dict()["watch"]["names"])
+    made = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return {"matrices": matrices, "share_frozen": len(callback.frozen) / matrices, "steps": made, "loss": loss}
+
+
 if __name__ == "__main__":
-    parts = {"zclip": lambda: zclip(spike=False), "spike": lambda: zclip(spike=True), "misa": misa}
+    parts = {"zclip": lambda: zclip(spike=False), "spike": lambda: zclip(spike=True), "misa": misa, "grades": grades}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
     parts[parser.parse_args().part]()

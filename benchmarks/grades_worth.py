@@ -44,17 +44,18 @@ class Watched(GradES):
     lowest = float("inf")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert self._watch is not None
-        assert self._watch.map is not None
-        late = [step > self.alpha * trainer.max_steps for step in self._watch.map.steps]
-        values = self._watch.map.values()[:, torch.tensor(late)]
+        assert self._fit is not None
+        assert self._fit.watch.map is not None
+        late = [step > self.alpha * trainer.max_steps for step in self._fit.watch.map.steps]
+        values = self._fit.watch.map.values()[:, torch.tensor(late)]
         self.lowest = float(values[values.isfinite()].min())
 
 
 ARMS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
-    "GradES, tau 0.95": lambda: [Watched(tau=0.95)],
-    "GradES, weight_change": lambda: [Watched(metric="weight_change")],
+    "GradES, tau 0.95": lambda: [Watched(metric="grad_change", tau_mode="relative", tau=0.95, heat_map=True)],
+    "GradES, weight_change": lambda: [Watched(metric="weight_change", tau_mode="relative", tau=0.5, heat_map=True)],
+    "GradES()": lambda: [Watched(heat_map=True)],
 }
 RATES = {"full": 1e-3, "lora": 5e-3}
 

@@ -214,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     methods = [
         TrainingGuard(),
         SpectralAlignmentMonitor(),
-        GradES(tau=0.9),  # of a matrix's own level: 1 would be as soon as its gradient gets no noisier
+        # Of a matrix's own level: 1 would be as soon as its gradient gets no noisier. The default waits for what has
+        # little left to gain, and here all goes on learning.
+        GradES(metric="grad_change", tau_mode="relative", tau=0.9),
         ZClip(),
         EMA(half_life=20, save="none"),
     ]

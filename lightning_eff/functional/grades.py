@@ -1,13 +1,15 @@
-"""GradES: which matrices have converged, by how much their gradients still change (arXiv 2509.01842).
+"""GradES: which matrices have converged, by what they can still gain or how their gradients change (arXiv 2509.01842).
 
 In a plain torch loop::
 
     matrices = {name: p for name, p in model.named_parameters() if p.ndim >= 2}
-    metric = MatrixMetric([{name: p} for name, p in matrices.items()], "grad_change")  # once
-    state = GradESState(len(matrices), GradESConfig(tau=0.5))
+    metric = MatrixMetric([{name: p} for name, p in matrices.items()], "gain")  # once
+    state = GradESState(len(matrices), GradESConfig(tau=0.02))
     ...
     loss.backward()
-    grades_update(metric.measure(), state, armed=step > total_steps // 2)        # every few steps, before the update
+    rates = dict.fromkeys(matrices, optimizer.param_groups[0]["lr"])
+    done = step / total_steps
+    grades_update(metric.measure(rates=rates), state, armed=done > 0.5, done=done)  # every few steps, before the update
     for parameter, settled in zip(matrices.values(), settled_units(state).isfinite().tolist()):
         ...
 
@@ -23,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_eff.arguments import check_choice, check_count, check_flag, check_number
+from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_number
 from lightning_eff.functional.gradients import (
     Sharding,
     as_real,
@@ -35,15 +37,25 @@ from lightning_eff.functional.gradients import (
 )
 from lightning_eff.kernels.tensor_stats import tensor_stats
 
-Metric = Literal["grad_change", "grad", "weight_change"]
-TauMode = Literal["relative", "absolute"]
+Metric = Literal["gain", "grad_change", "grad", "weight_change"]
+TauMode = Literal["remaining", "relative", "absolute"]
 
 MEMORY = 5
 """Observations that a running mean (a matrix's level, a signal to unfreeze) remembers; a level has at least as many."""
 
+SMOOTH = 10
+"""Observations that ``recent`` remembers, and that come before the first decision by ``"remaining"``.
+
+Where a model has learned its data, the gradient of a batch is that of its rare hard samples: from check to check it
+differs by more than its mean."""
+
+FALLEN = 0.5
+"""By ``"remaining"`` nothing is frozen that is not below this part of its own mean, however little of the run is left:
+a constant rate with constant gradients has not settled."""
+
 FIELDS = (
     "metric",  # the last observation, 0 before the first
-    "level",  # running mean of the metric in the grace period; fixed after it
+    "level",  # running mean of the metric: over all of the run, or in the grace period and fixed after it
     "count",  # observations
     "streak",  # observations below the threshold in a row, after the grace period
     "frozen",
@@ -51,6 +63,8 @@ FIELDS = (
     "baseline",  # the signal when the unit was frozen
     "rise",  # observations of the signal above `unfreeze_factor * baseline` in a row
     "reopened",  # times that it was unfrozen
+    "recent",  # running mean of the last observations
+    "earlier",  # what `recent` was at half of the grace period, for a forecast
 )
 INDEX = {name: index for index, name in enumerate(FIELDS)}
 
@@ -61,8 +75,9 @@ class GradESConfig:
 
     Args:
         tau: the threshold, > 0.
-        tau_mode: ``"relative"``: a fraction of the unit's own level, the mean of its last observations in the grace
-            period; ``"absolute"``: in units of the metric, as in the paper.
+        tau_mode: ``"remaining"``: the part of what a unit has had so far, summed over the run, that the rest of the run
+            would bring if it went on as it now is; ``"relative"``: a fraction of the unit's own level, the mean of its
+            last observations in the grace period; ``"absolute"``: in units of the metric, as in the paper.
         patience: observations below the threshold in a row, >= 1. Twice as many each time that it was unfrozen.
         unfreeze_factor: a frozen unit is to be unfrozen when its signal has been above this many times what it was
             at the freezing for ``patience`` observations, > 1; None: never.
@@ -72,7 +87,7 @@ class GradESConfig:
     """
 
     tau: float
-    tau_mode: TauMode = "relative"
+    tau_mode: TauMode = "remaining"
     patience: int = 3
     unfreeze_factor: float | None = None
 
@@ -125,7 +140,7 @@ class GradESState:
                     self["reopened"].index_add_(0, index, torch.ones_like(index, dtype=self.values.dtype))
 
 
-def grades_update(metric: Tensor, state: GradESState, *, armed: bool) -> Tensor:
+def grades_update(metric: Tensor, state: GradESState, *, armed: bool, done: float | None = None) -> Tensor:
     """Take one observation of each unit.
 
     NaN, infinity and exactly 0 (no gradient, a skipped step, an expert that was not asked) are no observations: they
@@ -135,38 +150,90 @@ def grades_update(metric: Tensor, state: GradESState, *, armed: bool) -> Tensor:
         metric: of shape (units,), as from ``MatrixMetric.measure``.
         state: changed in place.
         armed: whether the grace period is over.
+        done: the part of the run that is behind it, > 0, for ``tau_mode="remaining"``; None: a run without an end, of
+            which as much is to come as there was.
 
     Returns:
         The metric over its threshold, of shape (units,): below 1 is converged; NaN without an observation or threshold.
     """
     check_flag("armed", armed)
+    check_number("done", done, above=0, optional=True)
     state.to(metric.device)
     metric = metric.to(state.values.dtype)
-    level, count = state["level"], state["count"]
+    level, count, recent, mode = state["level"], state["count"], state["recent"], state.config.tau_mode
     seen = metric.isfinite() & (metric > 0) & (state["frozen"] == 0)
-    relative = state.config.tau_mode == "relative"
-    learned = count >= (MEMORY if relative else 1)
-    threshold = state.config.tau * level if relative else torch.full_like(level, state.config.tau)
-    ratio = torch.where(seen & learned, metric / threshold, torch.nan)
+    value = torch.where(seen, metric, 0.0)
+
+    def mean(of: Tensor, memory: int | None, learning: Tensor) -> Tensor:
+        keep = count / (count + 1)
+        if memory is not None:
+            keep = keep.clamp(max=1 - 1 / memory)
+        return torch.where(learning, keep * of + (1 - keep) * value, of)
+
+    recent.copy_(mean(recent, SMOOTH, seen))
+    if mode == "remaining":
+        learned = count >= SMOOTH
+        level.copy_(mean(level, None, seen))
+        ratio = _ratio(recent, level, state.config, done)
+    elif mode == "relative":
+        learned = count >= MEMORY
+        ratio = metric / (state.config.tau * level)
+        level.copy_(mean(level, MEMORY, seen & ~learned if armed else seen))
+    else:
+        learned = count >= 1
+        ratio = metric / state.config.tau
+        level.copy_(mean(level, MEMORY, seen))
+    ratio = torch.where(seen & learned, ratio, torch.nan)
     if armed:
         streak = torch.where(ratio < 1, state["streak"] + 1, 0.0)
         state["streak"].copy_(torch.where(seen, streak, state["streak"]))
-    if armed and relative:
-        learning = seen & ~learned
-    else:
-        learning = seen
-    keep = (count / (count + 1)).clamp(max=1 - 1 / MEMORY)
-    state["level"].copy_(torch.where(learning, keep * level + (1 - keep) * torch.where(seen, metric, 0.0), level))
     state["metric"].copy_(torch.where(seen, metric, state["metric"]))
-    state["count"].add_(seen)
+    count.add_(seen)
     return ratio
+
+
+def _ratio(recent: Tensor, level: Tensor, config: GradESConfig, done: Tensor | float | None) -> Tensor:
+    """By ``"remaining"``: what is to come over ``tau`` of what there was; and ``recent`` is far below its own mean."""
+    ahead = 1.0 if done is None else (1 - done) / done
+    if isinstance(ahead, Tensor):
+        return recent / level * (ahead / config.tau).clamp(min=1 / FALLEN)
+    return recent / level * max(ahead / config.tau, 1 / FALLEN)
 
 
 def settled_units(state: GradESState) -> Tensor:
     """For each unit that is to be frozen now its last metric over its level, NaN for all others; of shape (units,)."""
     needed = state.config.patience * torch.exp2(state["reopened"])
     settled = (state["streak"] >= needed) & (state["frozen"] == 0)
-    return torch.where(settled, state["metric"] / state["level"].clamp(min=torch.finfo(torch.float32).tiny), torch.nan)
+    last = state["recent" if state.config.tau_mode == "remaining" else "metric"]
+    return torch.where(settled, last / state["level"].clamp(min=torch.finfo(torch.float32).tiny), torch.nan)
+
+
+def grades_forecast(state: GradESState, done: float, since: float) -> Tensor:
+    """At which part of the run each unit will have settled, if its metric goes on falling as it has; of shape (units,).
+
+    The fall is taken as exponential, from ``earlier`` at ``since`` to ``recent`` now; a metric that has risen is taken
+    to stay. 0 for what is frozen already, infinity for what will not settle.
+
+    Args:
+        state: on whatever device; it is read, so that the host waits.
+        done: the part of the run that is behind it, in (0, 1).
+        since: the part that was when ``earlier`` was noted, in (0, ``done``).
+    """
+    check_number("done", done, above=0, below=1)
+    check_number("since", since, above=0, below=done)
+    values = state.values.to("cpu", torch.float64)
+    recent, earlier, level = (values[INDEX[name]] for name in ("recent", "earlier", "level"))
+    fall = torch.where((earlier > recent) & (recent > 0), (earlier / recent).log() / (done - since), 0.0)
+    when = torch.linspace(done, 1.0, 201, dtype=torch.float64)[:, None]
+    ahead = recent * torch.exp(-fall * (when - done))
+    if state.config.tau_mode == "remaining":
+        brought = torch.cat([torch.zeros_like(recent)[None], (ahead[1:] + ahead[:-1]).cumsum(0) / 2]) * (1 - done) / 200
+        settled = _ratio(ahead, (level * done + brought) / when, state.config, when) < 1
+    else:
+        settled = ahead < state.config.tau * (level if state.config.tau_mode == "relative" else 1.0)
+    settled &= values[INDEX["count"]] > 0
+    first = torch.where(settled.any(0), when[:, 0][settled.int().argmax(0)], torch.inf)
+    return torch.where(values[INDEX["frozen"]] != 0, 0.0, first)
 
 
 def grades_signal(signal: Tensor, state: GradESState) -> None:
@@ -217,10 +284,12 @@ def neighbour_signal(state: GradESState, ratio: Tensor, groups: Tensor) -> Tenso
 class MatrixMetric:
     """Measures the units in one pass over their gradients (or weights).
 
-    ``"grad_change"``: sum of |g - g'|, g' being the gradient at the measurement before (the paper's formula where every
-    step is measured); ``"grad"``: sum of |g|; ``"weight_change"``: sum of |w - w'| since the measurement before, as in
-    the authors' code. The first and the last keep one copy of what they measure, on the device and in its dtype; the
-    first measurement has nothing to compare with and gives NaN, as does the one after a non-finite gradient.
+    ``"gain"``: learning rate times the sum of |g|, by which a step of that size along the gradient's signs (as Adam's
+    about is) lowers the loss, to first order; ``"grad_change"``: sum of |g - g'|, g' being the gradient at the
+    measurement before (the paper's formula where every step is measured); ``"grad"``: sum of |g|; ``"weight_change"``:
+    sum of |w - w'| since the measurement before, as in the authors' code. The two changes keep one copy of what they
+    measure, on the device and in its dtype; their first measurement has nothing to compare with and gives NaN, as does
+    the one after a non-finite gradient.
 
     Complex tensors are taken as pairs of reals.
     With DTensors each rank measures and keeps its own part, and one all-reduce of (units,) numbers adds them up.
@@ -240,11 +309,17 @@ class MatrixMetric:
         self.copies: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def measure(self, members: Collection[int] | None = None) -> Tensor:
+    def measure(
+        self, members: Collection[int] | None = None, rates: Mapping[str, float | Tensor] | None = None
+    ) -> Tensor:
         """Of shape (units,), on the first parameter's device: the metric, NaN for units without a gradient.
 
         Args:
             members: the units to be measured, all by default; others are NaN. Equal on all ranks.
+            rates: the learning rate of each parameter by its name, for ``"gain"``; None: 1.
+
+        Raises:
+            ValueError: a parameter without a rate.
         """
         chosen = list(range(len(self.units)) if members is None else members)
         parts: dict[tuple[Sharding | None, torch.device], tuple[list[int], list[str], list[Tensor]]] = {}
@@ -269,13 +344,16 @@ class MatrixMetric:
             sums = torch.zeros(len(self.units), dtype=dtype, device=place)
             if tensors:
                 index = torch.tensor(owners).to(place, non_blocking=True)
-                sums.index_add_(0, index, self._sums(names, tensors).to(dtype))
+                each = self._sums(names, tensors).to(dtype)
+                if self.metric == "gain" and rates is not None:
+                    each = each * _rates(names, rates, each)
+                sums.index_add_(0, index, each)
             total += sum_over_ranks_(sums, sharding).to(device, non_blocking=True)
         return total
 
     def _sums(self, names: Sequence[str], tensors: Sequence[Tensor]) -> Tensor:
         """What the metric is of each tensor."""
-        if self.metric == "grad":
+        if self.metric in ("gain", "grad"):
             return tensor_stats(tensors).l1
         copies = []
         for name, tensor in zip(names, tensors, strict=True):
@@ -303,6 +381,15 @@ class MatrixMetric:
         """Go on from saved copies; they move to the device at the next measurement."""
         names = {name for unit in self.units for name in unit}
         self.copies = {name: copy.clone() for name, copy in state.items() if name in names}
+
+
+def _rates(names: Sequence[str], rates: Mapping[str, float | Tensor], like: Tensor) -> Tensor:
+    missing = next((name for name in names if name not in rates), None)
+    check("rates", rates, missing is None, f"a learning rate for each parameter, and {missing!r} has none")
+    chosen = [rates[name] for name in names]
+    if any(isinstance(rate, Tensor) for rate in chosen):  # as of a capturable optimizer
+        return torch.stack([torch.as_tensor(rate).detach().to(like) for rate in chosen])
+    return torch.tensor(chosen, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _local(parameter: Tensor) -> Tensor:

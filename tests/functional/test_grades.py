@@ -9,10 +9,13 @@ import torch
 
 from harness.operators import OperatorCounter
 from lightning_eff.functional.grades import (
+    FALLEN,
     MEMORY,
+    SMOOTH,
     GradESConfig,
     GradESState,
     MatrixMetric,
+    grades_forecast,
     grades_signal,
     grades_update,
     neighbour_signal,
@@ -152,7 +155,7 @@ def test_nothing_is_decided_in_the_grace_period():
 
 
 def test_a_relative_threshold_is_the_level_of_the_last_observations():
-    state = GradESState(2, GradESConfig(tau=0.5, patience=1))
+    state = GradESState(2, GradESConfig(tau=0.5, tau_mode="relative", patience=1))
     level = torch.zeros(2, dtype=torch.float64)
     values = torch.tensor([100.0, 10.0, 8.0, 8.0, 8.0, 8.0, 9.0], dtype=torch.float64)
     for count, value in enumerate(values):
@@ -170,7 +173,7 @@ def test_a_relative_threshold_is_the_level_of_the_last_observations():
 
 
 def test_a_level_takes_five_observations_even_without_a_grace_period():
-    at, state = _feed([1.0] * MEMORY + [0.4], tau=0.5, patience=1)
+    at, state = _feed([1.0] * MEMORY + [0.4], tau=0.5, tau_mode="relative", patience=1)
     assert at == MEMORY
     assert state["level"].item() == 1.0
 
@@ -213,7 +216,7 @@ def test_a_unit_is_reopened_when_its_signal_has_risen_and_needs_more_patience_th
 
 
 def test_the_signal_of_neighbours_is_their_mean_metric_over_level():
-    state = GradESState(5, GradESConfig(tau=1.0, patience=1))
+    state = GradESState(5, GradESConfig(tau=1.0, tau_mode="relative", patience=1))
     for _ in range(MEMORY):
         grades_update(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), state, armed=False)
     state.mark([0, 4])
@@ -274,3 +277,97 @@ def test_the_backward_pass_is_cut_behind_what_is_frozen_first():
     assert backward_flops(model) == 2 * head  # behind the layer's bias
     model[2].requires_grad_(False)
     assert backward_flops(model) == head
+
+
+# --- what is left to gain ------------------------------------------------------------------------------------------
+
+
+def _settles(values, tau, patience=1, steps=100):
+    """The check, counted from 0, at which a unit settles by ``"remaining"``: plainly, in Python's floats."""
+    recent = level = 0.0
+    streak = 0
+    for check, value in enumerate(values):
+        keep = check / (check + 1)
+        level = keep * level + (1 - keep) * value
+        keep = min(keep, 1 - 1 / SMOOTH)
+        recent = keep * recent + (1 - keep) * value
+        done = (check + 1) / steps
+        settled = recent * (1 - done) < tau * level * done and recent < FALLEN * level and check >= SMOOTH
+        streak = streak + 1 if settled else 0
+        if streak == patience:
+            return check
+    return None
+
+
+def _remaining(values, tau, patience=1, steps=100):
+    state = GradESState(1, GradESConfig(tau=tau, patience=patience))
+    for check, value in enumerate(values):
+        grades_update(torch.tensor([value], dtype=torch.float64), state, armed=True, done=(check + 1) / steps)
+        if settled_units(state).isfinite().item():
+            return check
+    return None
+
+
+DECAYS = {
+    "exponential": [math.exp(-0.08 * check) for check in range(100)],
+    "cosine": [1e-6 * (1 + math.cos(math.pi * check / 100)) for check in range(100)],
+    "linear, noisy": [1e6 * (100 - check) * (0.2 + check % 7) for check in range(100)],
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+@pytest.mark.parametrize(("tau", "patience"), [(0.02, 1), (0.02, 3), (0.1, 3)])
+def test_a_matrix_settles_when_little_is_left_to_gain(name, tau, patience):
+    expected = _settles(DECAYS[name], tau, patience)
+    assert expected is not None
+    assert SMOOTH < expected < 99
+    assert _remaining(DECAYS[name], tau, patience) == expected
+
+
+def test_what_goes_on_as_before_never_settles_however_little_is_left():
+    assert _remaining([1.0] * 100, tau=0.5) is None
+    assert _remaining([1.0] * 50 + [0.6] * 50, tau=0.5) is None
+    fallen = [1.0] * 80 + [0.3] * 20
+    assert 80 < _remaining(fallen, tau=0.1) == _settles(fallen, 0.1) < 99
+
+
+def test_without_an_end_as_much_is_to_come_as_there_was():
+    state = GradESState(1, GradESConfig(tau=0.1, patience=1))
+    for value in (1.0,) * 20 + (0.01,) * 9:
+        ratio = grades_update(torch.tensor([value], dtype=torch.float64), state, armed=True)
+    assert ratio.item() == pytest.approx(state["recent"].item() / state["level"].item() / 0.1)
+
+
+def test_the_gain_is_the_rate_times_the_gradient():
+    parameters = _parameters()
+    _set_grads(parameters, 3)
+    metric = MatrixMetric(_units(parameters), "gain")
+    rates = {name: torch.tensor(0.5) if name == "b" else 0.25 for name in parameters}
+    factors = {name: float(rates[name]) for name in parameters}
+    expected = _sum({name: factors[name] * p.grad.double() for name, p in parameters.items()})
+    torch.testing.assert_close(metric.measure(rates=rates).tolist(), expected, rtol=1e-5, atol=0.0)
+    assert not metric.copies
+    torch.testing.assert_close(metric.measure().tolist(), _sum({n: p.grad for n, p in parameters.items()}))
+    with pytest.raises(ValueError, match=r"rates=.*a learning rate for each parameter, and 'a' has none"):
+        metric.measure(rates={"b": 1.0, "c": 1.0})
+
+
+@pytest.mark.parametrize("mode", ["remaining", "relative", "absolute"])
+def test_a_forecast_is_when_it_settles_if_the_fall_goes_on(mode):
+    rates = torch.tensor([0.0, 6.0, 9.0, 12.0], dtype=torch.float64)
+    config = GradESConfig(tau=0.05 if mode != "absolute" else 0.01, tau_mode=mode, patience=1)
+    state, at = GradESState(4, config), [math.inf] * 4
+    for check in range(1, 1001):
+        done = check / 1000
+        grades_update(torch.exp(-rates * done), state, armed=done > 0.4, done=done)
+        if check == 200:
+            state["earlier"].copy_(state["recent"])
+        if check == 400:
+            forecast = grades_forecast(state, 0.4, 0.2)
+        for unit in settled_units(state).isfinite().nonzero().flatten().tolist():
+            at[unit] = min(at[unit], done)
+    assert at[0] == math.inf
+    assert all(0.4 < each < 1 for each in at[2:])
+    assert forecast.tolist() == pytest.approx(at, abs=0.02)
+    state.mark([1])
+    assert grades_forecast(state, 0.4, 0.2)[1] == 0.0

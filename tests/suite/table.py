@@ -332,8 +332,10 @@ ROWS = (
     ),
     Row(
         GradES,
+        # The default asks for ten checks before its first decision, more than these runs have.
         {
             "tau": 5.0,
+            "tau_mode": "relative",
             "alpha": 0.2,
             "every_n_steps": 1,
             "patience": 1,

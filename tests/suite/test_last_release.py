@@ -106,10 +106,13 @@ def _recorded(name: str, rank: int) -> dict[str, Any]:
 
 
 def _without_versions(end: dict[str, Any]) -> dict[str, Any]:
-    """As 0.1 has it."""
+    """As 0.1 has it, without what has been added since."""
     for states in (end["callbacks"], end["ranks"]):
         for owner, state in states.items():
             states[owner] = {key: value for key, value in state.items() if key != "version"}
+    if (grades := end["callbacks"].get("GradES")) is not None:
+        del grades["noted"], grades["foretold"], grades["watch"]["rule"]  # for the forecast; by which rule it was
+        grades["watch"]["values"] = grades["watch"]["values"][:9]
     if sampler := end["callbacks"].get("MISA", {}).get("sampler"):
         del sampler["drawn"]  # counted since, for what is said at the end
     return end

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_globs, check_number
 from lightning_eff.callbacks.grades.freezing import NEW, Freezing
-from lightning_eff.callbacks.grades.progress import fraction_done
+from lightning_eff.callbacks.grades.progress import fraction_done, rising_again
 from lightning_eff.callbacks.grades.watch import Unfreeze, charts
 from lightning_eff.functional.grades import GradESConfig, Metric, TauMode
 from lightning_eff.training.host_copy import HostCopy
@@ -27,29 +27,33 @@ _COPIES = "lightning_eff_grades"  # in the checkpoint, where the ranks are equal
 
 
 class GradES(Callback):
-    """Freezes each weight matrix once its gradient has settled, and ends the training when all have.
+    """Freezes each weight matrix once it has little left to gain, and ends the training when all are frozen.
 
     A frozen matrix gets no gradient: its part of the backward pass, of the reduction between ranks and of the
     optimizer's step is really left out. Gradients still flow through it to the layers before.
 
     Runs in: ``on_before_optimizer_step`` every ``every_n_steps``; events in ``on_train_batch_end``, a step later.
-    Reads: the gradients of the matrices that are not frozen (``metric="weight_change"``: their weights), once a check.
+    Reads: the gradients of the matrices that are not frozen (``metric="weight_change"``: their weights) and the
+        learning rate, once a check.
     Changes: ``requires_grad``; with ``release_state`` the optimizer's state; ``trainer.should_stop``.
     Collectives: those of ``set_trainable`` at an event; a check one small one on FSDP2, and with ``unfreeze="loss"``.
-    Host syncs: after the grace period one read a check, of values that were queued a step before.
+    Host syncs: after the grace period one read a check, of values that were queued a step before; one for the forecast.
     Strategies: one device, DDP and its kin without ``static_graph``, ``ddp_ft``, FSDP2 and tensor parallelism.
 
     Args:
-        tau: a matrix whose metric stays below is frozen, > 0; a fraction of its level, or with
-            ``tau_mode="absolute"`` in units of the metric: never carry such a number over to another metric, model,
-            batch size or learning rate.
+        tau: a matrix is frozen when its metric stays below, > 0; what the number means says ``tau_mode``.
         alpha: grace period, as a fraction of the run, in [0, 1): nothing is frozen in it.
-        metric: ``"grad_change"``: sum of absolute differences to the gradient at the check before (the paper's formula
-            where every step is a check); ``"grad"``: sum of absolute values; ``"weight_change"``: sum of the absolute
-            changes of the weights since the check before (the authors' code; it falls with the learning rate alone).
-            All but ``"grad"`` keep one copy of what they watch, in memory and in the checkpoint.
-        tau_mode: ``"relative"`` to the matrix's own level, the mean of its last five checks in the grace period, or
-            ``"absolute"``, as in the paper.
+        metric: ``"gain"``: learning rate times the gradient's sum of absolute values, by which a step of that size
+            along its signs lowers the loss; ``"grad_change"``: sum of absolute differences to the gradient at the check
+            before (the paper's formula where every step is a check); ``"grad"``: sum of absolute values;
+            ``"weight_change"``: sum of the absolute changes of the weights since the check before (the authors' code;
+            it falls with the learning rate alone). The two changes keep one copy of what they watch, in memory and in
+            the checkpoint.
+        tau_mode: ``"remaining"``: a matrix has settled when the rest of the run, if its metric stayed at the mean of
+            the last ten checks, would bring less than ``tau`` of what the run has brought so far, and that mean is
+            below half of the mean of all its checks; ``"relative"``: when its metric is below ``tau`` times its level,
+            the mean of its last five checks in the grace period; ``"absolute"``: in units of the metric, as in the
+            paper: never carry such a number over to another metric, model, batch size or learning rate.
         every_n_steps: optimizer steps from check to check, >= 1.
         patience: checks below the threshold in a row, >= 1.
         include: globs on the names of parameters to watch; None: the matrices inside repeated blocks. Embeddings, heads
@@ -78,19 +82,22 @@ class GradES(Callback):
     for each event (``grades/events``) and the heat map (``grades/heat_map``), which any other logger has as a PNG file
     beside its own.
 
+    At half of the run (at the end of a longer grace period) a line says what freezing will save in it, if rate and
+    gradients go on falling as they have since a quarter; at the end one says what was saved, or why nothing was.
+
     After the fit all parameters are unfrozen again. ``trainer.fit`` on the same objects goes on where it was; with a
     new model and Trainer the callback starts anew.
 
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in ``setup``, for a strategy or another callback that does not go with it; at the
-            start of ``fit``, for patterns that select nothing, and for a Trainer without a limit that ``alpha`` or
-            ``max_events`` could be a fraction of.
+            start of ``fit``, for patterns that select nothing, for a Trainer without a limit that ``alpha`` or
+            ``max_events`` could be a fraction of, and for ``"gain"`` with a scheduler that raises the rate again.
 
     Example:
         >>> import lightning as L
         >>> from lightning_eff.callbacks import GradES
-        >>> trainer = L.Trainer(max_steps=1, callbacks=[GradES(tau=0.5, every_n_steps=20)], logger=False)
+        >>> trainer = L.Trainer(max_steps=1, callbacks=[GradES(every_n_steps=20)], logger=False)
 
     Source: Wen et al., "GradES: Significantly Faster Training in Transformers with Gradient-Based Early Stopping",
     arXiv 2509.01842. What the authors' code does otherwise, and why, is in the method's card.
@@ -100,10 +107,10 @@ class GradES(Callback):
 
     def __init__(
         self,
-        tau: float = 0.5,
+        tau: float = 0.02,
         alpha: float = 0.5,
-        metric: Metric = "grad_change",
-        tau_mode: TauMode = "relative",
+        metric: Metric = "gain",
+        tau_mode: TauMode = "remaining",
         every_n_steps: int = 10,
         patience: int = 3,
         include: list[str] | None = None,
@@ -163,7 +170,7 @@ class GradES(Callback):
         check_trainable_support(trainer)
         refuse_other_deciders(trainer, self)
         allow_absent_states(trainer.strategy)
-        if not is_a(trainer.strategy, ModelParallelStrategy) or self.metric == "grad":
+        if not is_a(trainer.strategy, ModelParallelStrategy) or self.metric in ("gain", "grad"):  # no copies
             self._rank_state = None
             return
         if self._rank_state is None:
@@ -174,6 +181,11 @@ class GradES(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.release_state:
             check_release_support(trainer.optimizers, again=self.unfreeze is not None)
+        if self.metric == "gain" and (rising := rising_again(trainer)):
+            raise MisconfigurationException(
+                f"GradES(metric='gain') takes a rate that has fallen for one that stays low, and {rising} raises it "
+                "again: set metric='grad', which leaves the rate out"
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,11 +239,11 @@ class GradES(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {**(self._saved if self._fit is None else self._fit.state_dict()), "version": 1}
+        return {**(self._saved if self._fit is None else self._fit.state_dict()), "version": 2}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version("GradES", state_dict, known=1)
+        check_version("GradES", state_dict, known=2)
         self._saved = dict(state_dict)
 
     def _copies(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_eff.callbacks.grades.forecast import at_half_time, frozen_at, saving
 from lightning_eff.callbacks.grades.progress import fraction_done, may_stop, passed_slots
 from lightning_eff.callbacks.grades.units import FreezableUnits
 from lightning_eff.callbacks.grades.watch import UnitWatch, mean_loss
@@ -23,7 +25,9 @@ from lightning_eff.training.trainer import applied_scale, optimizer_index, tenso
 if TYPE_CHECKING:
     from lightning_eff.callbacks.grades.callback import GradES
 
-NEW: dict[str, Any] = {"step": 0, "attempts": [], "slots": 0, "decided": False, "watch": None}
+NEW: dict[str, Any] = {
+    "step": 0, "attempts": [], "slots": 0, "decided": False, "noted": None, "foretold": False, "watch": None
+}  # fmt: skip
 """The state of a run that has not begun."""
 
 
@@ -64,6 +68,10 @@ class Freezing:
         self.attempts: list[int] = []  # steps of each optimizer
         self.stepped = self.checked = self.armed = False  # in this batch
         self.decision: HostCopy | None = None  # of a check before this step
+        self.half = max(settings.alpha, 0.5)
+        self.noted: float | None = None  # the part of the run at which the metric was noted for the forecast
+        self.foretold = False
+        self._outlook: HostCopy | None = None  # what the forecast is made from, of a check before this step
         self._frozen: dict[str, nn.Parameter] = {}  # parameters by name
         self.load_state_dict(state, copies)
 
@@ -80,7 +88,10 @@ class Freezing:
         done = fraction_done(self.trainer, step + 1)
         self.armed = alpha == 0 or (done is not None and done > alpha)
         scale = applied_scale(self.trainer, optimizer)
-        self.checked |= self.watch.check(index, scale, armed=self.armed, step=step)
+        self.checked |= self.watch.check(optimizer, index, scale, armed=self.armed, done=done, step=step)
+        if done is not None and self.noted is None and done >= self.half / 2:
+            self.noted = done
+            self.watch.note()
 
     def end_step(self, outputs: Any) -> bool:
         """Act on the decision of a step before, and queue this step's; False in the middle of an accumulation."""
@@ -92,11 +103,16 @@ class Freezing:
         if checked and self.settings.unfreeze == "loss":
             self.watch.hear_loss(mean_loss(self.trainer, outputs))
         decision, self.decision = self.decision, None
+        outlook, self._outlook = self._outlook, None
         if decision is not None:
             self._act(decision)
+        if outlook is not None:
+            self._foretell(outlook)
         if checked and self.armed:
             # Read when the next step has been made: the device has long come so far by then.
             self.decision = self.watch.decide()
+        if checked and not self.foretold and (self.fraction or 0.0) >= self.half:
+            self._outlook = self.watch.outlook()
         return True
 
     def scalars(self) -> dict[str, float | Tensor]:
@@ -183,13 +199,45 @@ class Freezing:
         for board in tensorboards(self.trainer):
             board.add_text("grades/events", text + names, step)
 
+    @property
+    def fraction(self) -> float | None:
+        """Which part of the run is behind it; None in a run without a limit."""
+        return fraction_done(self.trainer, self.trainer.global_step)
+
+    def _weights(self) -> list[float]:
+        """The part of a backward pass's products that freezing each unit leaves out."""
+        whole = self.flops[0]
+        return [2 * self.units.elements(each.parameters) / whole if whole else 0.0 for each in self.units.matrices]
+
+    def _foretell(self, outlook: HostCopy) -> None:
+        """Say once what freezing will save in this run."""
+        done, settings, total = self.fraction, self.settings, len(self.units.names)
+        self.foretold = True
+        if done is None or self.noted is None or not self.noted < done < 1:
+            return
+        parts = {name: step / self.step * done for name, step in self.watch.frozen.items()}
+        settled = self.watch.forecast(outlook, done, self.noted)
+        ends = self.may_end and self.limit == total
+        times = frozen_at(settled, settings.alpha, settings.max_events, ends)
+        times = [parts.get(name, max(time, done)) for name, time in zip(self.units.names, times, strict=True)]
+        text = at_half_time(saving(times, self._weights(), self.limit, self.may_end), total, self.step, done)
+        rank_zero_info(text)
+        for board in tensorboards(self.trainer):
+            board.add_text("grades/forecast", text, self.step)
+
     def end(self) -> None:
-        """Say why nothing was frozen, else a user looks for a mistake of his own; draw the picture."""
-        watch, settings = self.watch, self.settings
+        """Say what was saved, or why nothing was, else a user looks for a mistake of his own; draw the picture."""
+        watch, settings, done = self.watch, self.settings, self.fraction
         if self.armed and not watch.frozen:
             rank_zero_info(f"GradES froze nothing of {len(self.units.names)} matrices: {watch.why_none()}")
+        elif watch.frozen and done:
+            parts = [watch.frozen.get(name, math.inf) / self.step * done for name in self.units.names]
+            saved = saving(parts, self._weights(), self.limit, may_end=False, end=done)
+            nothing = "" if saved.worth_it else ", next to nothing: in a run like this leave it out"
+            rank_zero_info(f"GradES froze {watch.count()}, which saved {saved.words()}{nothing}")
         if watch.map is not None:
-            unit = "over its level" if settings.config.tau_mode == "relative" else "per element"
+            units = {"remaining": "over its mean", "relative": "over its level", "absolute": "per element"}
+            unit = units[settings.config.tau_mode]
             title = f"GradES: {settings.metric} of each matrix, {unit}"
             watch.map.publish(self.trainer, "grades/heat_map", title, scale="log", missing="frozen")
 
@@ -211,6 +259,8 @@ class Freezing:
             "attempts": list(self.attempts),
             "slots": self.slots,
             "decided": self.decision is not None,
+            "noted": self.noted,
+            "foretold": self.foretold,
             "watch": self.watch.state_dict(by_reference=by_reference),
         }
 
@@ -219,6 +269,8 @@ class Freezing:
         count = len(self.trainer.optimizers)
         self.step, self.slots = state["step"], state["slots"]
         self.attempts = list(state["attempts"]) if len(state["attempts"]) == count else [0] * count
+        self.noted, self.foretold = state.get("noted"), state.get("foretold", False)  # 0.1 had neither
+        self._outlook = None
         self.stepped = self.checked = self.armed = False
         if state["watch"] is not None:
             self.watch.load_state_dict(state["watch"], copies)

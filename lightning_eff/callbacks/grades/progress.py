@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning.pytorch import Trainer
+from torch.optim import lr_scheduler
 
 
 def fraction_done(trainer: Trainer, steps: int) -> float | None:
@@ -34,6 +36,28 @@ def passed_slots(done: float, start: float, count: int) -> int:
         [0, 0, 1, 4, 4]
     """
     return max(0, min(count, int((done - start) / (1 - start) * (count + 1) + 1e-9)))
+
+
+def next_slot(done: float, start: float, count: int) -> float:
+    """The first of these times that is not before ``done``; infinity behind the last.
+
+    Example:
+        >>> [next_slot(done, 0.5, 4) for done in (0.2, 0.6, 0.65, 0.95)]
+        [0.6, 0.6, 0.7, inf]
+    """
+    number = max(1, math.ceil((done - start) / (1 - start) * (count + 1) - 1e-9))
+    return start + number * (1 - start) / (count + 1) if number <= count else math.inf
+
+
+def rising_again(trainer: Trainer) -> str | None:
+    """The class of a scheduler that is made to raise the rate after it has let it fall; None: there is none known."""
+    found: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+    while found:
+        scheduler = found.pop()
+        if isinstance(scheduler, lr_scheduler.CosineAnnealingWarmRestarts | lr_scheduler.CyclicLR):
+            return type(scheduler).__name__
+        found.extend(getattr(scheduler, "_schedulers", ()))  # of SequentialLR and ChainedScheduler
+    return None
 
 
 def may_stop(trainer: Trainer) -> bool:

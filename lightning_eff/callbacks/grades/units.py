@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_eff.structure import clean_named_parameters, find_blocks, select_matrices
@@ -42,6 +42,8 @@ class FreezableUnits:
         reshard(module)
         self.parameters = clean_named_parameters(module)
         stepped = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+        numbered = [pair for o in optimizers for pair in enumerate(o.param_groups)]
+        groups = {id(p): number for number, group in numbered for p in group["params"]}
         self.trained = {name for name, p in self.parameters.items() if p.requires_grad and id(p) in stepped}
         try:
             selected = select_matrices(module, include, exclude)
@@ -58,6 +60,7 @@ class FreezableUnits:
         refuse_sparse_gradients(module, watched, "GradES")
         self.optimizer = [stepped[id(self.parameters[matrix.parameters[0]])] for matrix in self.matrices]
         """The optimizer's number of each unit."""
+        self._group = {name: groups[id(self.parameters[name])] for each in self.matrices for name in each.parameters}
         self._prefix: list[str] = []
         self._blocks: list[str] = []
         if prefix is not None:
@@ -71,6 +74,16 @@ class FreezableUnits:
     def tensors(self) -> list[dict[str, nn.Parameter]]:
         """The parameters of each unit, by name."""
         return [{name: self.parameters[name] for name in matrix.parameters} for matrix in self.matrices]
+
+    def rates(self, optimizer: Optimizer) -> dict[str, float | Tensor]:
+        """The present learning rate of each parameter in the units, by name; 1 where a group has none of its own.
+
+        Args:
+            optimizer: one of the Trainer's; for parameters of another the rates mean nothing.
+        """
+        found = [group.get("lr") for group in optimizer.param_groups]
+        rates = [1.0 if rate is None else rate for rate in found]  # an Adafactor that finds its own has None
+        return {name: rates[number] for name, number in self._group.items() if number < len(rates)}
 
     def frozen_parameters(self, units: Collection[str]) -> set[str]:
         """The names of the parameters that are not trained when these units are frozen.

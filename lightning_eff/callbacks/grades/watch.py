@@ -10,14 +10,20 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_eff.callbacks.grades.units import FreezableUnits
 from lightning_eff.functional.grades import (
+    FALLEN,
+    FIELDS,
+    INDEX,
     MEMORY,
+    SMOOTH,
     GradESConfig,
     GradESState,
     MatrixMetric,
     Metric,
+    grades_forecast,
     grades_signal,
     grades_update,
     neighbour_signal,
@@ -59,38 +65,58 @@ class UnitWatch:
         self.map = HeatMap(units.names) if heat_map else None
         self._state = GradESState(len(units.names), config).to(device)
         self._metric = MatrixMetric(units.tensors(), metric)
+        self._rule: list[str] = [metric, config.tau_mode]
         self._unfreeze = unfreeze
         self._scale: Tensor | None = None  # of the gradients that are kept
         self._elements = torch.tensor([units.elements(m.parameters) for m in units.matrices], device=device)
         numbers = {matrix.block: number for number, matrix in enumerate(units.matrices)}
         self._blocks = torch.tensor([numbers[matrix.block] for matrix in units.matrices], device=device)
 
-    def check(self, optimizer: int, scale: Tensor | None, *, armed: bool, step: int) -> bool:
+    def check(
+        self, optimizer: Optimizer, index: int, scale: Tensor | None, *, armed: bool, done: float | None, step: int
+    ) -> bool:
         """Measure the units of one optimizer that are not frozen; False if there is none.
 
         Args:
-            optimizer: its number.
+            optimizer: whose step is due.
+            index: its number.
             scale: what the gradients are multiplied by, 0-d; None for nothing.
             armed: whether the grace period is over.
+            done: the part of the run that is behind it, with this step; None: a run without an end.
             step: for the picture.
         """
         owners = zip(self.units.names, self.units.optimizer, strict=True)
-        members = [unit for unit, (name, owner) in enumerate(owners) if owner == optimizer and name not in self.frozen]
+        members = [unit for unit, (name, owner) in enumerate(owners) if owner == index and name not in self.frozen]
         if not members:
             return False
         state = self._state
-        metric = self._metric.measure(members)
+        rates = self.units.rates(optimizer) if self._metric.metric == "gain" else None
+        metric = self._metric.measure(members, rates)
         if scale is not None and self._metric.metric != "weight_change":
-            if self._scale is not None:  # the difference of gradients of two scales says nothing
+            if self._scale is not None and self._metric.metric == "grad_change":
+                # The difference of gradients of two scales says nothing.
                 metric = torch.where(scale == self._scale.to(scale), metric, torch.nan)
             metric = metric / scale
             self._scale = scale.detach().clone()
-        ratio = grades_update(metric, state, armed=armed)
+        ratio = grades_update(metric, state, armed=armed, done=done)
         if self._unfreeze == "neighbours":
             grades_signal(neighbour_signal(state, ratio, self._blocks), state)
         if self.map is not None:
-            self.map.add(step, metric / (state["level"] if state.config.tau_mode == "relative" else self._elements))
+            self.map.add(step, metric / (self._elements if state.config.tau_mode == "absolute" else state["level"]))
         return True
+
+    def note(self) -> None:
+        """Keep what the metric is now, for a forecast later."""
+        self._state["earlier"].copy_(self._state["recent"])
+
+    def outlook(self) -> HostCopy:
+        """Send to the host what a forecast is made from."""
+        return HostCopy(self._state.values)
+
+    def forecast(self, outlook: HostCopy, done: float, since: float) -> list[float]:
+        """At which part of the run each unit will have settled, infinity for never; see ``grades_forecast``."""
+        state = GradESState(self._state.units, self._state.config, outlook.read())
+        return grades_forecast(state, done, since).tolist()
 
     def hear_loss(self, loss: Tensor) -> None:
         """Take the loss, 0-d and equal on all ranks, as what speaks for unfreezing."""
@@ -133,9 +159,10 @@ class UnitWatch:
     def why_none(self) -> str:
         """Why no unit has been frozen, in words. Waits for the device, once."""
         config = self._state.config
-        relative = config.tau_mode == "relative"
-        first = MEMORY if relative else 1  # observations before the first that is compared with a threshold
-        names = ("count", "metric", "level", "streak")
+        relative = config.tau_mode != "absolute"
+        # Observations before the first that is compared with a threshold.
+        first = {"remaining": SMOOTH, "relative": MEMORY, "absolute": 1}[config.tau_mode]
+        names = ("count", "recent" if config.tau_mode == "remaining" else "metric", "level", "streak")
         rows = zip(*torch.stack([self._state[name] for name in names]).tolist(), self.units.names, strict=True)
         seen = [(int(count), m / level if relative else m, int(streak), name) for count, m, level, streak, name in rows
                 if count]  # fmt: skip
@@ -147,12 +174,18 @@ class UnitWatch:
         compared = [(-streak, value, name) for count, value, streak, name in seen if count > first]
         streak, value, name = min(compared)
         at = f"{name}, the most settled, was at {value:.3g}{' of its level' if relative else ''} at its last check"
-        below, needed = f"below tau={config.tau:g}", f"patience={config.patience}"
+        below, needed, pays = f"below tau={config.tau:g}", f"patience={config.patience}", ""
+        if config.tau_mode == "remaining":
+            at = f"{name}, the most settled, was at {value:.3g} of its mean over the run at its last checks"
+            below = (
+                f"below {FALLEN:g} of it, the rest of the run good for less than tau={config.tau:g} of what there was,"
+            )
+            pays = ". GradES pays where the rate decays to 0 or the data are learned; in a run like this leave it out"
         if -streak >= config.patience:
             return f"{at} and had settled, but the run ended before the next of max_events was due"
         if streak:
             return f"{at}, {below}, but only for {-streak} in a row, and {needed} are asked for"
-        return f"{at}, and after the grace period a matrix has to be {below} for {needed} checks in a row"
+        return f"{at}, and after the grace period a matrix has to be {below} for {needed} checks in a row{pays}"
 
     def scalars(self, each: bool) -> dict[str, float | Tensor]:
         """What is logged; with ``each`` also the metric of every matrix."""
@@ -182,6 +215,7 @@ class UnitWatch:
             scale = None if scale is None else scale.to("cpu", copy=True)
         return {
             "names": list(self.units.names),
+            "rule": self._rule,
             "values": values,
             "frozen": dict(self.frozen),
             "scale": scale,
@@ -194,15 +228,37 @@ class UnitWatch:
         lost = [name for name in state["names"] if name not in names]
         if lost:
             warnings.warn(f"GradES watches {len(lost)} saved matrices no longer, such as {lost[0]!r}", stacklevel=2)
+        values = _of_rule(state, self._rule)
         self._state.values.zero_()
         for old, name in enumerate(state["names"]):
             if name in names:
-                self._state.values[:, names.index(name)] = state["values"][:, old]
+                self._state.values[:, names.index(name)] = values[:, old]
         self.frozen = {name: step for name, step in state["frozen"].items() if name in names}
         self._scale = state["scale"]
         self._metric.load_state_dict(copies)
         if self.map is not None and state["map"] is not None:
             self.map.load_state_dict(state["map"])
+
+
+def _of_rule(state: Mapping[str, Any], rule: list[str]) -> Tensor:
+    """The saved values, as a run by ``rule`` (metric, tau_mode) goes on from them.
+
+    Version 1 of the state did not say by which rule it was, and had neither of today's defaults nor the last rows.
+    """
+    old: Tensor = state["values"]
+    values = torch.cat([old, old.new_zeros(len(FIELDS) - len(old), old.shape[1])])
+    if len(old) <= INDEX["recent"]:
+        values[INDEX["recent"]] = values[INDEX["metric"]]
+    same = state["rule"] == rule if "rule" in state else rule[0] != "gain" and rule[1] != "remaining"
+    if not same:
+        warnings.warn(
+            f"GradES goes on by metric={rule[0]!r}, tau_mode={rule[1]!r}, and the checkpoint is of another rule: what "
+            "is frozen stays so, and what is usual for each matrix is learned anew",
+            stacklevel=2,
+        )
+        for name in ("metric", "level", "count", "streak", "recent", "earlier"):
+            values[INDEX[name]] = 0.0
+    return values
 
 
 def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:

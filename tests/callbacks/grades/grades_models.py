@@ -138,16 +138,16 @@ class Told(GradES):
     """
 
     def __init__(self, schedule, **arguments):
-        defaults = dict(tau=1.0, tau_mode="absolute", alpha=0.0, every_n_steps=1, patience=1, max_events=None)
-        super().__init__(**{**defaults, "heat_map": False, **arguments})
+        defaults = dict(metric="grad_change", tau=1.0, tau_mode="absolute", alpha=0.0, every_n_steps=1, patience=1)
+        super().__init__(**{**defaults, "max_events": None, "heat_map": False, **arguments})
         self.schedule = schedule
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         measure, told = self._fit.watch._metric.measure, self.schedule
         names, step = self._fit.watch.units.names, trainer.global_step + 1
 
-        def replaced(members=None):
-            real = measure(members)
+        def replaced(members=None, rates=None):
+            real = measure(members, rates)
             low = [any(step >= since and key in name for since, key in told) for name in names]
             return torch.where(real.isfinite(), torch.where(torch.tensor(low), 0.5, 2.0).to(real), real)
 

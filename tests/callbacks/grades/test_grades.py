@@ -145,7 +145,8 @@ def test_the_weight_gradient_is_really_left_out_and_the_one_behind_is_not():
 
 def test_a_real_run_freezes_by_its_own_metric_and_never_at_first_sight():
     # The authors' code freezes all at its first check in this setting and stops.
-    callback = GradES(tau=1e9, tau_mode="absolute", alpha=0.0, every_n_steps=2, patience=1, max_events=None)
+    rule = dict(metric="grad_change", tau=1e9, tau_mode="absolute")
+    callback = GradES(**rule, alpha=0.0, every_n_steps=2, patience=1, max_events=None)
     trainer, _ = fit(callback)
     assert (
         trainer.global_step == 7
@@ -264,7 +265,9 @@ def test_training_stops_when_all_are_frozen(caplog):
     assert trainer.global_step == STEPS
 
 
-@pytest.mark.parametrize("arguments", [{"tau": 1e-4}, {"tau": 1e-9, "tau_mode": "absolute"}])
+@pytest.mark.parametrize(
+    "arguments", [{"tau": 1e-4}, {"tau": 1e-4, "tau_mode": "relative"}, {"tau": 1e-9, "tau_mode": "absolute"}]
+)
 def test_it_says_why_nothing_was_frozen(caplog, arguments):
     with caplog.at_level(logging.INFO):
         grades = GradES(alpha=0.3, every_n_steps=1, patience=1, **arguments)
@@ -307,10 +310,24 @@ def test_something_is_trained_until_the_trainer_may_stop():
 
 EVERY = dict(tau=1e9, tau_mode="absolute", every_n_steps=1)
 WHY_NONE = {
-    "short": (dict(tau=0.5, every_n_steps=2), 4, "none was checked more than 2 times, and the first 5 tell"),
+    "short": (dict(every_n_steps=2), 4, "none was checked more than 2 times, and the first 10 tell"),
+    "short, relative": (
+        dict(tau_mode="relative", every_n_steps=2),
+        4,
+        "none was checked more than 2 times, and the first 5 tell",
+    ),
     "impatient": ({**EVERY, "patience": 9}, 6, "only for 5 in a row, and patience=9"),
     "undue": ({**EVERY, "stop_when_frozen": False}, 8, "had settled, but the run ended before"),
-    "moving": (dict(tau=1e-9, every_n_steps=1), 12, "has to be below tau=1e-09 for patience=3 checks in a row"),
+    "moving": (
+        dict(every_n_steps=1),
+        16,
+        "has to be below 0.5 of it, the rest of the run good for less than tau=0.02 of",
+    ),
+    "moving, relative": (
+        dict(tau=1e-9, tau_mode="relative", every_n_steps=1),
+        12,
+        "has to be below tau=1e-09 for patience=3 checks in a row",
+    ),
 }
 
 
@@ -541,10 +558,10 @@ def test_the_host_reads_once_a_check_after_the_grace_period_and_never_in_it():
             with OperatorCounter() as counter:
                 fit(*callbacks, max_steps=20)
             counts[alpha, name] = counter.host_syncs
-    # Of the ten checks, those at 12, 14, 16 and 18 lie behind half of the run and are read a step later; and once more
-    # at the end, to say why nothing was frozen.
-    assert counts[0.5, "with"] - counts[0.5, "without"] == 4 + 1
-    assert counts[0.9, "with"] - counts[0.9, "without"] == 0 + 1
+    # Of the ten checks, those at 12, 14, 16 and 18 lie behind half of the run and are read a step later; once more
+    # for the forecast, and once at the end, to say why nothing was frozen.
+    assert counts[0.5, "with"] - counts[0.5, "without"] == 4 + 1 + 1
+    assert counts[0.9, "with"] - counts[0.9, "without"] == 0 + 1 + 1
 
 
 class CountsGraphs:

@@ -19,6 +19,7 @@ WEIGHTS = ["net.0.weight", "net.3.weight", "head.weight"]
 
 # At the end of step 9 those two of the three matrices are frozen that were the most settled ones after step 8.
 GRADES = {
+    "metric": "grad_change",
     "tau": 1e9,
     "tau_mode": "absolute",
     "alpha": 0.0,

@@ -137,7 +137,7 @@ def test_it_goes_on_as_the_peer_does(tmp_path):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: [GradES(tau=5.0, alpha=0.2, every_n_steps=1, patience=1, stop_when_frozen=False)],
+        lambda: [GradES(tau=5.0, tau_mode="relative", alpha=0.2, every_n_steps=1, patience=1, stop_when_frozen=False)],
         lambda: [MISA(budget=0.3, eta=3.0)],
     ],
     ids=["GradES", "MISA"],
