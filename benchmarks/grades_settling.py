@@ -159,6 +159,7 @@ def _figures(line: str) -> str:
 
 def rows() -> None:
     """The rows of all trainings."""
+    torch.set_num_threads(1)  # as they had
     found = json_lines.read(*sorted(LOGS.glob("grades_settling_*.jsonl")))
     publish("Runs that are long enough to settle", "grades_settling", found)
 

@@ -190,6 +190,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "find_block_parts": {"model": lambda folder: _model()},
     "find_blocks": {"model": lambda folder: _model()},
     "float32_copies": {"tensors": [torch.ones(2)]},
+    "grades_forecast": {"state": _grades, "done": 0.5, "since": 0.25},
     "grades_update": {"metric": torch.ones(2), "state": _grades, "armed": True},
     "greedy_soup": {"evaluate": lambda folder: _score, "count": 2},
     "half_life_decay": {"half_life": 10.0},
