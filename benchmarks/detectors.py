@@ -22,7 +22,7 @@ import lightning as L
 import torch
 
 from benchmarks.detector_runs import FAULT, RECORDS, STEPS, WORKLOADS, record
-from benchmarks.gpt import GPT_10M, constant, parameters, step_times, text, train
+from benchmarks.gpt import GPT_1M, constant, parameters, step_times, text, train
 from benchmarks.rows import CONSOLE, publish, write_rows
 from benchmarks.spectral_runs import exploded
 from harness.recorders import Losses
@@ -174,8 +174,8 @@ def _means(values: Sequence[float]) -> list[float]:
 
 
 def cost(rounds: int, steps: int) -> None:
-    """Mean step time of the 10.8 M GPT with the loss rules and with the default ones, over that without a guard."""
-    data, model = text(GPT_10M, 4), constant(GPT_10M)
+    """Mean step time of the 1 M GPT with the loss rules and with the default ones, over that without a guard."""
+    data, model = text(GPT_1M, 4), constant(GPT_1M)
     variants: dict[str, Callable[[], list[L.Callback]]] = {
         "none": list,
         "loss rules": lambda: [TrainingGuard("warn")],
@@ -186,7 +186,7 @@ def cost(rounds: int, steps: int) -> None:
     rows = [
         {
             "parameters": parameters(model),
-            "tokens_per_step": 4 * GPT_10M.block_size,
+            "tokens_per_step": 4 * GPT_1M.block_size,
             "rules": name,
             "rounds": rounds,
             "steps_per_round": steps,
@@ -219,3 +219,7 @@ def main() -> None:
         rescue(arguments.seeds, names)
     else:
         cost(arguments.rounds, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -140,7 +140,7 @@ def detectors() -> Any:
     found = [row for row in rows("detectors_lead") if row["diverged_at"]]
     names = list(dict.fromkeys(row["detector"] for row in found))
     causes = list(dict.fromkeys(row["run"].partition(": ")[2] for row in found))
-    for cause, (marker, shift) in zip(causes, (("o", 0.2), ("s", 0.0), ("^", -0.2)), strict=True):
+    for cause, marker, shift in zip(causes, "os^", (0.2, 0.0, -0.2), strict=False):
         points = [
             (int(row["steps_of_warning"]), len(names) - 1 - names.index(row["detector"]) + shift)
             for row in found
@@ -149,7 +149,7 @@ def detectors() -> Any:
         axis.scatter(*zip(*points, strict=True), marker=marker, label=cause, alpha=0.7)
     axis.axvline(30, color="grey", linewidth=0.8, linestyle=":")
     axis.set_yticks(range(len(names)), names[::-1])
-    axis.set(xlabel="steps of warning", title="GPT, ViT and LSTM, fresh seeds")
+    axis.set(xlabel="steps of warning", title="Runs that diverge: GPT, ViT, LSTM")
     axis.legend(fontsize=8)
     return figure
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -188,26 +187,15 @@ def test_a_model_without_attention_is_told_once(caplog, required, level):
     assert guard.judged == []
 
 
-class Counts(L.Callback):
-    """Host syncs in each step, from the end of one to the end of the next."""
-
-    def __init__(self) -> None:
-        self.syncs: list[int] = []
-        self.counter: OperatorCounter | None = None
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.counter = OperatorCounter().__enter__()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.counter.__exit__(None, None, None)
-        self.syncs.append(self.counter.host_syncs)
+def _syncs(*callbacks: L.Callback) -> int:
+    with OperatorCounter() as counter:
+        fit(Attends(), *callbacks, data=DATA, max_steps=9, logger=False)
+    return counter.host_syncs
 
 
 def test_no_step_waits_but_the_one_that_reads():
-    counts = Counts()
     guard = TrainingGuard("warn", rules="default", read_every_n_steps=10)
-    fit(Attends(), counts, guard, data=DATA, max_steps=9, logger=False)
-    assert counts.syncs == [0] * 9
+    assert _syncs(guard) - _syncs() == 1  # the numbers of all steps are read behind the last one
 
 
 def test_an_exception_in_the_forward_pass_leaves_no_watch():
@@ -233,7 +221,7 @@ def _norms(strategy: Any, folder: Path) -> list[tuple[int, float]]:
 
 def test_the_norm_is_that_of_the_whole_weights_on_every_strategy(pool, tmp_path):
     alone = _norms(SINGLE, tmp_path)
-    assert [step for step, _ in alone] == [1, 3, 6, 9, 10][:4]
+    assert [step for step, _ in alone] == [1, 3, 6, 9]
     for strategy in (DDP, FSDP2):
         for rank in pool.run(_norms, strategy, tmp_path):
             assert [step for step, _ in rank] == [step for step, _ in alone]
@@ -334,4 +322,3 @@ def test_a_resumed_run_judges_what_the_unbroken_one_did(tmp_path: Path):
         assert resumed.judged == unbroken.judged[-len(resumed.judged) :]
         assert resumed_state["rules"] == state["rules"]
         assert resumed_state["rates"] == state["rates"]
-    assert all(later > earlier for earlier, later in pairwise(sorted({step for step, _ in unbroken.judged})))
