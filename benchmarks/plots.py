@@ -1,7 +1,7 @@
 """Pictures of rows that other benchmarks have measured, for README and the cards. Nothing is run.
 
 Usage:
-    python -m benchmarks.plots [step_time overhead recovery lock_in throughput]
+    python -m benchmarks.plots [step_time overhead recovery lock_in throughput detectors]
 """
 
 from __future__ import annotations
@@ -134,12 +134,33 @@ def throughput() -> Any:
     return figure
 
 
+def detectors() -> Any:
+    """How many steps ahead of each divergence a detector warns; those that it does not warn of stand at zero."""
+    figure, axis = panels(height=3.2)
+    found = [row for row in rows("detectors_lead") if row["diverged_at"]]
+    names = list(dict.fromkeys(row["detector"] for row in found))
+    causes = list(dict.fromkeys(row["run"].partition(": ")[2] for row in found))
+    for cause, marker, shift in zip(causes, "os^", (0.2, 0.0, -0.2), strict=False):
+        points = [
+            (int(row["steps_of_warning"]), len(names) - 1 - names.index(row["detector"]) + shift)
+            for row in found
+            if row["run"].endswith(cause)
+        ]
+        axis.scatter(*zip(*points, strict=True), marker=marker, label=cause, alpha=0.7)
+    axis.axvline(30, color="grey", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(names)), names[::-1])
+    axis.set(xlabel="steps of warning", title="Runs that diverge: GPT, ViT, LSTM")
+    axis.legend(fontsize=8)
+    return figure
+
+
 PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "step_time": (step_time, "compression_step_time.png"),
     "overhead": (overhead, "overhead.png"),
     "recovery": (recovery, "recovery.png"),
     "lock_in": (lock_in, "zclip_lock_in.png"),
     "throughput": (throughput, "mecefo_throughput.png"),
+    "detectors": (detectors, "detectors.png"),
 }
 
 

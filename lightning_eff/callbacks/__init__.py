@@ -15,11 +15,13 @@ from lightning_eff.callbacks.spectral_alignment import SpectralAlignmentMonitor
 from lightning_eff.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_eff.callbacks.training_guard import (
     AlarmRule,
+    AttentionLogits,
     ExplodingLoss,
     GradientSpikes,
     NonFiniteLoss,
     TrainingDivergedError,
     TrainingGuard,
+    WeightGrowth,
 )
 from lightning_eff.callbacks.zclip import ZClip
 from lightning_eff.training.alarms import Alarm, sound
@@ -30,6 +32,7 @@ __all__ = [
     "Alarm",
     "AlarmRule",
     "AsyncCheckpoint",
+    "AttentionLogits",
     "CheckpointAveraging",
     "CompressionMonitor",
     "ExactResume",
@@ -47,6 +50,7 @@ __all__ = [
     "TensorBoardLayout",
     "TrainingDivergedError",
     "TrainingGuard",
+    "WeightGrowth",
     "ZClip",
     "sound",
 ]

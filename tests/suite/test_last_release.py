@@ -115,6 +115,16 @@ def _without_versions(end: dict[str, Any]) -> dict[str, Any]:
         grades["watch"]["values"] = grades["watch"]["values"][:9]
     if sampler := end["callbacks"].get("MISA", {}).get("sampler"):
         del sampler["drawn"]  # counted since, for what is said at the end
+    if guard := end["callbacks"].get("TrainingGuard"):
+        del guard["rates"]  # looked at since, in columns of their own
+        for rule in guard["rules"]:
+            rule.pop("last", None)
+        for name in ("block", "landing"):
+            numbers = guard["values"][name]
+            if numbers.ndim == 2:
+                guard["values"][name] = torch.cat(
+                    [half[:, [*range(half.shape[1] - 3), -1]] for half in numbers.chunk(2, 1)], 1
+                )
     return end
 
 

@@ -7,27 +7,26 @@ import os
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_eff.arguments import (
-    check,
-    check_choice,
-    check_count,
-    check_flag,
-    check_number,
-    check_text,
-    readable_size,
-)
+from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_number, check_text
 from lightning_eff.callbacks.training_guard.checkpoint_files import forget_undone_checkpoints
+from lightning_eff.callbacks.training_guard.growth import chosen_rules
 from lightning_eff.callbacks.training_guard.listener import AlarmListener
 from lightning_eff.callbacks.training_guard.rate_factor import RateFactor
-from lightning_eff.callbacks.training_guard.rollback import capture, check_optimizers, check_rollback_support, restore
-from lightning_eff.callbacks.training_guard.rules import AlarmRule, ExplodingLoss, NonFiniteLoss
+from lightning_eff.callbacks.training_guard.rollback import (
+    capture,
+    check_memory,
+    check_optimizers,
+    check_rollback_support,
+    restore,
+)
+from lightning_eff.callbacks.training_guard.rules import AlarmRule
 from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshots
 from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.hooks import Order
-from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.snapshots import Place
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks
@@ -65,7 +64,8 @@ class TrainingGuard(Callback):
         action: ``"warn"``; ``"stop"``: a checkpoint is saved and the training ends (Trainer's ``min_steps`` and
             ``min_epochs`` hold); ``"rollback"``.
         rules: what is an alarm, beside those that other callbacks sound. None for ``NonFiniteLoss()`` and
-            ``ExplodingLoss()``; an empty list for no rule.
+            ``ExplodingLoss()``; ``"default"`` adds ``WeightGrowth()``, ``AttentionLogits()`` and a loss that rises
+            slowly; an empty list for no rule.
         every_n_steps: steps between two snapshots, >= 1. Steps are the Trainer's ``global_step`` here and below.
         keep: snapshots that are kept, >= 2. Each is as large as the weights, the optimizer's state and the averages of
             other callbacks together, on each rank; the size is said when it is known.
@@ -114,7 +114,7 @@ class TrainingGuard(Callback):
     def __init__(
         self,
         action: Action = "rollback",
-        rules: list[AlarmRule] | None = None,
+        rules: list[AlarmRule] | Literal["default"] | None = None,
         every_n_steps: int = 100,
         keep: int = 3,
         margin: int = 50,
@@ -129,8 +129,7 @@ class TrainingGuard(Callback):
         draw_anew: bool = True,
     ) -> None:
         check_choice("action", action, Action)
-        are_rules = rules is None or (isinstance(rules, list) and all(isinstance(rule, AlarmRule) for rule in rules))
-        check("rules", rules, are_rules, "a list of AlarmRule objects, or None")
+        chosen = chosen_rules(rules)
         check_count("every_n_steps", every_n_steps)
         check_count("keep", keep, least=2)
         check_count("margin", margin)
@@ -162,9 +161,7 @@ class TrainingGuard(Callback):
         self.rollbacks = 0
         self.undone_steps = 0
         self._snapshots = RunSnapshots(keep, storage)
-        self._listener = AlarmListener(
-            [NonFiniteLoss(), ExplodingLoss()] if rules is None else rules, read_every_n_steps
-        )
+        self._listener = AlarmListener(chosen, read_every_n_steps)
         self._rates = RateFactor()
         self._rates_until: int | None = None
         self._in_a_row = 0
@@ -213,15 +210,25 @@ class TrainingGuard(Callback):
         else:
             self._warn(alarm, alarm.step)
 
+    def expect_change(self) -> None:
+        """Say that the data are others from the next step on, on one rank or on several: the rules begin anew."""
+        self._listener.expect_change()
+
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.rolls_back and not self._snapshots.steps:
             self._take(trainer)
+        self._listener.before_batch(trainer, pl_module)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._listener.after_forward()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._listener.after_forward()
         self._listener.add_loss(outputs)
         if trainer.global_step == self._step:
             return  # no optimizer has stepped
@@ -261,24 +268,9 @@ class TrainingGuard(Callback):
         state = capture(trainer)
         if self._snapshots.steps and not self._told:  # the optimizer has its state now
             self._told = True
-            self._check_memory(trainer, self._snapshots.bytes_of(state))
+            check_memory(trainer, self._snapshots, state)
         self._snapshots.take(self._step, state)
         self._due = (self._step // self.every_n_steps + 1) * self.every_n_steps
-
-    def _check_memory(self, trainer: Trainer, size: int) -> None:
-        """Say what the snapshots take, and refuse what does not fit, on all ranks together."""
-        window = self._snapshots.window
-        sharing = 1 if window.place == "model" else max(1, trainer.num_devices)  # ranks of this machine
-        free = window.free_bytes(trainer.strategy.root_device)
-        where = {"cpu": "host memory", "disk": f"files under {window.folder}", "model": "the model's device"}
-        needed = f"{window.length} x {readable_size(size)} on each rank in {where[window.place]}"
-        fits = free is None or (window.length - len(self._snapshots.steps)) * size * sharing <= free
-        if not trainer.strategy.reduce_boolean_decision(fits, all=True):
-            raise MisconfigurationException(
-                f"TrainingGuard(keep={window.length}) keeps {needed}, and {readable_size(free or 0)} are free here: "
-                "take a smaller keep= or another storage= ('cpu', 'disk', 'model')"
-            )
-        rank_zero_info(f"TrainingGuard keeps {needed}")
 
     def _roll_back(self, trainer: Trainer, alarm: Alarm) -> None:
         limit = alarm.step - self.margin
@@ -335,10 +327,12 @@ class TrainingGuard(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._listener.after_forward()
         self._rates.detach()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._listener.after_forward()
         self._rates.detach()
         self._snapshots.clear()
 
@@ -356,11 +350,11 @@ class TrainingGuard(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, **self._listener.state_dict(), **self._counts()}
+        return {"version": 2, **self._listener.state_dict(), **self._counts()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_version("TrainingGuard", state_dict, known=1)
+        check_version("TrainingGuard", state_dict, known=2)
         self._load(state_dict)
         self._resumed = True
 

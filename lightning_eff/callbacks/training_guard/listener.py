@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_eff.callbacks.training_guard.late_values import LateValues, Row
+from lightning_eff.callbacks.training_guard.rate_history import RateHistory, highest_rate
 from lightning_eff.callbacks.training_guard.rules import AlarmRule
 from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.run_parts import is_last_batch
@@ -33,13 +34,29 @@ class AlarmListener:
 
     def __init__(self, rules: Sequence[AlarmRule], every: int) -> None:
         self.rules = list(rules)
-        self._values = LateValues(len(self.rules) + 1, every)
+        self._values = LateValues(len(self.rules) + 3, every)
+        self._rates = RateHistory()
         self._losses: list[Tensor] = []  # of the batches since the last step
         self._heard: list[Alarm] = []  # on this rank, not yet handed out
+        self._announced = False  # here, since the last step: the data has changed
 
     def hear(self, alarm: Alarm) -> None:
         """A callback sounds an alarm, perhaps on this rank alone."""
         self._heard.append(alarm)
+
+    def expect_change(self) -> None:
+        """The data is other than before, on this rank at least: the rules begin anew with the next step."""
+        self._announced = True
+
+    def before_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A batch of training begins."""
+        for rule in self.rules:
+            rule.before_batch(trainer, pl_module)
+
+    def after_forward(self) -> None:
+        """The rules look at no forward pass any longer."""
+        for rule in self.rules:
+            rule.after_forward()
 
     def add_loss(self, outputs: Any) -> None:
         """What ``training_step`` has returned for a batch, as ``on_train_batch_end`` gets it."""
@@ -61,8 +78,9 @@ class AlarmListener:
         loss = self._mean_loss(pl_module)
         self._losses = []
         values = [rule.value(trainer, pl_module, loss) for rule in self.rules]
-        heard = float(bool(self._heard))
-        rows = self._values.record(trainer.global_step, [*values, heard], trainer.strategy.root_device)
+        about = [highest_rate(trainer.optimizers), float(self._announced), float(bool(self._heard))]
+        self._announced = False
+        rows = self._values.record(trainer.global_step, [*values, *about], trainer.strategy.root_device)
         if _is_last_step(trainer):
             rows += self._values.flush()
         return self._judge(rows, every_step)
@@ -76,7 +94,10 @@ class AlarmListener:
 
     def _judge(self, rows: list[Row], every_step: bool) -> list[Alarm]:
         alarms: list[Alarm] = []
-        for step, (*values, heard) in rows:
+        for step, (*values, rate, announced, heard) in rows:
+            if self._rates.warms_again(rate) or announced:
+                for rule in self.rules:
+                    rule.begin_anew()
             for rule, value in zip(self.rules, values, strict=True):
                 message = None if value is None else rule.judge(step, value)
                 if message is not None:
@@ -101,13 +122,14 @@ class AlarmListener:
 
     def forget(self) -> None:
         """A run has gone back: neither what was heard before counts, nor batches before."""
-        self._losses, self._heard = [], []
+        self._losses, self._heard, self._announced = [], [], False
 
     def state_dict(self) -> dict[str, Any]:
         """What the rules have seen and what they have not yet seen, and alarms heard here and not yet handed out."""
         return {
             "rules": [rule.state_dict() for rule in self.rules],
             "values": self._values.state_dict(),
+            "rates": self._rates.state_dict(),
             "heard": [asdict(alarm) for alarm in self._heard],
         }
 
@@ -118,11 +140,24 @@ class AlarmListener:
                 rule.load_state_dict(saved)
         else:
             warnings.warn("TrainingGuard has other rules than in the checkpoint: they begin anew", stacklevel=4)
-        self._values.load_state_dict(state["values"])
+        values, rates = state["values"], state.get("rates")
+        if rates is None:  # of a state of version 1
+            values = {**values, "block": _widened(values["block"]), "landing": _widened(values["landing"])}
+        self._values.load_state_dict(values)
+        self._rates.load_state_dict(rates)
         self._losses, self._heard = [], [Alarm(**alarm) for alarm in state["heard"]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_losses": []}
+
+
+def _widened(numbers: Tensor) -> Tensor:
+    """With the columns of the rate and of an announced change, which a state of version 1 does not have: none there."""
+    if numbers.ndim != 2:
+        return numbers
+    none = numbers.new_zeros(len(numbers), 2)
+    halves = [torch.cat([half[:, :-1], none, half[:, -1:]], 1) for half in numbers.chunk(2, 1)]  # sums, and how many
+    return torch.cat(halves, 1)
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -19,11 +19,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint, StochasticWeightAveraging, Timer, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from lightning_eff.arguments import readable_size
 from lightning_eff.callbacks.training_guard.checkpoint_files import ranked_checkpoints
-from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshot
+from lightning_eff.callbacks.training_guard.run_snapshots import RunSnapshot, RunSnapshots
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.hooks import HasRunState
 from lightning_eff.training.logged import epoch_means, set_epoch_means
@@ -85,6 +86,26 @@ def check_optimizers(trainer: Trainer) -> None:
             "ZeroRedundancyOptimizer divides its state over the ranks, which a rollback cannot put back: use "
             "ModelParallelStrategy (FSDP2), or action='stop'"
         )
+
+
+def check_memory(trainer: Trainer, snapshots: RunSnapshots, state: Any) -> None:
+    """Say what a window of such states takes, and refuse what does not fit, on all ranks together.
+
+    Raises:
+        MisconfigurationException: there is less memory than that.
+    """
+    window, size = snapshots.window, snapshots.bytes_of(state)
+    sharing = 1 if window.place == "model" else max(1, trainer.num_devices)  # ranks of this machine
+    free = window.free_bytes(trainer.strategy.root_device)
+    where = {"cpu": "host memory", "disk": f"files under {window.folder}", "model": "the model's device"}
+    needed = f"{window.length} x {readable_size(size)} on each rank in {where[window.place]}"
+    fits = free is None or (window.length - len(snapshots.steps)) * size * sharing <= free
+    if not trainer.strategy.reduce_boolean_decision(fits, all=True):
+        raise MisconfigurationException(
+            f"TrainingGuard(keep={window.length}) keeps {needed}, and {readable_size(free or 0)} are free here: "
+            "take a smaller keep= or another storage= ('cpu', 'disk', 'model')"
+        )
+    rank_zero_info(f"TrainingGuard keeps {needed}")
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from lightning_eff.training.namespaces import MisconfigurationException
 class AlarmRule:
     """Base of the rules. A rule overrides ``judge``, and ``value`` if it looks at something else than the loss.
 
-    A rule that remembers something between steps also overrides ``state_dict`` and ``load_state_dict``.
+    A rule that remembers something between steps also overrides ``state_dict``, ``load_state_dict`` and ``begin_anew``.
     """
 
     name: str = "rule"
@@ -40,6 +40,12 @@ class AlarmRule:
 
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before training; a MisconfigurationException says what is missing."""
+
+    def before_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A batch of training begins: time to look at its forward pass."""
+
+    def after_forward(self) -> None:
+        """The forward pass of a batch has ended, or never came to its end; called more than once."""
 
     def value(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor | None) -> Tensor | float | None:
         """The number to look at, after each optimizer step; None for none in this step.
@@ -64,6 +70,9 @@ class AlarmRule:
             value: the mean over the ranks of what ``value`` returned then.
         """
         raise NotImplementedError
+
+    def begin_anew(self) -> None:
+        """What was normal is so no longer, since the data has changed or the rate is warmed again: forget it."""
 
     def state_dict(self) -> dict[str, Any]:
         """What ``judge`` remembers, in plain Python; it goes into the checkpoint."""
@@ -119,20 +128,35 @@ class ExplodingLoss(AlarmRule):
             distribution (1.4826 times the median absolute deviation).
         over_n_steps: losses in a row that make a level, >= 2; there is no alarm before the first level.
         patience: steps in a row, >= 1.
+        smooth_n_steps: the median of so many losses is judged, >= 1: with lower bounds, a slow rise is seen early.
     """
 
     name = "exploding_loss"
 
-    def __init__(self, factor: float = 1.5, deviations: float = 6.0, over_n_steps: int = 50, patience: int = 5) -> None:
+    def __init__(
+        self,
+        factor: float = 1.5,
+        deviations: float = 6.0,
+        over_n_steps: int = 50,
+        patience: int = 5,
+        smooth_n_steps: int = 1,
+    ) -> None:
         check_number("factor", factor, above=1)
         check_number("deviations", deviations, least=0)
         check_count("over_n_steps", over_n_steps, least=2)
         check_count("patience", patience)
+        check_count("smooth_n_steps", smooth_n_steps)
         self.factor = factor
         self.deviations = deviations
         self.over_n_steps = over_n_steps
         self.patience = patience
-        self._recent: deque[float] = deque(maxlen=over_n_steps)
+        self.smooth_n_steps = smooth_n_steps
+        self.begin_anew()
+
+    @override
+    def begin_anew(self) -> None:
+        self._recent: deque[float] = deque(maxlen=self.over_n_steps)
+        self._last: deque[float] = deque(maxlen=self.smooth_n_steps)
         self._level = inf
         self._spread = 0.0
         self._since = 0
@@ -140,10 +164,12 @@ class ExplodingLoss(AlarmRule):
     @override
     def judge(self, step: int, value: float) -> str | None:
         limit = max(self._level + (self.factor - 1) * abs(self._level), self._level + self.deviations * self._spread)
-        if isfinite(self._level) and not value <= limit:  # a NaN is above everything
+        self._last.append(value if isfinite(value) else inf)  # a NaN is above everything
+        now = statistics.median(self._last)
+        if isfinite(self._level) and now > limit:
             self._since += 1
             if self._since >= self.patience:
-                return f"the loss is {value:.4g}, above {limit:.4g} in {self._since} steps in a row"
+                return f"the loss is {now:.4g}, above {limit:.4g} in {self._since} steps in a row"
             return None
         self._since = 0
         if isfinite(value):
@@ -162,6 +188,7 @@ class ExplodingLoss(AlarmRule):
     def state_dict(self) -> dict[str, Any]:
         return {
             "recent": list(self._recent),
+            "last": list(self._last),
             "level": self._level,
             "spread": self._spread,
             "since": self._since,
@@ -170,6 +197,7 @@ class ExplodingLoss(AlarmRule):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent = deque(state_dict["recent"], maxlen=self.over_n_steps)
+        self._last = deque(state_dict.get("last", ()), maxlen=self.smooth_n_steps)
         self._level, self._spread, self._since = (state_dict[name] for name in ("level", "spread", "since"))
 
 
@@ -191,7 +219,11 @@ class GradientSpikes(AlarmRule):
         check_count("within", within)
         self.count = count
         self.within = within
-        self._totals: deque[float] = deque(maxlen=within + 1)
+        self.begin_anew()
+
+    @override
+    def begin_anew(self) -> None:
+        self._totals: deque[float] = deque(maxlen=self.within + 1)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -591,12 +591,24 @@ trainer:
           - class_path: lightning_eff.callbacks.ExplodingLoss
             init_args: {{factor: 1.3}}
           - class_path: lightning_eff.callbacks.GradientSpikes
+          - class_path: lightning_eff.callbacks.AttentionLogits
+            init_args: {{factor: 3, required: false}}
           - class_path: {__name__}.Always
 """)
     monkeypatch.setattr("sys.argv", ["test"])
     arguments = ["--config", str(config)]
     cli = LightningCLI(Net, save_config_callback=None, seed_everything_default=False, run=False, args=arguments)
     (guard,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TrainingGuard))
-    exploding, spikes, own = guard._listener.rules
+    exploding, spikes, logits, own = guard._listener.rules
     assert (exploding.factor, exploding.patience, spikes.count) == (1.3, 5, 10)
+    assert (logits.factor, logits.required) == (3, False)
     assert isinstance(own, Always)
+
+
+def test_the_default_rules_from_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["test"])
+    arguments = ["--trainer.logger=false", "--trainer.callbacks+=TrainingGuard", "--trainer.callbacks.rules=default"]
+    cli = LightningCLI(Net, save_config_callback=None, seed_everything_default=False, run=False, args=arguments)
+    (guard,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, TrainingGuard))
+    names = [rule.name for rule in guard._listener.rules]
+    assert names == ["nonfinite_loss", "exploding_loss", "exploding_loss", "weight_growth", "attention_logits"]
