@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_eff.functional.gradients import sparse_gradients
-from lightning_eff.training.hooks import Order
+from lightning_eff.training.hooks import Order, WritesLater, tell
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
 
 # --- callbacks ------------------------------------------------------------------------------------------------------
@@ -34,6 +34,18 @@ def sort_callbacks(trainer: Trainer) -> None:
 
     # A new list: the Trainer is iterating over the old one.
     trainer.callbacks = sorted(callbacks_of(trainer), key=key)  # type: ignore[attr-defined]
+
+
+def accumulates(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether an optimizer step may be one of several batches, so that a checkpoint may come between them."""
+    several = any(is_a(callback, GradientAccumulationScheduler) for callback in callbacks_of(trainer))
+    return several or trainer.accumulate_grad_batches != 1 or not pl_module.automatic_optimization
+
+
+def save_surely(trainer: Trainer, path: str, weights_only: bool = False) -> None:
+    """Save a checkpoint that is not to be left out because earlier ones are still being written. Collective."""
+    tell(trainer, WritesLater)
+    trainer.save_checkpoint(path, weights_only)
 
 
 # --- logging --------------------------------------------------------------------------------------------------------

@@ -319,7 +319,8 @@ class AveragedWeights(Callback):
         self._restored = state  # the model's tensors are not there yet under every strategy
 
     def _write_beside(self, checkpoint: dict[str, Any], path: str) -> None:
-        paused, self._paused = self._paused or self._stand_in.inside, None
+        paused = self._stand_in.inside if self._paused is None else self._paused  # the main one's label is empty
+        self._paused = None
         self._stand_in.take_out(self._trainer)
         self._beside.write(self._trainer, checkpoint, path, self._count())
         if paused is not None:

@@ -250,7 +250,7 @@ class PlacedLoader:
             others["dataset"] = ResumedDataset(loader.dataset, states, samples)
         elif self.is_seeded:
             others["dataset"] = SeededDataset(loader.dataset)
-        with _with(loader, others), nullcontext() if saved else self.drawing():
+        with with_attributes(loader, others), nullcontext() if saved else self.drawing():
             self._created = self.draws()
             iterator = inner()
         # Not a Wrapper: the iterator would refer to itself, and its workers end when nobody refers to it.
@@ -295,7 +295,8 @@ class PlacedLoader:
             place.worker = worker
             if not self.is_seeded:
                 self._workers[worker] = (self._workers[worker][0] + 1 if worker in self._workers else 1, data)
-                data, data.batch = data.batch, None
+                carried, data = data, data.batch
+                carried.batch = None  # its random states are kept, and the batch need not be
         elif self._dataset_keeps_state:
             dataset: Any = self.loader.dataset
             place.own = {"dataset": dataset.state_dict(), "ended": iterator._dataset_fetcher.ended}
@@ -372,7 +373,7 @@ class PlacedLoader:
 
 
 @contextmanager
-def _with(loader: Any, others: dict[str, Any]) -> Iterator[None]:
+def with_attributes(loader: Any, others: dict[str, Any]) -> Iterator[None]:
     """Let a loader have other attributes, which it refuses to have changed."""
     before = {name: loader.__dict__[name] for name in others}
     try:

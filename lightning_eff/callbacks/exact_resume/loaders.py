@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_eff.callbacks.exact_resume.buffers import NO_BUFFERS
+from lightning_eff.callbacks.exact_resume.kept_loader import KeptLoader, Note
 from lightning_eff.callbacks.exact_resume.loader import PlacedLoader
 from lightning_eff.callbacks.exact_resume.run_place import BETWEEN_EPOCHS, RunPlace
 from lightning_eff.callbacks.exact_resume.seeds import Seeds
@@ -39,15 +40,17 @@ class Loaders:
         self.iterable = iterable
         self.seeds = seeds
         self._placed: dict[int, PlacedLoader] = {}
-        self._own: deque[tuple[int, dict[int, Any]]] = deque(maxlen=4)
+        self._kept: dict[int, KeptLoader] = {}
+        self._own: deque[tuple[int, dict[int, Any], dict[int, Note]]] = deque(maxlen=4)
         self._anew = False
         """They were made anew for the epoch with which the run goes on, which has begun with them."""
 
     def detach(self) -> None:
         """Leave the loaders as they were."""
-        for placed in self._placed.values():
-            placed.detach()
-        self._placed = {}
+        followers: list[PlacedLoader | KeptLoader] = [*self._placed.values(), *self._kept.values()]
+        for follower in followers:
+            follower.detach()
+        self._placed, self._kept = {}, {}
 
     # --- when they are there -----------------------------------------------------------------------------------------
 
@@ -70,11 +73,17 @@ class Loaders:
                 placed.take_up(saved["loaders"].get(index, {}), self._device)
             saved = None
         before, self._placed = self._placed, {}
+        kept_before, self._kept = self._kept, {}
         states = {} if saved is None else saved["own"]
         for index, loader in enumerate(loaders):
             if keeps_state(loader):
                 if index in states and "ranks" not in (saved or {}):  # Lightning gave it that of rank zero
                     loader.load_state_dict(states[index])
+                if isinstance(loader, DataLoader):
+                    same = index in kept_before and kept_before[index].loader is loader
+                    self._kept[index] = kept_before.pop(index) if same else KeptLoader(loader)
+                    over = saved is None or saved["place"]["last"]  # else the next iterator is the next epoch's
+                    self._kept[index].target = None if over else saved.get("kept", {}).get(index)  # type: ignore[union-attr]
                 continue
             self._check(loader)
             if isinstance(loader, DataLoader):
@@ -82,8 +91,9 @@ class Loaders:
                 asked = (self._batch_in_hand, self._is_within_batch)
                 self._placed[index] = before.pop(index) if same else PlacedLoader(loader, *asked, self.seeds, index)
                 self._placed[index].held = saved is not None
-        for placed in before.values():
-            placed.detach()
+        left: list[PlacedLoader | KeptLoader] = [*before.values(), *kept_before.values()]
+        for follower in left:
+            follower.detach()
         if saved is not None:
             self._fit_places(saved, loaders)
 
@@ -154,7 +164,8 @@ class Loaders:
     def begin_batch(self) -> None:
         """A batch is about to be asked for."""
         if own := self._own_states():  # Lightning may have fetched one batch more than the run has seen
-            self._own.append((self._batch_in_hand(), own))
+            notes = {index: loader.note() for index, loader in self._kept.items()}
+            self._own.append((self._batch_in_hand(), own, notes))
 
     def _own_states(self) -> dict[int, Any]:
         """Of the loaders that keep their own place."""
@@ -170,13 +181,20 @@ class Loaders:
             saved: of a run that goes on and has not come to its first epoch yet: that is still where they stand.
         """
         if saved is not None:
-            return {name: saved[name] for name in ("loaders", "own", "consumed")}
+            return {
+                "kept": {},
+                **{name: saved[name] for name in ("loaders", "own", "kept", "consumed") if name in saved},
+            }
         combined = self.trainer.fit_loop._combined_loader
         iterator = None if combined is None else combined._iterator
-        own = [states for fetched, states in self._own if fetched == batches]
+        now = (0, self._own_states(), {index: loader.note() for index, loader in self._kept.items()})
+        _, own, notes = next((entry for entry in reversed(self._own) if entry[0] == batches), now)
+        if batches is None:  # the next epoch's iterator is made from what the generators are then
+            notes = {}
         return {
             "loaders": {index: loader.place(batches) for index, loader in self._placed.items()},
-            "own": own[-1] if own else self._own_states(),
+            "own": own,
+            "kept": {index: self._kept[index].state(note) for index, note in notes.items() if index in self._kept},
             "consumed": list(getattr(iterator, "_consumed", ())),
         }
 

@@ -55,13 +55,21 @@ class Place:
     """This process's generators before the batch was fetched; only where that may happen one batch ahead."""
 
 
-class Placed(Protocol):
-    """What these know of a ``PlacedLoader``."""
+class Delivers(Protocol):
+    """What ``Delivery`` knows of who follows a loader."""
+
+    is_ahead: bool
+    is_seeded: bool
+
+    def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
+        """A batch has come."""
+
+
+class Placed(Delivers, Protocol):
+    """What the others know of a ``PlacedLoader``."""
 
     target: dict[str, Any] | None
     anew: bool
-    is_ahead: bool
-    is_seeded: bool
 
     @property
     def sampler_with_state(self) -> Any:
@@ -87,9 +95,6 @@ class Placed(Protocol):
 
     def set_draws(self, saved: dict[str, Any]) -> None:
         """Set it."""
-
-    def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
-        """A batch has come."""
 
     def arrive(self, data: Any) -> None:
         """Something has come from a worker."""
@@ -185,7 +190,7 @@ class Order:
 class Delivery:
     """Stands in front of the method of an iterator through which every batch goes."""
 
-    def __init__(self, iterator: weakref.ref[Any], name: str, loader: Placed) -> None:
+    def __init__(self, iterator: weakref.ref[Any], name: str, loader: Delivers) -> None:
         self.iterator = iterator
         self.name = name
         self.loader = loader

@@ -24,7 +24,7 @@ from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
 from lightning_eff.training.hooks import Order, WritesLater, tell
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
-from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
+from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, save_surely, sort_callbacks
 from lightning_eff.training.wrapping import Wrapper
 
 Requeue = Literal["auto", "never"]
@@ -262,7 +262,7 @@ class Preemption(Callback):
             if validation_pending:  # Lightning takes it for broken off in its first batch, and begins anew
                 begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
                 progress.load_state_dict({**before, "total": begun, "current": begun})
-            trainer.save_checkpoint(path)
+            save_surely(trainer, path)
             tell(trainer, WritesLater)
         finally:
             progress.load_state_dict(before)

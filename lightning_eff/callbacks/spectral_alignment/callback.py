@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_globs, check_number
 from lightning_eff.callbacks.spectral_alignment.probe import AlignmentProbe, watched_layers
 from lightning_eff.callbacks.spectral_alignment.tensorboard import charts, write_histograms
+from lightning_eff.callbacks.spectral_alignment.window import ProbeWindow
 from lightning_eff.functional.spectral_alignment import (
     CollapseConfig,
     CollapseState,
@@ -148,8 +149,8 @@ class SpectralAlignmentMonitor(Callback):
         self._map: HeatMap | None = None
         self._steps = 0  # completed steps
         self._observations = 0
-        self._told = False  # that no layer is armed
-        self._called = False  # any layer, on this rank
+        self._told = self._called = False  # that no layer is armed; any layer, on this rank
+        self._window = ProbeWindow()
         self._global_step = -1  # when the batch began
         self._eager: Any = None  # what keeps compiled modules from running as such
 
@@ -189,6 +190,7 @@ class SpectralAlignmentMonitor(Callback):
                 "SpectralAlignmentMonitor(action='rollback') needs a TrainingGuard(action='rollback') among the "
                 "callbacks, which keeps the snapshots: add one, or choose action='warn' or 'stop'"
             )
+        self._window.attach(trainer, pl_module)
         if not overrides(pl_module, "configure_model"):  # else there may be no layer yet
             self._find_layers(pl_module)
 
@@ -199,6 +201,7 @@ class SpectralAlignmentMonitor(Callback):
             self._fit_state_to(list(layers))
         self._probe = AlignmentProbe(layers, bins=BINS, max_tokens=self.max_tokens, iterations=self.power_iterations)
         self._probe.vectors = self._vectors
+        self._window.begin(self._probe)
         if self.heat_map and self._map is None:
             self._map = HeatMap(self.layers)
         self._told = self._called = False
@@ -248,11 +251,10 @@ class SpectralAlignmentMonitor(Callback):
 
     def _sound(self, trainer: Trainer, pl_module: LightningModule, collapsed: Tensor, share: float) -> None:
         names = self._names(collapsed)
-        some = listed(names, limit=8)
         message = (
             f"{len(names)} of {len(self.layers)} layers were diverse and now have at least "
             f"{self.config.threshold:.4g} of their inputs on one side of their weight's leading singular vector, for "
-            f"{self.config.patience} observations: {some}"
+            f"{self.config.patience} observations: {listed(names, limit=8)}"
         )
         heard = sound(trainer, Alarm("spectral_alignment", trainer.global_step, message, severity=share))
         if self.action == "stop" or (self.action == "warn" and not heard):
@@ -377,8 +379,7 @@ class SpectralAlignmentMonitor(Callback):
         return {**vars(self), "_probe": None, "_eager": None}
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        state = self._state
-        armed = state.armed
+        state, armed = self._state, self._state.armed
         seen = torch.where(armed & self._majority.isfinite(), self._majority, -1.0)
         worst, layer = seen.max(dim=0)
         values = {

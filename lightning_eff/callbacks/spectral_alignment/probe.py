@@ -69,6 +69,19 @@ class AlignmentProbe:
         """Drop what was counted since the last ``read``."""
         self._counts, self._residuals = {}, {}
 
+    def counted(self) -> dict[str, Any]:
+        """What `read` would give now, and the vectors, which this rank has moved on already; for `take`."""
+        mine = {name: self.vectors[name] for name in self._residuals}
+        return {"counts": dict(self._counts), "residuals": dict(self._residuals), "vectors": mine}
+
+    def take(self, counted: dict[str, Any]) -> None:
+        """Go on counting from there, with those of the layers that there still are."""
+        for name in self.layers.keys() & counted["counts"].keys():
+            device = self.layers[name].weight.device
+            self._counts[name] = counted["counts"][name].to(device)  # type: ignore[arg-type]
+            self._residuals[name] = counted["residuals"][name].to(device)  # type: ignore[arg-type]
+            self.vectors[name] = counted["vectors"][name].to(device)  # type: ignore[arg-type]
+
     def read(self, device: torch.device) -> Tensor:
         """Counts since the last time, and begin anew.
 

@@ -29,7 +29,7 @@ from lightning_eff.training.alarms import Alarm
 from lightning_eff.training.hooks import Order
 from lightning_eff.training.snapshots import Place
 from lightning_eff.training.state_version import check_version
-from lightning_eff.training.trainer import log_values, logs_now, sort_callbacks
+from lightning_eff.training.trainer import log_values, logs_now, save_surely, sort_callbacks
 
 Action = Literal["warn", "stop", "rollback"]
 
@@ -186,8 +186,7 @@ class TrainingGuard(Callback):
             return
         if self.rolls_back:
             check_rollback_support(trainer, pl_module)
-        for rule in self._listener.rules:
-            rule.setup(trainer, pl_module)
+        self._listener.setup(trainer, pl_module)
         self._snapshots.window.folder = self.folder or trainer.default_root_dir
         sort_callbacks(trainer)
 
@@ -316,7 +315,7 @@ class TrainingGuard(Callback):
         callback = trainer.checkpoint_callback
         folder = self.folder or getattr(callback, "dirpath", None) or trainer.default_root_dir
         path = os.path.join(folder, f"training_guard-step={trainer.global_step}.ckpt")
-        trainer.save_checkpoint(path)
+        save_surely(trainer, path)
         return path
 
     def _log(self, pl_module: LightningModule) -> None:

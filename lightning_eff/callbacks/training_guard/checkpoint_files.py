@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_eff.training.hooks import WritesLater, tell
 from lightning_eff.training.namespaces import is_a
-from lightning_eff.training.trainer import callbacks_of
+from lightning_eff.training.trainer import callbacks_of, save_surely
 
 
 def ranked_checkpoints(trainer: Trainer) -> list[list[str]]:
@@ -56,9 +57,10 @@ def forget_undone_checkpoints(trainer: Trainer, ranked: list[list[str]], step: i
             latest = latest or callback.best_model_path
         callback._last_global_step_saved = step
         if latest:
+            tell(trainer, WritesLater)  # the link may still be to come
             if trainer.is_global_zero and os.path.islink(latest):
                 os.unlink(latest)
-            trainer.save_checkpoint(latest, callback.save_weights_only)
+            save_surely(trainer, latest, bool(callback.save_weights_only))
             undone = [path for path in undone if path != latest]
     return undone
 

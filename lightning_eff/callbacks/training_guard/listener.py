@@ -16,8 +16,9 @@ from lightning_eff.callbacks.training_guard.late_values import LateValues, Row
 from lightning_eff.callbacks.training_guard.rate_history import RateHistory, highest_rate
 from lightning_eff.callbacks.training_guard.rules import AlarmRule
 from lightning_eff.training.alarms import Alarm
+from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.run_parts import is_last_batch
-from lightning_eff.training.trainer import loss_of
+from lightning_eff.training.trainer import accumulates, loss_of
 
 
 class AlarmListener:
@@ -37,8 +38,26 @@ class AlarmListener:
         self._values = LateValues(len(self.rules) + 3, every)
         self._rates = RateHistory()
         self._losses: list[Tensor] = []  # of the batches since the last step
+        self._window: list[Tensor] = []  # such, of the run that is resumed
+        self._rank_state: RankState | None = None
         self._heard: list[Alarm] = []  # on this rank, not yet handed out
         self._announced = False  # here, since the last step: the data has changed
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit is set up. A checkpoint between two batches of a step has each rank's losses of that step."""
+        for rule in self.rules:
+            rule.setup(trainer, pl_module)
+        if not accumulates(trainer, pl_module):
+            return
+        if self._rank_state is None:
+            self._rank_state = RankState("training_guard", save=self._save_window, load=self._load_window)
+        self._rank_state.attach(trainer.strategy)
+
+    def _save_window(self) -> dict[str, Any]:
+        return {"losses": [loss.detach().float().mean() for loss in self._losses]}
+
+    def _load_window(self, saved: dict[str, Any] | None) -> None:
+        self._window = [] if saved is None else saved["losses"]
 
     def hear(self, alarm: Alarm) -> None:
         """A callback sounds an alarm, perhaps on this rank alone."""
@@ -88,7 +107,7 @@ class AlarmListener:
     def _mean_loss(self, pl_module: LightningModule) -> Tensor | None:
         if not self._losses:
             return None
-        total = torch.stack([loss.float().mean() for loss in self._losses]).sum()
+        total = torch.stack([loss.to(self._losses[-1].device).float().mean() for loss in self._losses]).sum()
         # In automatic optimization Lightning has divided each by the number of batches of a step.
         return total if pl_module.automatic_optimization else total / len(self._losses)
 
@@ -117,8 +136,8 @@ class AlarmListener:
         return list(dict.fromkeys(Alarm(**alarm) for alarm in heard))
 
     def begin(self) -> None:
-        """A fit begins: batches of one that was broken off do not count. What a resumed run has heard does."""
-        self._losses = []
+        """A fit begins: batches of one that was broken off count where it is resumed, as does what that has heard."""
+        self._losses, self._window = self._window, []
 
     def forget(self) -> None:
         """A run has gone back: neither what was heard before counts, nor batches before."""
@@ -148,7 +167,7 @@ class AlarmListener:
         self._losses, self._heard = [], [Alarm(**alarm) for alarm in state["heard"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_losses": []}
+        return {**vars(self), "_losses": [], "_rank_state": None}
 
 
 def _widened(numbers: Tensor) -> Tensor:

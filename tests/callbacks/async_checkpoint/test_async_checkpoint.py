@@ -264,6 +264,56 @@ def _exit():
     raise SystemExit(143)
 
 
+class _Slow(L.Callback):
+    """A disk that from step 2 on takes a while."""
+
+    def __init__(self, monkeypatch):
+        self.gate = Gate(monkeypatch)
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 2 and self.gate.open.is_set():
+            self.gate.open.clear()
+            self.timer = threading.Timer(0.5, self.gate.open.set)
+            self.timer.start()
+
+    def teardown(self, *_, **__):
+        self.timer.join()
+
+    on_exception = teardown
+
+
+def test_what_preemption_saves_is_not_left_out(tmp_path, monkeypatch):
+    """Although the writer is busy, and what comes every few steps is."""
+    preemption, asynchronous = Preemption(), AsyncCheckpoint(when_busy="skip")
+    monkeypatch.setattr(preemption, "_agreed", lambda trainer: trainer.global_step >= 6)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(SystemExit):
+        _fit(tmp_path, _Slow(monkeypatch), asynchronous, preemption, saver)
+    assert asynchronous.skipped > 0
+    assert _load(tmp_path / "last-preemption.ckpt")["global_step"] == 6
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_what_the_guard_saves_is_not_left_out(tmp_path, monkeypatch, action):
+    asynchronous = AsyncCheckpoint(when_busy="skip")
+    guard = TrainingGuard(action, rules=[], every_n_steps=1, keep=5, margin=2, read_every_n_steps=1)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last="link")
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if guard.rollbacks == 1 and trainer.global_step == 5:
+                asynchronous._io.flush()
+                found.append(_load(tmp_path / "last.ckpt")["global_step"])
+
+    found = []
+    _fit(tmp_path, _Slow(monkeypatch), asynchronous, AlarmOnce(), Look(), guard, saver, max_steps=9)
+    assert asynchronous.skipped > 0
+    if action == "stop":
+        assert _load(tmp_path / "training_guard-step=8.ckpt")["global_step"] == 8
+    else:
+        assert found == [5]
+
+
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_sigterm_leaves_all_of_it_on_disk(tmp_path, monkeypatch, ours):
     """A real one, with Preemption and as Lightning alone treats it: the run ends, and what it has saved is written."""

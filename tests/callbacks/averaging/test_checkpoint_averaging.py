@@ -15,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.strategies import FSDPStrategy
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -257,6 +257,22 @@ def test_a_checkpoint_saved_within_a_validation_hook_has_the_live_weights(tmp_pa
     fit(tmp_path, Saves(), weights, averaging, steps=6)
     state = torch.load(tmp_path / "6.ckpt", weights_only=True)["state_dict"]
     assert not differences(weights.history[6], dict(state))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_validation_goes_on_with_the_average_behind_a_save(tmp_path, weights_only):
+    class Saves(Checkpoint):
+        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, *_):
+            if batch_idx == 0:
+                trainer.save_checkpoint(tmp_path / "run.ckpt", weights_only)
+
+    found = []
+    for callbacks in ([], [Saves()]):
+        averaging = CheckpointAveraging(window=3, every_n_steps=1, validate_with="average", save="none")
+        trainer, _ = fit(tmp_path, averaging, *callbacks, steps=6)
+        found.append(trainer.callback_metrics["val_loss"])
+    assert (tmp_path / "run.ckpt").exists()
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_validation_epoch_end"])

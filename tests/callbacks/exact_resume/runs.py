@@ -48,6 +48,13 @@ class Pairs(Noisy):
         return torch.stack([noisy(index), noisy(index)])
 
 
+class Labelled(Noisy):
+    """With a label, so that a batch is a list."""
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index), index
+
+
 class Stream(IterableDataset[Tensor]):
     """The same, dealt to the workers in turn."""
 
@@ -132,6 +139,40 @@ class KeptLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.next = state["next"]
+
+
+class Skipping(Sampler[int]):
+    """In order, without the first ones."""
+
+    skip = 0
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __iter__(self) -> Iterator[int]:
+        skip, self.skip = self.skip, 0
+        return iter(range(skip, SAMPLES))
+
+
+class KeptDataLoader(DataLoader[Any]):
+    """A DataLoader that keeps its place, as users write it, and nothing of generators. Its iterator is made late."""
+
+    served = 0
+
+    def __init__(self, workers: int = 0) -> None:
+        super().__init__(Labelled(), batch_size=BATCH, sampler=Skipping(), num_workers=workers)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.served = self.sampler.skip // BATCH  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self.served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"served": self.served % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.sampler.skip = state["served"] * BATCH  # type: ignore[attr-defined]
 
 
 def noisy(index: int) -> Tensor:

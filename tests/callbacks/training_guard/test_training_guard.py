@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -22,6 +22,7 @@ from lightning_eff.callbacks import (
     Alarm,
     AlarmRule,
     CheckpointAveraging,
+    ExactResume,
     ExplodingLoss,
     GradientSpikes,
     TrainingDivergedError,
@@ -32,7 +33,7 @@ from lightning_eff.callbacks import (
 from lightning_eff.training.trainable import set_trainable
 from tests.callbacks.training_guard.guard_models import GUARD, AtBatch, Poison, Sounder, kill
 from tests.suite.models import MODELS, Net
-from tests.suite.runs import SaveAt, differences, fit, full
+from tests.suite.runs import Place, SaveAt, differences, fit, full
 from tests.suite.table import ARC_TOPK, DDP, FSDP2, ROWS, SINGLE, Strategy
 
 
@@ -137,7 +138,57 @@ def _rolled_back_and_resumed(strategy: Strategy, folder: Path, rank: int, model:
     return rolled_back, _state(run, others)
 
 
+class SaveWithin(Checkpoint):
+    """Saves between the two batches of a step."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2 * self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Remembers(AlarmRule):
+    """Keeps the loss of each step."""
+
+    name = "remembers"
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def value(self, trainer, pl_module, loss):
+        return loss
+
+    def judge(self, step, value):
+        self.losses[step] = value
+
+    def state_dict(self):
+        return {"losses": dict(self.losses)}
+
+    def load_state_dict(self, state_dict):
+        self.losses = dict(state_dict["losses"])
+
+
+def _saved_within_a_step(strategy: Strategy, folder: Path) -> tuple[Any, Any]:
+    """The losses that a rule is given, in a run and in one that resumes between the two batches of its step 4."""
+    path, found = folder / "within.ckpt", []
+    for resume in (None, path):
+        guard = TrainingGuard(**{**GUARD, "rules": [Remembers()]})
+        around = [ExactResume(), *([SaveWithin(3, path)] if resume is None else [])]
+        batches = {"model_arguments": {"micro_batches": 2}, "accumulate_grad_batches": 2}
+        run = fit(None, folder, strategy=strategy, callback=guard, around=around, resume=resume, steps=5, **batches)
+        found.append({**run.parameters(), **guard.state_dict()["rules"][0]})
+    return found[0], found[1]
+
+
 class TestExact:
+    @pytest.mark.parametrize("strategy", [SINGLE, DDP], ids=lambda strategy: strategy.name)
+    def test_a_checkpoint_within_a_step_has_the_losses_of_its_first_batches(self, pool, tmp_path, strategy):
+        for whole, resumed in Place(strategy, tmp_path, pool).run(_saved_within_a_step, strategy, tmp_path):
+            assert list(whole["losses"]) == [1, 2, 3, 4, 5]
+            assert differences(whole, resumed) == []
+
     def test_on_one_device(self, tmp_path):
         rolled_back, resumed = _rolled_back_and_resumed(SINGLE, tmp_path, 0)
         assert not differences(resumed, rolled_back)

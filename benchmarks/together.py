@@ -1,0 +1,173 @@
+"""Everything together: is a disturbed run the run that was left alone, and what does the whole suite cost a step?
+
+python -m benchmarks.together soak --strategy ddp --steps 200  # signals at random, and a disk that is full
+python -m benchmarks.together soak --strategy ddp_ft --faults 12
+python -m benchmarks.together cost --size 10m  # process CPU time a step, over plain Lightning
+python -m benchmarks.together cost --size many  # the same of 1,000 small tensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from benchmarks import gpt
+from benchmarks.many_tensors import Small
+from benchmarks.rows import CONSOLE, show, write_rows
+from benchmarks.together_faults import FAULTS, soak
+from benchmarks.together_runs import RANKS, SAID, Settings, usual_callbacks
+from examples.gpt.model import GPTConfig
+from harness.memory import peak_resident
+from harness.processes import apart
+from harness.runs import begin, quiet_trainer
+from harness.timing import in_turn, ratio
+
+
+def bad_batches(batches: int, rollbacks: bool) -> dict[int, float]:
+    """Every sixtieth loss is NaN and every ninetieth far too large; where it is asked for, NaNs in a row too."""
+    found = dict.fromkeys(range(29, batches, 60), math.nan)
+    found |= dict.fromkeys(range(50, batches, 90), 300.0)
+    if rollbacks:
+        found |= {number + n: math.nan for number in range(120, batches, 400) for n in range(5)}
+    return found
+
+
+def soaks(arguments: argparse.Namespace) -> None:
+    rows = []
+    for strategy in arguments.strategy:
+        kinds = [kind for kind in FAULTS if kind in arguments.kinds]
+        faults = [kinds[n % len(kinds)] for n in range(arguments.faults)]
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Settings(
+                Path(folder), strategy, arguments.model, steps=arguments.steps, workers=arguments.workers,
+                bad=bad_batches(2 * arguments.steps, arguments.rollbacks),
+            )  # fmt: skip
+            outcome = soak(settings, faults, arguments.seed)
+        rows.append(
+            {
+                "strategy": strategy,
+                "ranks": RANKS[strategy],
+                "model": arguments.model,
+                "steps": arguments.steps,
+                "workers": arguments.workers,
+                "bad_batches": len(settings.bad),
+                "seed": arguments.seed,
+                "faults": "; ".join(f"{kind} {count}" for kind, count in sorted(outcome.faults.items())),
+                "lives": outcome.lives,
+                "equal_to_the_bit": not outcome.different,
+                "largest_difference_of_a_weight": outcome.largest,
+                "first_difference": next(iter(outcome.different), ""),
+            }
+        )
+    show("A disturbed run beside one that was left alone", rows)
+    CONSOLE.print(write_rows("together_soak", rows, key=("strategy", "model", "steps", "workers", "seed")))
+
+
+class Watch(L.Callback):
+    """When the first batch began, and the CPU time of the process in each step behind the first ones."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.marks: list[tuple[float, float]] = []
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.marks.append((time.process_time(), time.perf_counter()))
+
+    on_train_end = on_train_batch_start
+
+
+def one_run(arm: str, size: str, steps: int, every: int) -> dict[str, float]:
+    """In a process of its own."""
+    begin(0, *SAID)
+    config = {"10m": gpt.GPT_10M, "1m": gpt.GPT_1M, "tiny": GPTConfig(32, 2, 2, 32)}.get(size)
+    data: Any
+    if config is None:
+        module: L.LightningModule = Small(250)
+        data = torch.utils.data.DataLoader([torch.randn(1, 4)] * 10_000, batch_size=None)  # type: ignore[arg-type]
+    else:
+        module, data = gpt.constant(config), gpt.text(config, 4)
+    warmup = 3
+    watch = Watch(warmup)
+    with tempfile.TemporaryDirectory() as folder:
+        saver = ModelCheckpoint(folder, every_n_train_steps=every, save_last=False)
+        callbacks = usual_callbacks() if arm == "everything" else []
+        start = time.process_time()
+        trainer = quiet_trainer(
+            *callbacks, watch, saver, accelerator="cpu", devices=1, max_steps=warmup + steps, log_every_n_steps=50,
+            limit_val_batches=0, num_sanity_val_steps=0, logger=TensorBoardLogger(folder), default_root_dir=folder,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        files = [path for path in Path(folder).rglob("*") if path.is_file() and "events.out" not in path.name]
+        size_on_disk = sum(path.stat().st_size for path in files if not path.name.endswith(("yaml", "json")))
+    cpu = [mark[0] for mark in watch.marks[warmup:]]
+    wall = [mark[1] for mark in watch.marks[warmup:]]
+    steps_cpu = [after - before for before, after in itertools.pairwise(cpu)]
+    return {
+        "cpu": (cpu[-1] - cpu[0]) / steps,
+        "cpu_median": statistics.median(steps_cpu),
+        "wall": (wall[-1] - wall[0]) / steps,
+        "start": watch.marks[0][0] - start,
+        "memory": peak_resident(),
+        "bytes": float(size_on_disk),
+    }
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    """Both in turn, each run in a process of its own; ratios round by round."""
+    found: dict[str, list[dict[str, float]]] = {"Lightning": [], "everything": []}
+
+    def run(arm: str) -> float:
+        found[arm].append(apart(one_run, arm, arguments.size, arguments.steps, arguments.save_every))
+        return found[arm][-1]["cpu"]
+
+    in_turn({arm: lambda arm=arm: run(arm) for arm in found}, arguments.rounds)
+    row: dict[str, Any] = {"size": arguments.size, "rounds": arguments.rounds, "steps_per_round": arguments.steps}
+    for name, unit, scale in (
+        *(("cpu", "ms_a_step", 1e3), ("cpu_median", "ms_a_step", 1e3), ("wall", "ms_a_step", 1e3)),
+        *(("start", "cpu_seconds", 1.0), ("memory", "mb", 1e-6), ("bytes", "mb", 1e-6)),
+    ):
+        figures = {arm: [each[name] for each in runs] for arm, runs in found.items()}
+        row[f"{name}_{unit}_lightning"] = round(scale * statistics.median(figures["Lightning"]), 3)
+        row[f"{name}_{unit}_everything"] = round(scale * statistics.median(figures["everything"]), 3)
+        middle, low, high = ratio(figures, "everything", "Lightning")
+        row |= {f"{name}_ratio": round(middle, 4), f"{name}_q1": round(low, 4), f"{name}_q3": round(high, 4)}
+    show("The whole suite over plain Lightning", [row])
+    CONSOLE.print(write_rows("together_cost", [row], key=("size",)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    soaking = parts.add_parser("soak")
+    soaking.add_argument("--strategy", nargs="+", default=["single"], choices=list(RANKS))
+    soaking.add_argument("--model", default="gpt", choices=["gpt", "vit"])
+    soaking.add_argument("--steps", type=int, default=200)
+    soaking.add_argument("--faults", type=int, default=10, help="how many")
+    soaking.add_argument("--kinds", nargs="+", default=list(FAULTS), choices=list(FAULTS))
+    soaking.add_argument("--workers", type=int, default=2, help="data workers")
+    soaking.add_argument("--rollbacks", action="store_true", help="with NaNs in a row, from which the guard goes back")
+    soaking.add_argument("--seed", type=int, default=0)
+    costs = parts.add_parser("cost")
+    costs.add_argument("--size", default="10m", choices=["10m", "1m", "tiny", "many"])
+    costs.add_argument("--steps", type=int, default=30, help="of a run, behind the first three")
+    costs.add_argument("--save-every", type=int, default=25, help="steps between two checkpoints")
+    costs.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    soaks(arguments) if arguments.part == "soak" else cost(arguments)
+
+
+if __name__ == "__main__":
+    main()
