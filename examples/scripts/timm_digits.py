@@ -18,7 +18,7 @@ from examples.digits import DigitsDataModule
 try:
     import timm
 except ImportError as error:
-    raise ImportError("timm cannot be found. It comes with: pip install timm") from error
+    raise ImportError(f"{error.name} cannot be found. It comes with: pip install timm") from error
 
 
 class Classifier(L.LightningModule):
