@@ -52,6 +52,7 @@ VARIANTS: dict[str, Callable[[], list[L.Callback]]] = {
     "EMA": lambda: [EMA(save="none")],
     "CheckpointAveraging, every 5 steps": lambda: [CheckpointAveraging(window=2, every_n_steps=5, save="none")],
     "TrainingGuard, every 10 steps": lambda: [TrainingGuard(every_n_steps=10, keep=2, margin=3, read_every_n_steps=5)],
+    "TrainingGuard, default rules": lambda: [TrainingGuard(rules="default", action="warn")],
     "MISA": lambda: [MISA(first_every_n_steps=50, heat_map=False)],
     "Preemption": lambda: [Preemption(signals=["SIGUSR2"])],
     "RunHealth": lambda: [RunHealth(hang_seconds=None)],
