@@ -56,7 +56,8 @@ def recorded() -> list[AlarmRule]:
 
 def alarms(run: dict[str, Any], rules: Sequence[AlarmRule]) -> list[tuple[int, str]]:
     """The steps at which a guard with these rules hears the first of each row of alarms, and of which rule."""
-    signals, rates, found = run["signals"], RateHistory(), []
+    signals, rates = run["signals"], RateHistory()
+    found: list[tuple[int, str]] = []
     last: dict[str, int] = {}
     for i, rate in enumerate(signals["rate"].tolist()):
         announced = WORKLOADS[run["workload"]].data_changes and i == STEPS // 2
@@ -87,7 +88,8 @@ def lead(seeds: Sequence[int], names: Sequence[str]) -> None:
     missing = [path.stem for path in paths if not path.exists()]
     if missing:
         CONSOLE.print(f"not recorded, and left out: {', '.join(missing)}")
-    warnings, false = [], []
+    warnings: list[dict[str, Any]] = []
+    false: list[dict[str, Any]] = []
     for detector, build in DETECTORS.items():
         for run in runs:
             workload, end, steps = WORKLOADS[run["workload"]], diverged_at(run), len(run["signals"]["loss"])
@@ -101,7 +103,7 @@ def lead(seeds: Sequence[int], names: Sequence[str]) -> None:
             if workload.diverges:
                 late = [(step, name) for step, name in found if step > workload.fault_at and (not end or step < end)]
                 first, by = late[0] if late else ("", "")
-                ahead = end - first if end and late else 0
+                ahead = end - late[0][0] if end and late else 0
                 warnings.append(
                     {**about, "fault_at": workload.fault_at, "diverged_at": end or "", "first_alarm": first, "rule": by,
                      "steps_of_warning": ahead}

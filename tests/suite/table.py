@@ -323,37 +323,13 @@ ROWS = (
     ),
     Row(
         TrainingGuard,
-        {"storage": "disk"},
+        {"rules": "default", "storage": "disk"},
         name="TrainingGuard-idle",
         exceptions={"a_snapshot_waits_for_nothing": _GUARD_COPIES},
         crash_steps=(7,),
         changes_training=False,
         tags=_GUARD_TAGS,
         tags_two_optimizers=_GUARD_TAGS,
-    ),
-    Row(
-        TrainingGuard,
-        {
-            "action": "warn",
-            "rules": [
-                {
-                    "class_path": f"lightning_eff.callbacks.{rule}",
-                    "init_args": {"factor": 1.001, "least": 0.0, "over_n_steps": 1, "every_n_steps": 1, "patience": 1},
-                }
-                for rule in ("WeightGrowth", "AttentionLogits")
-            ],
-            "read_every_n_steps": 3,
-        },
-        name="TrainingGuard-growth",
-        crash_steps=(4,),
-        changes_training=False,
-        exceptions={
-            "waits_for_nothing": "it reads the numbers of three steps in the step behind them",
-            "a_snapshot_waits_for_nothing": _GUARD_COPIES,
-        },
-        tags=_GUARD_TAGS[:1],
-        tags_two_optimizers=_GUARD_TAGS[:1],
-        slow=True,
     ),
     Row(
         GradES,

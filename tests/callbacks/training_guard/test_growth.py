@@ -305,6 +305,7 @@ def test_a_loss_that_rises_with_them_is_no_explosion():
     assert found == [True, False]
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_resumed_run_judges_what_the_unbroken_one_did(tmp_path: Path):
     def run(*around: L.Callback, **more: Any) -> tuple[Values, dict[str, Any]]:
         rules = AttentionLogits(every_n_steps=3, over_n_steps=3), WeightGrowth(every_n_steps=3, over_n_steps=3)
