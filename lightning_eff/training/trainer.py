@@ -36,6 +36,11 @@ def sort_callbacks(trainer: Trainer) -> None:
     trainer.callbacks = sorted(callbacks_of(trainer), key=key)  # type: ignore[attr-defined]
 
 
+def loaded_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """What a run is restored from while it is, and where that fails; empty where there is nothing."""
+    return trainer._checkpoint_connector._loaded_checkpoint
+
+
 # --- logging --------------------------------------------------------------------------------------------------------
 
 
