@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
-from lightning_eff.kernels import alignment, grad_norm, moc, row_pack, row_sketch, tensor_stats
+from lightning_eff.kernels import alignment, grad_norm, moc, moc_decode, row_pack, row_sketch, tensor_stats
 
 RANK = 4
 RATIO = 0.2
@@ -83,6 +83,7 @@ def cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bool) 
     yield from row_cases(size, dtype, device, compiled)
     yield from alignment_cases(size, dtype, device, compiled)
     yield from moc_cases(size, dtype, device, compiled)
+    yield from moc_decode_cases(size, dtype, device)
 
 
 def _with_compiled(
@@ -347,3 +348,35 @@ def moc_cases(size: Size, dtype: torch.dtype, device: torch.device, compiled: bo
         }
         _with_compiled(providers, compiled, lambda f=torchs: list(f()), buffers + chosen * ours, exactness)
         yield Case(f"moc: {name}", providers, truth)
+
+
+def moc_decode_cases(size: Size, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """One token through half of the width's channels, or two of each eight; torch copies the selected up rows."""
+    k, d_ff, w = size.width // 2, size.width // 3 * 8, dtype.itemsize
+    x, up = (values((n, size.width), dtype, device, seed) for seed, n in enumerate((1, d_ff)))
+    gates, channels = values((1, d_ff), dtype, device, 2).topk(k, sorted=False)
+    # Eight gates that are 1 to 8 in any order: no rounding makes two of them alike.
+    ranks = values((d_ff // 8, 8), torch.float32, device, 3).argsort(-1).flatten() + 1
+    gate = (ranks[:, None] * x.float() / x.float().square().sum()).to(dtype)
+    rows, every = k * size.width * w, d_ff * size.width * w
+    exactness = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    given: dict[str, tuple[str, tuple[Tensor, ...], int, int]] = {
+        "up": ("selected_up", (x, up, gates, channels), rows, 3 * rows),
+        "down": ("selected_down", (gates, channels, up), rows, rows),
+        "2:8 up": ("pairs_up", (x, gate, up), every + every // 4, every + 3 * every // 4),
+    }
+    for name, (call, tensors, ours, plain) in given.items():
+
+        def run(module: Any, call: str = call, tensors: tuple[Tensor, ...] = tensors) -> list[Tensor]:
+            result = getattr(module, call)(*tensors)
+            return list(result) if isinstance(result, tuple) else [result]
+
+        def truth(call: str = call, tensors: tuple[Tensor, ...] = tensors) -> list[Tensor]:
+            wide = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors)
+            return run(moc_decode.reference, call, wide)
+
+        providers = {
+            "ours": Provider(functools.partial(run, moc_decode), ours, exactness),
+            "torch": Provider(functools.partial(run, moc_decode.reference), plain, exactness),
+        }
+        yield Case(f"moc_decode: {name}", providers, truth)

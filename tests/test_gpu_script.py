@@ -16,7 +16,7 @@ import torch
 from benchmarks.gpu import kernels
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.faults import FAULTS
-from lightning_eff.kernels import alignment, dispatch, grad_norm, moc, row_pack, row_sketch, tensor_stats
+from lightning_eff.kernels import alignment, dispatch, grad_norm, moc, moc_decode, row_pack, row_sketch, tensor_stats
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
 ORDER = re.findall(r"^  (?:python|tests) (\w+) \d+|^  (sanitizer)$", SCRIPT.read_text(), re.MULTILINE)
@@ -45,6 +45,7 @@ CALLS = {
     "row_pack": (row_pack, "pack_rows"),
     "alignment": (alignment, "alignment_stats"),
     "moc": (moc, "activate"),
+    "moc_decode": (moc_decode, "selected_down"),
 }
 
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.report import DEVICE, DTYPES, OUT, SMALL, Report, difference
 from benchmarks.kernel_cases import SIZES
 from harness.interpreter import mended_bfloat16
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_grad_norm_
-from lightning_eff.kernels import alignment, grad_norm, moc, row_pack, row_sketch, status, tensor_stats
+from lightning_eff.kernels import alignment, grad_norm, moc, moc_decode, row_pack, row_sketch, status, tensor_stats
 
 PACKAGES = ("torch", "triton", "lightning", "numpy", "safetensors", "tensorboard", "rich", "jsonargparse", "torchft")
 SIZE = "tiny" if SMALL else "124m"
@@ -146,9 +146,28 @@ def _moc(dtype: torch.dtype, shift: int) -> tuple[float, float]:
     return max(error, *map(difference, grads, truth)), 2e-2 if dtype == torch.bfloat16 else 1e-5
 
 
+def _moc_decode(dtype: torch.dtype, shift: int) -> tuple[float, float]:
+    """A token's products with selected rows, and with those of the two largest of each eight, put together again."""
+    _, (matrix, *_), _ = _inputs(dtype, shift)
+    token, rows = matrix[:1], matrix[: len(matrix) // 8 * 8]
+    dots = token.double() @ rows.double().T
+    values, channels = dots.to(dtype).topk(len(rows) // 2)
+    z = moc_decode.selected_up(token, rows, values, channels)
+    two, of_eight = moc_decode.pairs_up(token, rows, rows)
+    error = 0.0
+    for got, which in ((z, channels), (two, of_eight)):
+        chosen = dots.gather(1, which)
+        error = max(error, difference(got, torch.nn.functional.silu(chosen) * chosen))
+        truth = got.double() @ rows.double()[which[0]]
+        error = max(error, difference(moc_decode.selected_down(got, which, rows), truth))
+    best = dots.view(-1, 8).topk(2).values.sum(1)
+    error = max(error, difference(dots.gather(1, of_eight).view(-1, 2).sum(1), best))
+    return error, {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+
+
 CHECKS = {
     "sum_of_squares": _norm, "scale_": _scale, "tensor_stats": _stats, "row_sketch": _sketch, "row_pack": _rows,
-    "alignment": _alignment, "moc": _moc,
+    "alignment": _alignment, "moc": _moc, "moc_decode": _moc_decode,
 }  # fmt: skip
 
 

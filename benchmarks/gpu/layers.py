@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.report import DEVICE, DTYPES, SMALL, Report, difference
 from examples.gpt.model import GPT, GPTConfig
 from harness.timing import seconds_of
-from lightning_eff.layers import CR, MoC, MoCFeedForward, SkipV1, replace_layers
+from lightning_eff.layers import CR, MoC, MoCFeedForward, SelectedChannels, SkipV1, replace_layers
 from lightning_eff.layers.moc import Pattern
 
 WIDTH, CHANNELS, TOKENS = (64, 176, 64) if SMALL else (768, 2048, 16384)
@@ -50,6 +51,28 @@ def _moc(report: Report) -> None:
             truth = _with_gradients(exact, _swiglu(exact, x.double(), _mask(layer, x)))
             error = max(map(difference, _with_gradients(layer, layer(x)), truth))
             report.row(name, error < 1e-4, error=error)
+
+
+def _decoded(report: Report) -> None:
+    """One token with the selected rows, beside the dense network; right against what training computes, in float64."""
+    torch.manual_seed(0)
+    width, channels = (64, 176) if SMALL else (2048, 5464)  # the paper's of 1 B
+    for pattern, (name, dtype) in itertools.product(PATTERNS, DTYPES.items()):
+        with report.guarded(f"MoC decodes {pattern} {name}"):
+            layer = MoCFeedForward(width, channels, pattern=pattern).to(DEVICE, dtype)
+            x = torch.randn(1, width, device=DEVICE, dtype=dtype)
+            exact = copy.deepcopy(layer).double()
+            error = difference(SelectedChannels(layer)(x), _swiglu(exact, x.double(), _mask(layer, x)).detach())
+            # In 16 bits two gates may round to the same number, and either may be taken.
+            right = error < (1e-4 if dtype == torch.float32 else 5e-2)
+            decoder, times = SelectedChannels(layer), {}
+            with torch.no_grad():
+                for variant, call in {"dense": lambda f=layer, x=x: _swiglu(f, x), "moc": partial(decoder, x)}.items():
+                    call()
+                    times[f"{variant}_us"] = 1e4 * min(
+                        seconds_of(lambda c=call: [c() for _ in range(100)]) for _ in range(5)
+                    )
+            report.row(f"MoC decodes {pattern} {name}", right, error=error, **times)
 
 
 def _times(report: Report) -> None:
@@ -100,5 +123,6 @@ def _replaced(report: Report) -> None:
 def layers(report: Report) -> None:
     """Each layer is right on the device; what the selection of channels costs and saves there."""
     _moc(report)
+    _decoded(report)
     _times(report)
     _replaced(report)

@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_eff.arguments import check, check_count, check_instance
 from lightning_eff.layers import CR, MoC, SkipV1, describe_plan, replace_layers
 from lightning_eff.layers.replace import connections, is_replaced
-from lightning_eff.training.namespaces import MisconfigurationException, overrides
+from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.state_version import check_version
+from lightning_eff.training.trainer import callbacks_of, loaded_checkpoint
 
 _Spec = TypeVar("_Spec", MoC, SkipV1, CR)
 
@@ -170,6 +171,24 @@ class ModelSurgery(Callback):
             "_hook": None,
             "_restored": self.state_dict()["connections"],
         }
+
+
+def missing_surgery(trainer: Trainer) -> str | None:
+    """Why a checkpoint's weights do not fit, where its run had ModelSurgery and this Trainer has none.
+
+    For whoever sees the error of such a load: a callback that is not there cannot.
+    """
+    if any(is_a(callback, ModelSurgery) for callback in callbacks_of(trainer)):
+        return None
+    plan = (loaded_checkpoint(trainer).get("callbacks", {}).get(ModelSurgery.__qualname__) or {}).get("plan")
+    if plan is None:
+        return None
+    arguments = ", ".join(name for name in ("feed_forward", "attention", "linear") if plan[name] is not None)
+    return (
+        f"the checkpoint is of a model in which ModelSurgery replaced {len(plan['replaced'])} layers: add ModelSurgery"
+        f" with that run's {arguments}, or call replace_layers(model, plan) where the model is built, with"
+        " plan = checkpoint['callbacks']['ModelSurgery']['plan']"
+    )
 
 
 def _spec(name: str, value: Any, kind: type[_Spec]) -> _Spec | None:

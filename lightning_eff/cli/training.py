@@ -13,6 +13,7 @@ from typing_extensions import override
 import lightning_eff.callbacks
 import lightning_eff.strategies  # noqa: F401
 from lightning_eff import __version__
+from lightning_eff.callbacks.model_surgery import missing_surgery
 from lightning_eff.cli import TRAINING
 from lightning_eff.cli.complaints import complaint
 
@@ -46,6 +47,16 @@ class _TrainingCLI(LightningCLI):
             if isinstance(inner, ValueError | MisconfigurationException | ImportError):
                 raise _WrongArgumentError(str(inner), []) from error
             raise inner from None  # its traceback is its own
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            # A checkpoint of other layers, of which torch lists the keys.
+            if "state_dict" in str(error) and (why := missing_surgery(self.trainer)) is not None:
+                raise MisconfigurationException(why) from error
+            raise
 
     def options(self) -> list[str]:
         """The options of `fit`, and with it of all commands, that do not hang on a class."""

@@ -16,7 +16,7 @@ import torch
 Implementation = Literal["triton", "reference"]
 
 ENVIRONMENT_VARIABLE = "LIGHTNING_EFF_KERNELS"
-OPS = ("grad_norm", "zclip", "tensor_stats", "row_sketch", "row_pack", "alignment", "moc")
+OPS = ("grad_norm", "zclip", "tensor_stats", "row_sketch", "row_pack", "alignment", "moc", "moc_decode")
 
 
 class Choice(NamedTuple):

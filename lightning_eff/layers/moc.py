@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_instance
 from lightning_eff.kernels import moc as kernels
+from lightning_eff.kernels import moc_decode as decoding
 
 Pattern = Literal["global", "2:8"]
 
@@ -68,6 +69,10 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
 def _kernels() -> Any:
     """The kernels or their references; while something compiles, plain torch, which it can see through and fuse."""
     return kernels.reference if torch.compiler.is_compiling() else kernels
+
+
+def _decoding() -> Any:
+    return decoding.reference if torch.compiler.is_compiling() else decoding
 
 
 class _MoC(torch.autograd.Function):
@@ -215,7 +220,9 @@ class SelectedChannels(nn.Module):
 
     The weights are copied once, the down projection transposed, so that a channel is a row. For up to ``most_tokens``
     tokens at a time it reads (d_ff + 2 K) d_model weights a token; for more, where selected rows would be read again
-    for each token, it computes all channels as training does. It has no gradient.
+    for each token, it computes all channels as training does. With "2:8" on a GPU one kernel reads gate rows and the up
+    rows of the two largest of each eight. It has no gradient, and computes in the dtype of the weights, under autocast
+    too: casting them would read all of them.
 
     Args:
         layer: what to decode with.
@@ -248,12 +255,19 @@ class SelectedChannels(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_model) to (..., d_model)."""
-        rows = x.reshape(-1, x.shape[-1])
-        values, channels = select_channels(rows @ self.gate.T, self.k, self.pattern)
-        if len(rows) > self.most_tokens:
-            hidden: Tensor = _kernels().activate(rows @ self.up.T, values, channels)[3]
-            return (hidden @ self.down).view(x.shape)
-        chosen = self.up.index_select(0, channels.flatten()).view(*channels.shape, -1)
-        z = F.silu(values) * torch.bmm(chosen, rows[:, :, None]).squeeze(-1)
-        # A bag of K rows with a weight each: nothing but these rows is read, and nothing is copied.
-        return F.embedding_bag(channels, self.down, per_sample_weights=z, mode="sum").view(x.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, x.shape[-1]).to(self.gate.dtype).contiguous()
+            return self._decode(rows).view(x.shape).to(x.dtype)
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        few = len(rows) <= self.most_tokens
+        if few and self.pattern == "2:8" and len(self.gate) % _GROUP == 0:
+            z, channels = _decoding().pairs_up(rows, self.gate, self.up)
+        else:
+            values, channels = select_channels(rows @ self.gate.T, self.k, self.pattern)
+            if not few:
+                hidden: Tensor = _kernels().activate(rows @ self.up.T, values, channels)[3]
+                return hidden @ self.down
+            z = _decoding().selected_up(rows, self.up, values, channels)
+        y: Tensor = _decoding().selected_down(z, channels, self.down)
+        return y

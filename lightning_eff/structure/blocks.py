@@ -16,7 +16,7 @@ from torch import nn
 from lightning_eff.arguments import check_instance
 from lightning_eff.structure.roles import Role, roles_of
 from lightning_eff.structure.tree import children, join, unwrap, walk
-from lightning_eff.structure.weights import once, weights_of, with_adapters, without_tables
+from lightning_eff.structure.weights import factored, once, weights_of, with_adapters, without_tables
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -214,6 +214,11 @@ def _ids(module: nn.Module) -> set[int]:
 def _matrices_of_block(path: str, block: nn.Module, seen: set[int]) -> Iterator[Matrix]:
     weights = without_tables(with_adapters(once(weights_of(path, block), seen)))
     chains = [name for name, module in walk(path, block) if isinstance(module, nn.Sequential)]
-    roles = roles_of([weight.shape for weight in weights], chains)
-    for weight, role in zip(weights, roles, strict=True):
-        yield Matrix(weight.name, weight.parameters, role, path)
+    layers = factored(path, block)
+    owners = {weight.name: weight.shape.path.rpartition(".")[0] for weight in weights}
+    # The factors of a layer are one shape, under its path; any other weight goes by its own name.
+    of = {name: owner if owner in layers else name for name, owner in owners.items()}
+    shapes = {of[weight.name]: layers.get(of[weight.name], weight.shape) for weight in weights}
+    roles = dict(zip(shapes, roles_of(list(shapes.values()), chains), strict=True))
+    for weight in weights:
+        yield Matrix(weight.name, weight.parameters, roles[of[weight.name]], path)

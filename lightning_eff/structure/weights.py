@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_eff.structure.roles import Shape
-from lightning_eff.structure.tree import join, walk
+from lightning_eff.structure.tree import children, join, walk
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, _NormBase)  # a layer norm over images has weights of three dimensions
@@ -52,6 +52,24 @@ def _shape(path: str, owner: nn.Module, attribute: str, parameter: nn.Parameter)
     if isinstance(owner, _ConvNd):
         return Shape(path, parameter.shape[1:].numel(), parameter.shape[0], linear=False)
     return Shape(path, parameter.shape[-2], parameter.shape[-1], directed=False)
+
+
+def factored(path: str, module: nn.Module) -> dict[str, Shape]:
+    """The modules that are one linear layer in two factors, by path, with the shape of the whole.
+
+    They say so themselves: two ``nn.Linear`` in them lead from their own ``in_features`` to their ``out_features``,
+    through no more features than either. The factors' role is that of the layer that they are.
+    """
+    found = {}
+    for owner_path, owner in walk(path, module):
+        inside = [child for _, child in children(owner)]
+        ends = (getattr(owner, "in_features", None), getattr(owner, "out_features", None))
+        if len(inside) == 2 and all(isinstance(child, nn.Linear) for child in inside):
+            first, last = inside
+            within = first.out_features == last.in_features <= min(first.in_features, last.out_features)  # type: ignore[operator]
+            if within and ends == (first.in_features, last.out_features):
+                found[owner_path] = Shape(owner_path, *ends)  # type: ignore[arg-type]
+    return found
 
 
 def once(weights: Iterable[tuple[nn.Parameter, Weight]], seen: set[int]) -> list[Weight]:

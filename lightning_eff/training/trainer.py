@@ -48,6 +48,11 @@ def save_surely(trainer: Trainer, path: str, weights_only: bool = False) -> None
     trainer.save_checkpoint(path, weights_only)
 
 
+def loaded_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """What a run is restored from while it is, and where that fails; empty where there is nothing."""
+    return trainer._checkpoint_connector._loaded_checkpoint
+
+
 # --- logging --------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections import Counter
 from typing import Any
 
 import lightning as L
@@ -11,9 +14,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from examples.gpt import GPT, GPTConfig, GPTModule
 from harness.runs import fit
-from lightning_eff.callbacks import ModelSurgery
+from lightning_eff.callbacks import MISA, GradES, ModelSurgery
+from lightning_eff.cli.training import main
 from lightning_eff.layers import CR, CRLinear, MoC, MoCFeedForward, SkipV1, replace_layers
 from lightning_eff.layers.replace import connections
+from lightning_eff.structure import find_blocks
 from tests.suite.runs import weights
 
 TINY = GPTConfig(block_size=8, n_layer=3, n_head=2, n_embd=16)
@@ -105,6 +110,77 @@ def test_weights_of_other_layers_are_refused_in_words(tmp_path):
         fit(module(), ModelSurgery(linear=CR()), data=data(), ckpt_path=tmp_path / "plain.ckpt")
 
 
+def test_the_command_line_says_what_is_missing_where_a_checkpoint_has_a_plan(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    fit(module(), ModelSurgery(linear=CR(rank=2)), Saves(path), data=data(), max_steps=1)
+    saved = torch.load(path, weights_only=True)
+    del saved["hyper_parameters"]  # of a class without a name, where it was not built on the command line
+    torch.save(saved, path)
+    monkeypatch.chdir(tmp_path)
+    for n in range(12):
+        (tmp_path / f"{n}.txt").write_text("".join(f"line {n * i % 7} of file {n}\n" for i in range(100)))
+    shape = {"block_size": 8, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    text = {"root": str(tmp_path), "pattern": "*.txt", "val_fraction": 0.3, "block_size": 8}
+    config = {
+        "seed_everything": False,
+        "model": {"class_path": "examples.gpt.GPTModule", "init_args": {"config": shape}},
+        "data": {"class_path": "examples.gpt.TextDataModule", "init_args": text},
+        "trainer": {"accelerator": "cpu", "devices": 1, "logger": False, "max_steps": 2},
+    }
+    (tmp_path / "plain.yaml").write_text(json.dumps(config))
+    line = ["fit", "--config", "plain.yaml", "--ckpt_path", str(path)]
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["lightning-eff", *line])
+    assert main() == 2
+    said = capsys.readouterr().err
+    assert "ModelSurgery replaced 18 layers: add ModelSurgery with that run's linear, or call" in said
+    assert "replace_layers(model, plan)" in said
+    assert "checkpoint['callbacks']['ModelSurgery']['plan']" in said
+
+
+SETTINGS = [{"attention": SkipV1()}, {"feed_forward": MoC(new_weights=True)}, {"linear": CR(rank=4, recompute=True)}]
+NAMES = ["skipv1", "moc", "cr"]
+
+
+class Seen(L.Callback):
+    """Which matrices changed at all, and what MISA trained."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.before = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
+        self.sampled: set[str] = set()
+
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        for callback in trainer.callbacks:
+            if isinstance(callback, MISA):
+                self.sampled |= set(callback.active)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.changed = {n for n, weight in pl_module.named_parameters() if not torch.equal(weight, self.before[n])}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
+def test_grades_and_misa_know_what_was_put_in_by_its_role_and_train_it(settings):
+    model, seen = module(), Seen()
+    # A threshold that every gradient is below: all are frozen, in their roles.
+    often = {"every_n_steps": 1, "patience": 1, "max_events": None, "stop_when_frozen": False}
+    grades = GradES(alpha=0.0, tau=1e9, tau_mode="absolute", **often)
+    trainer = fit(model, ModelSurgery(**settings), grades, seen, data=data(), max_steps=4)
+    blocks = find_blocks(model)
+    roles = Counter(matrix.role for block in blocks for matrix in block.matrices)
+    assert set(roles) == {"attention", "ffn"}
+    logged = {name: trainer.callback_metrics[f"grades/frozen_{name}"].item() for name in roles}
+    assert logged == roles
+    inside = {matrix.name for block in blocks for matrix in block.matrices}
+    assert inside <= seen.changed
+
+    model, seen = module(), Seen()
+    misa = MISA(budget=0.5, every_n_steps=1)
+    fit(model, ModelSurgery(**settings), misa, seen, data=data(), max_steps=6)
+    assert seen.sampled <= inside
+    assert seen.sampled == seen.changed & inside
+    assert len({name.split(".")[2] for name in seen.sampled}) > 1  # of more than one block
+
+
 def test_what_cannot_be_replaced_is_said_with_the_mend():
     with pytest.raises(
         MisconfigurationException, match=r"ModelSurgery: feed_forward: nothing can be replaced: .*new_weights"
@@ -145,11 +221,7 @@ def _trained(settings: dict[str, Any], strategy: str) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [{"attention": SkipV1()}, {"feed_forward": MoC(new_weights=True)}, {"linear": CR(rank=4, recompute=True)}],
-    ids=["skipv1", "moc", "cr"],
-)
+@pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
 def test_sharded_it_learns_what_ddp_does(settings, pool):
     (wanted, _), (got, other) = (pool.run(_trained, settings, strategy) for strategy in ("ddp", "fsdp2"))
     assert wanted.keys() == got.keys()

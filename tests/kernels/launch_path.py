@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lightning_eff.kernels import alignment, grad_norm, moc, row_pack, row_sketch, tensor_stats, zclip
+from lightning_eff.kernels import alignment, grad_norm, moc, moc_decode, row_pack, row_sketch, tensor_stats, zclip
 from lightning_eff.kernels.dispatch import Choice
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
     triton.runtime.driver.set_active(CompilingDriver())
     triton.JITFunction.run = compile_only
-    for op in (alignment, grad_norm, moc, row_pack, row_sketch, tensor_stats):
+    for op in (alignment, grad_norm, moc, moc_decode, row_pack, row_sketch, tensor_stats):
         op.choose = lambda *_: Choice("triton", "compiled only")  # type: ignore[attr-defined]
 
     selected = torch.tensor([0])
@@ -60,6 +60,10 @@ def main() -> None:
         gates, channels = matrices[0].topk(1)
         u, s, _, _ = moc.activate(matrices[0], gates, channels)
         moc.activate_backward(matrices[0], gates, channels.to(torch.int16), u, s)
+        token, rows = matrices[0][:1], matrices[0].repeat(8, 1)
+        z, channels = moc_decode.pairs_up(token, rows, rows)
+        moc_decode.selected_up(token, rows, z, channels)
+        moc_decode.selected_down(z, channels, rows)
     values, norm = torch.zeros(17, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     constants = zclip.Constants(*[1.0] * len(zclip.Constants._fields))
     for warmup_steps, percentile, to_mean in itertools.product((1, 25), (False, True), (False, True)):

@@ -29,7 +29,7 @@ def test_every_provider_passes_the_gate(dtype: str, capsys: pytest.CaptureFixtur
     output = capsys.readouterr().out
     assert "GPU figures are not measured" in output
     assert "ours" not in output
-    for op in ("grad_norm", "tensor_stats", "row_sketch", "row_pack", "alignment", "moc"):
+    for op in ("grad_norm", "tensor_stats", "row_sketch", "row_pack", "alignment", "moc", "moc_decode"):
         assert f"{op}" in output
 
 

@@ -69,9 +69,12 @@ def test_the_launchers_pass_what_the_kernels_take(tmp_path_factory: pytest.TempP
         "_decide",
         "_finish",
         "_pack",
+        "_pairs_up",
         "_partials",
         "_scale",
         "_scatter",
+        "_selected_down",
+        "_selected_up",
         "_sketch",
     ]
 

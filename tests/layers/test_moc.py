@@ -220,6 +220,16 @@ def test_decoding_with_the_selected_rows_is_the_layer(dtype, pattern, d_ff, toke
     torch.testing.assert_close(SelectedChannels(layer)(x), layer(x).detach(), **close)
 
 
+def test_decoding_under_autocast_is_in_the_dtype_of_the_weights():
+    torch.manual_seed(0)
+    layer = MoCFeedForward(16, 24)
+    x = torch.randn(1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = SelectedChannels(layer)(x.bfloat16())
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y, layer(x.bfloat16().float()).detach().bfloat16())
+
+
 def test_ties_and_values_that_are_no_numbers_select_as_many_as_any():
     gates = torch.tensor([[1.0] * 12, [float("nan")] * 3 + [0.0] * 9, [-float("inf")] * 12])
     for pattern, k in (("global", 5), ("2:8", 4)):

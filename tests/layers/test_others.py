@@ -1,4 +1,4 @@
-"""Layers replaced in models of other people; `make test-architectures` has the package."""
+"""Layers replaced in models of other people; `make test-architectures` has the packages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from lightning_eff.layers import CR, MoC, SkipV1, replace_layers
 
 transformers = pytest.importorskip("transformers", reason="`make test-architectures` has it")
+timm = pytest.importorskip("timm", reason="`make test-architectures` has it")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -78,3 +79,47 @@ def test_gpt2_whose_matrices_are_no_linear_layers_is_left_with_the_reason(settin
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
     with pytest.raises(ValueError, match=r"nothing can be replaced: transformer\.h\.0"):
         replace_layers(model, **settings)
+
+
+def vit(**arguments: Any) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
+    return timm.models.VisionTransformer(**shape, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "replaced"),
+    [({"feed_forward": MoC(new_weights=True)}, 3), ({"linear": CR(rank=0.25, recompute=True)}, 12)],
+    ids=["moc", "cr"],
+)
+def test_a_vit_that_has_not_been_trained_gets_new_networks_or_projections_and_learns(
+    settings: Any, replaced: int
+) -> None:
+    model = vit()
+    plan = replace_layers(model, **settings)
+    assert len(plan["replaced"]) == replaced
+    assert not plan["left"]
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "words"),
+    [
+        ({}, {"attention": SkipV1()}, r"blocks\.0\.attn \(no value projection of a usual name by itself"),
+        ({}, {"feed_forward": MoC()}, r"blocks\.0\.mlp \(it has no gate"),
+        ({"mlp_layer": timm.layers.SwiGLU}, {"feed_forward": MoC()}, r"blocks\.0\.mlp \(it has biases"),
+    ],
+)
+def test_what_does_not_fit_a_vit_is_left_with_the_reason(arguments: Any, settings: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=f"nothing can be replaced: {words}"):
+        replace_layers(vit(**arguments), **settings)

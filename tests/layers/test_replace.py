@@ -239,6 +239,19 @@ def test_roles_stay_what_they_were():
     assert isinstance(model.blocks[0].mlp, MoCFeedForward)
 
 
+@pytest.mark.parametrize("model", [gpt(), swiglu()], ids=["gelu", "swiglu"])
+def test_both_factors_have_the_role_of_the_projection_that_they_are(model):
+    before = {matrix.name: matrix.role for block in find_blocks(model) for matrix in block.matrices}
+    replace_layers(model, linear=CR(rank=3))
+    after = {matrix.name: matrix.role for block in find_blocks(model) for matrix in block.matrices}
+    factors = {name.replace("weight", f"{factor}.weight"): role for name, role in before.items() for factor in "ab"}
+    assert after == {
+        **{name: role for name, role in before.items() if name.startswith("blocks.0.")},
+        **{name: role for name, role in factors.items() if not name.startswith("blocks.0.")},
+    }
+    assert set(after.values()) == {"attention", "ffn"}
+
+
 def test_what_replaces_frozen_layers_is_frozen():
     model = gpt()
     model.blocks[1].requires_grad_(False)
