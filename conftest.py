@@ -13,6 +13,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# torch 2.8 starts the processes in which inductor compiles as soon as anything is compiled, by whatever backend, and
+# keeps them: the next test would be blamed. Without this they are started when inductor has a kernel to compile.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--device`."""

@@ -23,8 +23,11 @@ from harness.pool import live_pids
 
 _CACHES = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 
-# pytest's own, and what `L.seed_everything` leaves for its workers on purpose.
-_KNOWN_VARIABLES = {"PYTEST_CURRENT_TEST", "PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+# What `L.seed_everything` leaves for its workers on purpose: no leak, and taken back.
+_SEEDS = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
+
+# pytest's own, and the one that torch.compile sets for the life of the process (torch 2.8 with any backend).
+_KNOWN_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"} | _SEEDS
 
 # Global switches of torch: name -> (read, write).
 _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -86,7 +89,7 @@ def leaks_since(before: Photograph, patience: float = 2.0) -> list[str]:
                 del os.environ[name]
             else:
                 os.environ[name] = old
-    for name in _KNOWN_VARIABLES - {"PYTEST_CURRENT_TEST"}:
+    for name in _SEEDS:
         os.environ.pop(name, None)
     for name, (_, write) in _SWITCHES.items():
         if before.switches[name] != after.switches[name]:

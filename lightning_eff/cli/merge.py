@@ -234,13 +234,14 @@ def _progress(total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]
         yield lambda amount: None
         return
     console = Console(stderr=True)
+    if not console.is_terminal:  # rich 13.0 ends even a disabled bar with an empty line
+        yield lambda amount: None
+        return
     columns: list[progress.ProgressColumn] = [progress.TextColumn("{task.description}"), progress.BarColumn()]
     if unit == "bytes":
         columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()]
     else:
         columns += [progress.MofNCompleteColumn()]
-    with progress.Progress(
-        *columns, progress.TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
+    with progress.Progress(*columns, progress.TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("Merging" if unit == "bytes" else "Searching", total=total)
         yield lambda amount: bar.advance(task, amount)

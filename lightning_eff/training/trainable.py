@@ -123,6 +123,7 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
         parameter.requires_grad_(wanted[name])
     for parameter in change.frozen.values():
         parameter.grad = None
+    _show_to_compiled(module, changed)
     if is_a(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         _wrap_anew(strategy)
     tell(trainer, FollowsTrainable, change)
@@ -175,6 +176,20 @@ def _check_agreement(trainer: Trainer, wanted: Mapping[str, bool]) -> None:
     digest = hashlib.sha256(repr(sorted(wanted.items())).encode()).digest()
     if not ranks_agree(trainer.strategy, int.from_bytes(digest[:7], "big")):
         raise RuntimeError("the ranks do not agree on which parameters to train: decide from values equal on all ranks")
+
+
+def _show_to_compiled(module: nn.Module, changed: Mapping[str, nn.Parameter]) -> None:
+    """Let compiled modules look at ``requires_grad`` again.
+
+    They take the tensors of a dictionary that nobody has written to for the same as before; in torch 2.8 and 2.11 their
+    ``requires_grad`` too, so that what was frozen when they were compiled had no gradient. The entries are set anew.
+    """
+    parameters = set(changed.values())
+    for owner in module.modules():
+        if not parameters.isdisjoint(owner._parameters.values()):
+            entries = dict(owner._parameters)
+            owner._parameters.clear()
+            owner._parameters.update(entries)
 
 
 def _wrap_anew(strategy: DDPStrategy) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_eff.compression import BF16, ArcTopK, Compressor, PowerSGD, RandK, TopK
@@ -18,6 +19,12 @@ from lightning_eff.kernels.row_sketch import reference
 from lightning_eff.training.snapshots import SnapshotWindow
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="torch is not built for CUDA, a GPU is not needed")
+
+# Seen with 2.8 ("CUDA driver version is insufficient"); with 2.11 and 2.14 no driver is asked.
+touches_the_driver = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.11") and not torch.cuda.is_available(),
+    reason="before torch 2.11 indexing and copying a fake CUDA tensor ask the CUDA driver, which is missing here",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +44,7 @@ def test_a_tensor_of_the_cpu_is_noticed():
         torch.zeros(3, device="cuda") + torch.zeros(3)
 
 
+@touches_the_driver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zclip(dtype):
     parameters = [torch.nn.Parameter(torch.zeros(shape, device="cuda", dtype=dtype)) for shape in ((3, 2), (5,))]
@@ -56,6 +64,7 @@ def test_ema(device):
     assert {shadow.device.type for shadow in shadows.tensors} == {device or "cuda"}
 
 
+@touches_the_driver
 def test_snapshots():
     window = SnapshotWindow(2, "model")
     for step in range(3):
@@ -63,6 +72,7 @@ def test_snapshots():
     assert window.read()[0]["weight"].device.type == "cuda"
 
 
+@touches_the_driver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "compressor",  # Int8 draws from a generator of the device, which is never fake

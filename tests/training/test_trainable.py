@@ -64,6 +64,20 @@ class _CompiledModel(_Model):
         self.layers = torch.compile(self.layers, backend="aot_eager")
 
 
+class _ClosedModel(_Model):
+    """Its first layer is closed from the beginning."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[0].requires_grad_(False)
+
+
+class _ClosedCompiledModel(_ClosedModel):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.compile(self.layers, backend="aot_eager")
+
+
 class _Toggles(L.Callback):
     """Closes and opens at the end of given batches, and hears of it."""
 
@@ -135,6 +149,15 @@ def test_training_goes_on_with_what_is_open(schedule, options):
     assert_equal(_fit(toggles, **options), _fit(_DropsGradients(schedule), **options))
 
     assert toggles.heard == [(list(FROZEN), []) if open_ else ([], list(FROZEN)) for open_ in schedule.values()]
+
+
+def test_what_was_closed_when_it_was_compiled_trains_once_it_is_open():
+    schedule = {1: True, 3: False}
+    compiled = _fit(_Toggles(schedule), model=_ClosedCompiledModel)
+    plain = _fit(_Toggles(schedule), model=_ClosedModel)
+
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(plain[FROZEN[0]], weights(_ClosedModel())[FROZEN[0]])
 
 
 def test_an_event_that_changes_nothing_is_none():

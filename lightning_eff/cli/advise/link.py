@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from math import prod
@@ -151,12 +152,13 @@ def measure(args: argparse.Namespace) -> Measured | None:
             raise ValueError("torchrun has started one rank, and a link has at least 2: --nproc-per-node or --nnodes")
         backend, device = _backend(args.backend, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local)
         _say(f"measuring the link between torchrun's {world_size} ranks, for about {args.budget:g} s ...")
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-        try:
-            samples = measure_link(device=device, budget=args.budget)
-            rank = dist.get_rank()
-        finally:
-            dist.destroy_process_group()
+        with _stdout_kept():
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+            try:
+                samples = measure_link(device=device, budget=args.budget)
+                rank = dist.get_rank()
+            finally:
+                dist.destroy_process_group()
         how = f"measured between torchrun's ranks, {backend}"
         return Measured(fit_link(samples, world_size), samples, how, device) if rank == 0 else None
     ranks = args.ranks or 2
@@ -174,12 +176,26 @@ def _measure_here(rank: int, ranks: int, backend: str | None, budget: float, fol
     torch.set_num_threads(1)
     chosen, device = _backend(backend, ranks, rank)
     store = dist.FileStore(f"{folder}/store", ranks)  # type: ignore[attr-defined]
-    dist.init_process_group(chosen, store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT)
-    samples = measure_link(device=device, budget=budget)
-    if rank == 0:
-        (Path(folder) / "samples").write_text(json.dumps([asdict(sample) for sample in samples]))
-    dist.barrier()
-    dist.destroy_process_group()
+    with _stdout_kept():
+        dist.init_process_group(chosen, store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT)
+        samples = measure_link(device=device, budget=budget)
+        if rank == 0:
+            (Path(folder) / "samples").write_text(json.dumps([asdict(sample) for sample in samples]))
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Nothing but the report is on stdout: gloo says there, in C++, which ranks it reaches, in torch 2.8."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _backend(wish: str | None, ranks: int, local: int) -> tuple[str, str]:
