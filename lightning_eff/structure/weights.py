@@ -66,7 +66,7 @@ def factored(path: str, module: nn.Module) -> dict[str, Shape]:
         ends = (getattr(owner, "in_features", None), getattr(owner, "out_features", None))
         if len(inside) == 2 and all(isinstance(child, nn.Linear) for child in inside):
             first, last = inside
-            within = first.out_features == last.in_features <= min(first.in_features, last.out_features)  # type: ignore[operator]
+            within = first.out_features == last.in_features <= min(first.in_features, last.out_features)  # type: ignore[operator, type-var]
             if within and ends == (first.in_features, last.out_features):
                 found[owner_path] = Shape(owner_path, *ends)  # type: ignore[arg-type]
     return found
