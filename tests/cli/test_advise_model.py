@@ -282,6 +282,7 @@ def _under_torchrun():
     return status, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_torchruns_link_is_measured_and_the_first_rank_prints(pool):
     (status0, out0), (status1, out1) = pool.using(process_group=False).run(_under_torchrun)
     assert (status0, status1, out1) == (0, 0, "")
