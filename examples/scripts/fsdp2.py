@@ -17,10 +17,11 @@ from examples.gpt import GPTConfig, GPTModule, TextDataModule
 
 
 def main(steps: int = 20, folder: str = "logs/fsdp2", data: str | None = None) -> L.Trainer:
-    """Train `steps` further, and save behind the last of them."""
+    """Train `steps` further on this Python's sources, or a folder's text files, and save behind the last of them."""
     L.seed_everything(0, verbose=False)
     shape = GPTConfig(block_size=64, n_layer=2, n_head=4, n_embd=64)
-    text = TextDataModule(data, pattern="*.py" if data is None else "*.txt", block_size=64, batch_size=4)
+    own = {} if data is None else {"pattern": "*.txt", "val_fraction": 0.3}
+    text = TextDataModule(data, block_size=64, batch_size=4, **own)
     last = max((int(path.stem) for path in Path(folder).glob("*.ckpt")), default=0)
     saver = ModelCheckpoint(folder, filename="{step}", auto_insert_metric_name=False, every_n_train_steps=steps)
     trainer = L.Trainer(

@@ -103,7 +103,7 @@ def test_scalars_come_into_wandb_offline(tmp_path):
 def test_a_llama_is_tuned(how, text):
     trainer = script("huggingface").main(how, 40, str(text))
     metrics = trainer.callback_metrics
-    assert metrics["train_loss"] < 5.5  # log(256) is 5.545
+    assert metrics["val_loss"] < 5.54  # of a uniform guess: log(256), 5.545
     assert {"val_loss", "average/val_loss"} <= set(metrics)
     assert ("misa/trainable" in metrics) == (how == "misa")
     if how == "lora":
