@@ -1,12 +1,8 @@
-"""The scripts, each with a small limit; those of other packages are skipped where these are not installed."""
+"""The scripts, each with a small limit."""
 
 import csv
 import importlib
-import importlib.util
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -23,11 +19,6 @@ def script(name: str):
     return importlib.import_module(f"examples.scripts.{name}")
 
 
-def packages(*names: str):
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
-
 @pytest.fixture(autouse=True)
 def _one_cpu(monkeypatch):
     """On the CPU and quietly, whatever the script asks for; and no seeds are left in the environment."""
@@ -41,13 +32,6 @@ def _one_cpu(monkeypatch):
     monkeypatch.setattr(L.Trainer, "__init__", quietly)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.setenv(name, "0")
-
-
-@pytest.fixture
-def text(tmp_path):
-    for n in range(12):
-        (tmp_path / f"{n}.txt").write_text("".join(f"line {n * i % 7} of file {n}\n" for i in range(100)))
-    return tmp_path
 
 
 def test_plain_has_thirty_lines_and_goes_on_where_it_was(tmp_path, caplog):
@@ -76,51 +60,3 @@ def test_scalars_come_into_csv(tmp_path):
     with file.open() as lines:
         header = next(csv.reader(lines))
     assert {"train_loss", "zclip/grad_norm", "zclip/clipped"} <= set(header)
-
-
-@packages("transformers", "peft")
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
-@pytest.mark.parametrize("how", ["lora", "misa"])
-def test_a_llama_is_tuned(how, text):
-    trainer = script("huggingface").main(how, 40, str(text))
-    metrics = trainer.callback_metrics
-    assert metrics["val_loss"] < 5.54  # of a uniform guess: log(256), 5.545
-    assert {"val_loss", "average/val_loss"} <= set(metrics)
-    assert ("misa/trainable" in metrics) == (how == "misa")
-    if how == "lora":
-        trained = {name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
-        assert trained
-        assert all("lora_" in name for name in trained)
-
-
-@pytest.mark.parametrize("package", ["transformers", "peft"])
-def test_a_missing_package_is_named(package, monkeypatch):
-    for name in ("transformers", "peft"):
-        if name == package or importlib.util.find_spec(name) is None:
-            monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "examples.scripts.huggingface", raising=False)
-    with pytest.raises(ImportError, match=r"cannot be found\. It comes with: pip install transformers peft"):
-        script("huggingface")
-
-
-_TWICE = """
-from examples.scripts.fsdp2 import main
-import sys, torch
-torch.set_num_threads(1)
-trainer = main(2, sys.argv[1], sys.argv[2])
-trainer.print(f"at step {trainer.global_step}")
-"""
-
-
-@pytest.mark.slow
-def test_fsdp2_goes_on_from_its_shards(text, tmp_path):
-    (tmp_path / "run.py").write_text(_TWICE)
-    folder = tmp_path / "saved"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
-    for step in (2, 4):
-        line = [sys.executable, str(tmp_path / "run.py"), str(folder), str(text)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert f"at step {step}\n" in done.stdout
-        assert (folder / f"{step}.ckpt" / ".metadata").exists()
