@@ -1,4 +1,4 @@
-"""GradES in a Fabric loop: a weight matrix whose gradient changes no more is frozen.
+"""GradES in a Fabric loop: a weight matrix that has little left to gain is frozen.
 
 python -m examples.fabric.grades
 """
@@ -25,13 +25,14 @@ def train(fabric: L.Fabric, steps: int = 400, every: int = 5) -> dict[str, Any]:
     model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=1e-2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.98**step)
     matrices = {name: p for name, p in module.named_parameters() if p.ndim >= 2}
-    metric = MatrixMetric([{name: p} for name, p in matrices.items()], "grad_change")
-    state = GradESState(len(matrices), GradESConfig(tau=0.5))
+    metric = MatrixMetric([{name: p} for name, p in matrices.items()], "gain")
+    state = GradESState(len(matrices), GradESConfig(tau=0.02))
     frozen: dict[str, int] = {}
     for step in range(steps):
         fabric.backward(loss_of(model, *batch(0, size=64)))  # one batch: there is an end to learning
         if step % every == 0:
-            grades_update(metric.measure(), state, armed=step > steps // 4)
+            rates, done = dict.fromkeys(matrices, optimizer.param_groups[0]["lr"]), (step + 1) / steps
+            grades_update(metric.measure(rates=rates), state, armed=done > 0.25, done=done)
             settled = settled_units(state).isfinite().nonzero().flatten().tolist()  # one read of the device
             for unit in settled:
                 name, parameter = list(matrices.items())[unit]

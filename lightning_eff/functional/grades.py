@@ -8,7 +8,7 @@ In a plain torch loop::
     ...
     loss.backward()
     rates = dict.fromkeys(matrices, optimizer.param_groups[0]["lr"])
-    done = step / total_steps
+    done = (step + 1) / total_steps
     grades_update(metric.measure(rates=rates), state, armed=done > 0.5, done=done)  # every few steps, before the update
     for parameter, settled in zip(matrices.values(), settled_units(state).isfinite().tolist()):
         ...
