@@ -63,12 +63,15 @@ def factored(path: str, module: nn.Module) -> dict[str, Shape]:
     found = {}
     for owner_path, owner in walk(path, module):
         inside = [child for _, child in children(owner)]
-        ends = (getattr(owner, "in_features", None), getattr(owner, "out_features", None))
-        if len(inside) == 2 and all(isinstance(child, nn.Linear) for child in inside):
-            first, last = inside
-            within = first.out_features == last.in_features <= min(first.in_features, last.out_features)  # type: ignore[operator, type-var]
-            if within and ends == (first.in_features, last.out_features):
-                found[owner_path] = Shape(owner_path, *ends)  # type: ignore[arg-type]
+        if len(inside) != 2:
+            continue
+        first, last = inside
+        if not (isinstance(first, nn.Linear) and isinstance(last, nn.Linear)):
+            continue
+        whole = (first.in_features, last.out_features)
+        within = first.out_features == last.in_features <= min(whole)
+        if within and whole == (getattr(owner, "in_features", None), getattr(owner, "out_features", None)):
+            found[owner_path] = Shape(owner_path, *whole)
     return found
 
 
