@@ -58,8 +58,7 @@ def on_all_ranks(pool: Pool, strategy: str, *arguments: Any, **settings: Any) ->
         ("single", "gpt", FAST),
         pytest.param("single", "vit", FAST, marks=pytest.mark.slow),
         *(
-            pytest.param(strategy, model, ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
-            for strategy in ("single", "ddp", "fsdp2", "ddp_arc_topk")
+            pytest.param("single", model, ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
             for model in ("gpt", "vit")
         ),
     ],

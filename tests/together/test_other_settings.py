@@ -1,4 +1,4 @@
-"""A run of the whole suite goes on with other callbacks, and on another number of ranks."""
+"""A run of the whole suite goes on with other callbacks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.together_runs import Settings, callbacks, differences, train
-from harness.pool import Pool
+from benchmarks.together_runs import Settings, differences, train
 from tests.together.saving import SaveBehind
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:ExactResume. "),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
-    pytest.mark.filterwarnings("ignore:the state .* is not restored"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"
+)
 
-NAMES = [type(each).__name__ for each in callbacks("single")]
 # Whoever of them is there, the run is the same.
 MONITORS = {
     "SpectralAlignmentMonitor",
@@ -53,40 +48,3 @@ def test_monitors_come_and_go(tmp_path):
     added, _ = run(tmp_path, "added", resume=with_none)
     for other in (without_any, removed, added):
         assert differences(without(whole, MONITORS), without(other, MONITORS)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_one_comes_or_goes(name, tmp_path):
-    whole, with_all = run(tmp_path, "whole", saves=True, resume=None)
-    less, with_less = run(tmp_path / "others", "without", saves=True, resume=None, without=(name,))
-    removed, _ = run(tmp_path, "removed", resume=with_all, without=(name,))
-    added, _ = run(tmp_path, "added", resume=with_less)
-    for outcome in (removed, added):
-        assert outcome["step"] == STEPS
-        assert all(bool(weight.isfinite().all()) for weight in outcome["parameters"].values())
-    if name in MONITORS:
-        assert differences(without(whole, {name}), without(removed, {name})) == []
-        assert differences(without(less, {name}), without(added, {name})) == []
-
-
-def _on_ranks(folder: Path, strategy: str, ranks: int, resume: str | None) -> tuple[dict[str, Any], str]:
-    here = Settings(folder / f"{strategy}-{ranks}", strategy, "vit", ranks, STEPS, resume=resume)
-    here.folder.mkdir(parents=True, exist_ok=True)
-    saver = SaveBehind(folder, (BEHIND,))
-    return train(here, *([saver] if resume is None else [])), next(iter(saver.saved), "")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "ddp_arc_topk"])
-def test_another_number_of_ranks(strategy, tmp_path, pool):
-    """What is lost is said, the ranks agree, and the run comes to its end."""
-    path = pool.run(_on_ranks, tmp_path, strategy, 2, None)[0][1]
-    with Pool(3) as three:
-        ends = [end for end, _ in three.run(_on_ranks, tmp_path, strategy, 3, path)]
-    assert [end["step"] for end in ends] == 3 * [STEPS]
-    for end in ends:
-        assert all(bool(weight.isfinite().all()) for weight in end["parameters"].values())
-        if strategy != "fsdp2":
-            assert all(torch.equal(weight, ends[0]["parameters"][name]) for name, weight in end["parameters"].items())

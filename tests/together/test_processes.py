@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def test_killed_and_begun_anew(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["gpt", "vit"])
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2", "ddp_arc_topk"])
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
 def test_signals_at_random(strategy, model, tmp_path):
     settings = {"strategy": strategy, "model": model, "steps": 60, "workers": 2, "bad": bad_batches(120, False)}
     outcome = disturbed(tmp_path, 2 * SIGNALS, **settings)
@@ -47,14 +46,3 @@ def test_a_disk_that_is_full_for_a_while(tmp_path):
     outcome = disturbed(tmp_path, ["full disk", "kill all", "full disk"], strategy="ddp", steps=60, pause=0.1)
     assert outcome.different == []
     assert outcome.faults["full disk"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft has wheels for Linux x86-64 only")
-def test_replicas_that_die(tmp_path):
-    """What another replica has computed is summed in another order: that is the one difference, and it is small."""
-    kinds = ["kill one", "kill one", "SIGSTOP", "SIGTERM"]
-    outcome = disturbed(tmp_path, kinds, strategy="ddp_ft", model="vit", steps=60, pause=0.05, precision="32-true")
-    assert outcome.faults["kill one"] > 0
-    assert outcome.largest < 1e-3
