@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.training.dtensor import local
@@ -110,7 +110,9 @@ class Buffers:
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
-    form = (type(tensor.detach()), tensor.shape, tensor.stride(), tensor.dtype)
+    # Not of what `detach` gives: of a sharded tensor that takes longer than to copy it.
+    kind = Tensor if type(tensor) is nn.Parameter else type(tensor)
+    form = (kind, tensor.shape, tensor.stride(), tensor.dtype)
     return (*form, tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else form  # type: ignore[attr-defined]
 
 
