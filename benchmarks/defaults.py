@@ -5,7 +5,7 @@
     python -m benchmarks.defaults misa    # eta=1 and eta="auto": what importance decides
     python -m benchmarks.defaults grades  # what is frozen, at a constant rate and at one that falls to 0
 
-Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1. A loss is
+Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1 (`--seeds 1`: 0 alone). A loss is
 the mean training loss of the last 50 steps; a GAN's is its judge's, which says nothing. Rows go to
 benchmarks/results/defaults_zclip.csv, defaults_misa.csv and defaults_grades.csv.
 """
@@ -130,7 +130,7 @@ def _sampled(name: str, seed: int, callback: MISA) -> dict[str, float]:
     }
 
 
-def grades() -> None:
+def grades(seeds: int) -> None:
     """Each rule on each model, beside training without."""
     arms: dict[str, dict[str, Any]] = {
         "grad_change, relative 0.5, before": {"metric": "grad_change", "tau_mode": "relative", "tau": 0.5},
@@ -139,12 +139,22 @@ def grades() -> None:
     rows = []
     for name in MODELS:
         for rate, extra in (("constant", []), ("cosine", [Cosine()])):
-            plain = _mean([train(name, seed, *extra)[2] for seed in SEEDS])
+            plain = _mean([train(name, seed, *extra)[2] for seed in SEEDS[:seeds]])
             for arm, arguments in arms.items():
-                runs = [_frozen(name, seed, extra, GradES(**arguments)) for seed in SEEDS]
+                runs = [_frozen(name, seed, extra, GradES(**arguments)) for seed in SEEDS[:seeds]]
                 figures = {key: round(statistics.fmean(run[key] for run in runs), 3) for key in runs[0]}
                 losses = _mean([run["loss"] for run in runs])
-                rows.append({"model": name, "rate": rate, "rule": arm, **figures, "loss": losses, "loss_of_all": plain})
+                rows.append(
+                    {
+                        "model": name,
+                        "seeds": seeds,
+                        "rate": rate,
+                        "rule": arm,
+                        **figures,
+                        "loss": losses,
+                        "loss_of_all": plain,
+                    }
+                )
                 print(rows[-1], flush=True)
     publish("What is frozen", "defaults_grades", rows)
 
@@ -157,7 +167,14 @@ def _frozen(name: str, seed: int, extra: list[L.Callback], callback: GradES) -> 
 
 
 if __name__ == "__main__":
-    parts = {"zclip": lambda: zclip(spike=False), "spike": lambda: zclip(spike=True), "misa": misa, "grades": grades}
+    parts = {
+        "zclip": lambda: zclip(spike=False),
+        "spike": lambda: zclip(spike=True),
+        "misa": misa,
+        "grades": lambda: grades(given.seeds),
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=parts)
-    parts[parser.parse_args().part]()
+    parser.add_argument("--seeds", type=int, choices=(1, 2), default=2, help="of grades")
+    given = parser.parse_args()
+    parts[given.part]()
