@@ -5,8 +5,8 @@
     python -m benchmarks.defaults misa    # eta=1 and eta="auto": what importance decides
     python -m benchmarks.defaults grades  # what is frozen, at a constant rate and at one that falls to 0
 
-Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1 (`--seeds 1`: 0 alone). A loss is
-the mean training loss of the last 50 steps; a GAN's is its judge's, which says nothing. Rows go to
+Before and after are arguments of the same code, one after the other on the same batches; seeds 0 and 1, or 0.
+A loss is the mean training loss of the last 50 steps; a GAN's is its judge's, which says nothing. Rows go to
 benchmarks/results/defaults_zclip.csv, defaults_misa.csv and defaults_grades.csv.
 """
 
