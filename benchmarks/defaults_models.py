@@ -140,7 +140,7 @@ def _mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *layers[:-1])
 
 
-def _cnn() -> nn.Module:
+def cnn() -> nn.Module:
     def block(inside: int, outside: int) -> list[nn.Module]:
         return [nn.Conv2d(inside, outside, 3, padding=1, bias=False), nn.BatchNorm2d(outside), nn.ReLU()]
 
@@ -186,7 +186,7 @@ MODELS: dict[str, Callable[[], Task]] = {
     "LSTM": lambda: Task(Recurrent(), _text(), _next_byte(), _adamw(3e-3)),
     "ViT": lambda: Task(ViT(), _digits(), _classify(), _adamw(1e-3)),
     "ViT, sum": lambda: Task(ViT(), _digits(), _classify("sum"), _adamw(1e-3)),
-    "CNN": lambda: Task(_cnn(), _digits(), _classify(), _sgd(0.05)),
+    "CNN": lambda: Task(cnn(), _digits(), _classify(), _sgd(0.05)),
     "MLP": lambda: Task(_mlp(64, 64, 64, 64, 10), _digits(), _classify(), _sgd(0.1)),
     "autoencoder": lambda: Task(_mlp(64, 64, 16, 64, 64), _pixels(), _square, _adamw(1e-3)),
     "regression, targets unscaled": lambda: Task(_mlp(10, 64, 64, 64, 1), _diabetes(), _square, _adamw(3e-3)),

@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.defaults_models import Task, ViT, _cnn
+from benchmarks.defaults_models import Task, ViT, cnn
 from benchmarks.fine_tuning import add_lora
 from examples.gpt.data import find_files, read_bytes
 from examples.gpt.model import GPT, GPTConfig
@@ -135,8 +135,8 @@ RUNS: dict[str, tuple[Callable[[str, int], Settling], str, int]] = {
     "GPT tuned by LoRA, linear": (lambda *how: _tuned(*how, lora=True), "linear", 1200),
     "ViT, cosine": (lambda *how: Settling(ViT(), *_digits(), _classify, *how, _adamw(2e-3)), "cosine", 2400),
     "ViT, constant": (lambda *how: Settling(ViT(), *_digits(), _classify, *how, _adamw(1e-3)), "constant", 2400),
-    "CNN, cosine": (lambda *how: Settling(_cnn(), *_digits(), _classify, *how, _sgd(0.05)), "cosine", 2400),
-    "CNN, constant": (lambda *how: Settling(_cnn(), *_digits(), _classify, *how, _sgd(0.05)), "constant", 2400),
+    "CNN, cosine": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "cosine", 2400),
+    "CNN, constant": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "constant", 2400),
 }
 """Name -> how the module is made anew from torch's random state, the schedule and the steps."""
 

@@ -286,7 +286,13 @@ ROWS = (
             "rules": [
                 {
                     "class_path": "lightning_eff.callbacks.ExplodingLoss",
-                    "init_args": {"factor": 2.0, "deviations": 3.0, "over_n_steps": 3, "patience": 2},
+                    "init_args": {
+                        "factor": 2.0,
+                        "deviations": 3.0,
+                        "over_n_steps": 3,
+                        "patience": 2,
+                        "smooth_n_steps": 1,
+                    },
                 }
             ],
             "every_n_steps": 1,
@@ -323,7 +329,27 @@ ROWS = (
     ),
     Row(
         TrainingGuard,
-        {"rules": "default", "storage": "disk"},
+        # Those of "default" but for AttentionLogits: two ranks take the mean of their largest, one device the largest.
+        {
+            "rules": [
+                {"class_path": "lightning_eff.callbacks.NonFiniteLoss", "init_args": {"patience": 2}},
+                {
+                    "class_path": "lightning_eff.callbacks.ExplodingLoss",
+                    "init_args": {
+                        "factor": 1.25,
+                        "deviations": 4.0,
+                        "over_n_steps": 50,
+                        "patience": 5,
+                        "smooth_n_steps": 20,
+                    },
+                },
+                {
+                    "class_path": "lightning_eff.callbacks.WeightGrowth",
+                    "init_args": {"factor": 3.5, "least": 0.02, "over_n_steps": 50, "every_n_steps": 10, "patience": 2},
+                },
+            ],
+            "storage": "disk",
+        },
         name="TrainingGuard-idle",
         exceptions={"a_snapshot_waits_for_nothing": _GUARD_COPIES},
         crash_steps=(7,),

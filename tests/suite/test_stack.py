@@ -82,8 +82,8 @@ def crash_and_resume(folder: Path, strategy: Strategy, model: str, without: type
     [
         (SINGLE, "net", MISA),
         (SINGLE, "net", GradES),
-        (SINGLE, "gan", MISA),
-        (DDP, "net", MISA),
+        pytest.param(SINGLE, "gan", MISA, marks=pytest.mark.slow),
+        pytest.param(DDP, "net", MISA, marks=pytest.mark.slow),
         pytest.param(DDP, "net", GradES, marks=pytest.mark.slow),
         pytest.param(DDP, "gan", MISA, marks=pytest.mark.slow),
         pytest.param(FSDP2, "net", MISA, marks=pytest.mark.slow),

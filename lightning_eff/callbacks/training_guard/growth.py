@@ -75,7 +75,8 @@ class WeightGrowth(AlarmRule):
         check_number("factor", factor, above=1)
         check_number("least", least, least=0)
         check_count("every_n_steps", every_n_steps)
-        check_count("over_n_steps", over_n_steps, least=every_n_steps)
+        check_count("over_n_steps", over_n_steps)
+        check("over_n_steps", over_n_steps, over_n_steps >= every_n_steps, f"at least every_n_steps={every_n_steps}")
         check_count("patience", patience)
         self.factor = factor
         self.least = least
@@ -179,7 +180,8 @@ class AttentionLogits(AlarmRule):
         check_number("least", least, least=0)
         check_number("most", most, least=least)
         check_count("every_n_steps", every_n_steps)
-        check_count("over_n_steps", over_n_steps, least=every_n_steps)
+        check_count("over_n_steps", over_n_steps)
+        check("over_n_steps", over_n_steps, over_n_steps >= every_n_steps, f"at least every_n_steps={every_n_steps}")
         check_count("patience", patience)
         check_flag("required", required)
         self.factor = factor

@@ -72,6 +72,7 @@ def compare(outcome: Outcome, undisturbed: Outcome) -> None:
     assert_same_state(outcome, undisturbed)
 
 
+@pytest.mark.slow
 def test_grades_and_replicas_that_die_before_and_after_it_freezes(
     server: Server, undisturbed: Any, tmp_path: Path
 ) -> None:
