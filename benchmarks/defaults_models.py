@@ -100,13 +100,13 @@ class Recurrent(nn.Module):
 class ViT(nn.Module):
     """A Transformer over 16 patches of 2 x 2 pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32, hidden: int = 128, blocks: int = 3, dropout: float = 0.0) -> None:
         super().__init__()
-        self.embed = nn.Linear(4, 32)
-        self.position = nn.Parameter(0.02 * torch.randn(16, 32))
-        layer = nn.TransformerEncoderLayer(32, 2, 128, dropout=0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.head = nn.Linear(32, 10)
+        self.embed = nn.Linear(4, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        layer = nn.TransformerEncoderLayer(width, 2, hidden, dropout=dropout, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = images.unfold(2, 2, 2).unfold(3, 2, 2).reshape(len(images), 16, 4)

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.defaults_models import ViT
 from examples.gpt.data import TextDataModule
 from examples.gpt.model import GPT, GPTConfig
 from harness.runs import quiet_lightning, quiet_trainer, seed_everything
@@ -188,22 +189,6 @@ class Digits(L.LightningDataModule):
         return DataLoader(self.val, batch_size=4)
 
 
-class ViT(nn.Module):
-    """A transformer over 16 patches of 2 x 2 pixels, with dropout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(4, 16)
-        self.position = nn.Parameter(0.02 * torch.randn(16, 16))
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = images.unfold(2, 2, 2).unfold(3, 2, 2).reshape(len(images), 16, 4)
-        return self.head(self.blocks(self.embed(patches) + self.position).mean(1))  # type: ignore[no-any-return]
-
-
 class Module(L.LightningModule):
     """Either model; logs what a user logs."""
 
@@ -212,7 +197,7 @@ class Module(L.LightningModule):
         self.settings = settings
         torch.manual_seed(1)
         shape = GPTConfig(block_size=24, n_layer=2, n_head=2, n_embd=16)
-        self.net = GPT(shape) if settings.model == "gpt" else ViT()
+        self.net = GPT(shape) if settings.model == "gpt" else ViT(width=16, hidden=32, blocks=2, dropout=0.1)
         self.drop = nn.Dropout(0.1)
 
     def loss(self, batch: Any) -> Tensor:

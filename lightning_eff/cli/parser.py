@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -21,6 +22,16 @@ class Parser(argparse.ArgumentParser):
         unknown = re.fullmatch(r"unrecognized arguments: (--?[\w-]+).*", message, re.DOTALL)
         meant = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
         self.exit(2, f"{self.prog}: {message.rstrip('.')}.{meant} See `{self.prog} --help`.\n")
+
+    def status(self, command: Callable[[], int]) -> int:
+        """A command's exit status: 2 with one line for a `UsageError`, 1 with the reason where it cannot be done."""
+        try:
+            return command()
+        except UsageError as error:
+            self.error(str(error))
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"{self.prog}: {error}", file=sys.stderr)
+            return 1
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

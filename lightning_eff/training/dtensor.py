@@ -23,7 +23,7 @@ def local(tensor: Tensor) -> Tensor:
     """What this rank holds: a DTensor's shard, everything else as it is; shares memory with ``tensor``."""
     with torch.no_grad():
         part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
-        return part.detach()  # in this order, for to detach a DTensor takes thirty times as long
+        return part.detach()  # in this order: to detach a DTensor goes through its dispatch
 
 
 def full(tensor: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_eff.callbacks.grades.progress import next_slot
 
 WORTH_IT = 0.01
-"""A part of the run below which a saving is called none: a check at each tenth step costs as much."""
+"""A part of the run below which a saving is called none: so little is lost among what a machine's times differ by."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Saving:
 
     @property
     def worth_it(self) -> bool:
-        """Whether it is more than the checks cost."""
+        """Whether it is anything to speak of: at least `WORTH_IT`."""
         return self.backward + self.steps >= WORTH_IT
 
     def words(self) -> str:

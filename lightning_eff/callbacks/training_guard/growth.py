@@ -74,10 +74,7 @@ class WeightGrowth(AlarmRule):
     ) -> None:
         check_number("factor", factor, above=1)
         check_number("least", least, least=0)
-        check_count("every_n_steps", every_n_steps)
-        check_count("over_n_steps", over_n_steps)
-        check("over_n_steps", over_n_steps, over_n_steps >= every_n_steps, f"at least every_n_steps={every_n_steps}")
-        check_count("patience", patience)
+        _check_looks(over_n_steps, every_n_steps, patience)
         self.factor = factor
         self.least = least
         self.over_n_steps = over_n_steps
@@ -179,10 +176,7 @@ class AttentionLogits(AlarmRule):
         check_number("factor", factor, above=1)
         check_number("least", least, least=0)
         check_number("most", most, least=least)
-        check_count("every_n_steps", every_n_steps)
-        check_count("over_n_steps", over_n_steps)
-        check("over_n_steps", over_n_steps, over_n_steps >= every_n_steps, f"at least every_n_steps={every_n_steps}")
-        check_count("patience", patience)
+        _check_looks(over_n_steps, every_n_steps, patience)
         check_flag("required", required)
         self.factor = factor
         self.least = least
@@ -270,6 +264,13 @@ class AttentionLogits(AlarmRule):
         self._last, self._looks = list(state_dict["last"]), [list(look) for look in state_dict["looks"]]
         for name in _LOGIT_STATE:
             setattr(self, f"_{name}", state_dict[name])
+
+
+def _check_looks(over_n_steps: int, every_n_steps: int, patience: int) -> None:
+    check_count("every_n_steps", every_n_steps)
+    check_count("over_n_steps", over_n_steps)
+    check("over_n_steps", over_n_steps, over_n_steps >= every_n_steps, f"at least every_n_steps={every_n_steps}")
+    check_count("patience", patience)
 
 
 _LOGIT_STATE = ("highest", "first", "calm_since", "armed", "since", "looked", "looking")

@@ -43,13 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--checkpoint excludes --model and --config")
     if "RANK" in os.environ and args.ranks is not None and args.link is None:
         parser.error("--ranks has no effect under torchrun, which has started the ranks")
-    try:
-        return _run(args, rest)
-    except UsageError as error:
-        parser.error(str(error))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"lightning-eff advise link: {error}", file=sys.stderr)
-        return 1
+    return parser.status(lambda: _run(args, rest))
 
 
 def make_parser() -> Parser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from textwrap import fill
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_eff.arguments import readable_size
+from lightning_eff.arguments import readable_size as _size
 from lightning_eff.cli.advise.link import add_link_arguments, check_numbers, conclusion, foretell, measure
 from lightning_eff.cli.advise.memory import Counts, Sharded, count
 from lightning_eff.cli.advise.modules import add_model_arguments, build, parse, trained_shapes
@@ -39,13 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parse(parser, argv)
     if args.model is None and args.config is None:
         parser.error("which model? --model=my_module.MyModel, or --config=run.yaml")
-    try:
-        return _run(args, rest)
-    except UsageError as error:
-        parser.error(str(error))
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"lightning-eff advise model: {error}", file=sys.stderr)
-        return 1
+    return parser.status(lambda: _run(args, rest))
 
 
 def make_parser() -> Parser:
@@ -199,7 +192,10 @@ def _costs(counts: Counts) -> Iterator[str]:
     yield f"TrainingGuard(): {_size(SNAPSHOTS * state)} of host memory on each rank; action='stop' takes nothing."
     yield f"AsyncCheckpoint(): {_size(SAVES * state)} of host memory, on rank zero, for {SAVES} checkpoints."
     if counts.grades is not None:
-        yield f"GradES(): {_size(counts.grades)} on the device, a copy of the gradients that it watches."
+        yield (
+            "GradES(): a few numbers for each matrix; with metric='grad_change' a copy of the gradients that it watches, "
+            f"{_size(counts.grades)} on the device."
+        )
     else:
         yield f"GradES() is not possible: {_short(counts.why['grades'])}."
 
@@ -209,7 +205,3 @@ def _short(why: str) -> str:
     why = why.removeprefix("MISA: ").removeprefix("feed_forward: ").rstrip(".")
     first, more, _ = why.partition("), ")
     return f"{first}) and others" if more else why
-
-
-def _size(size: int) -> str:
-    return readable_size(size)

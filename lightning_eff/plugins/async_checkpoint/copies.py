@@ -110,7 +110,7 @@ class Buffers:
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
-    # Not of what `detach` gives: of a sharded tensor that takes longer than to copy it.
+    # Not of what `detach` gives, which of a DTensor goes through its dispatch.
     kind = Tensor if type(tensor) is nn.Parameter else type(tensor)
     form = (kind, tensor.shape, tensor.stride(), tensor.dtype)
     return (*form, tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else form  # type: ignore[attr-defined]
