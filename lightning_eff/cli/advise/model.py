@@ -193,8 +193,8 @@ def _costs(counts: Counts) -> Iterator[str]:
     yield f"AsyncCheckpoint(): {_size(SAVES * state)} of host memory, on rank zero, for {SAVES} checkpoints."
     if counts.grades is not None:
         yield (
-            "GradES(): a few numbers for each matrix; with metric='grad_change' a copy of the gradients that it watches, "
-            f"{_size(counts.grades)} on the device."
+            "GradES(): a few numbers for each matrix; with metric='grad_change' a copy of the gradients that it watches,"
+            f" {_size(counts.grades)} on the device."
         )
     else:
         yield f"GradES() is not possible: {_short(counts.why['grades'])}."
