@@ -193,7 +193,7 @@ def _costs(counts: Counts) -> Iterator[str]:
     yield f"AsyncCheckpoint(): {_size(SAVES * state)} of host memory, on rank zero, for {SAVES} checkpoints."
     if counts.grades is not None:
         yield (
-            "GradES(): a few numbers for each matrix; with metric='grad_change' a copy of the gradients that it watches,"
+            "GradES(): a few numbers for each matrix; with metric='grad_change' a copy of the gradients it watches,"
             f" {_size(counts.grades)} on the device."
         )
     else:
