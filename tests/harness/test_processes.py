@@ -68,13 +68,14 @@ def test_listeners_are_found_by_their_address():
 
 @LINUX
 def test_memory_is_that_of_this_process_and_the_peak_stays():
+    counted = 1e6  # the kernel counts for each core and adds up by batches of 32 pages: a peak may be that much behind
     before = resident()
     held = bytearray(os.urandom(64 << 20))
     during = resident()
     assert 60e6 < during - before < 80e6
-    assert peak_resident() >= during
+    assert peak_resident() >= during - counted
     held.clear()
-    assert peak_resident() >= during > resident() + 60e6
+    assert peak_resident() + counted >= during > resident() + 60e6
 
 
 def test_lines_are_read_as_far_as_they_are_whole(tmp_path):
