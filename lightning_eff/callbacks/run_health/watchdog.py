@@ -26,6 +26,7 @@ _BEATS_A_SECOND = 100  # that one rank sends, and receives, at most
 _ANSWERS = 0.7  # seconds that the others have to say where they stand
 _ASKS = 4  # times that those who live are asked: on a busy machine an answer may take its time
 _TO_WRITE = 2.0  # seconds that the stacks have to reach the disk before the process ends
+_TO_SPEAK = 2.0  # seconds that the one who speaks for all has, before another one does and ends
 _ASLEEP = 1.0  # a look that comes so late: this process was stopped itself
 
 
@@ -67,6 +68,7 @@ class Watchdog:
         self._answers: dict[int, dict[str, Any]] = {}
         self._left: dict[int, str] = {}  # ranks that have ended their run, and why
         self._judge_at: float | None = None
+        self._told = False  # whether the report of this judgement has been given, by whichever rank
         self._asks = 0  # how often the others have been asked
         self._asking = False  # whether it is this rank that has found the hang
         self._asked_at = 0.0  # the main thread's last sign of life then
@@ -121,6 +123,9 @@ class Watchdog:
         rank, kind = message["from"], message["kind"]
         if kind == "left":
             self._left[rank] = message["why"]
+            return
+        if kind == "told":
+            self._told = True
             return
         if kind == "over":
             if not self._asking:
@@ -191,7 +196,7 @@ class Watchdog:
         }
         self.connections.send(message)
         self._answers = {self.connections.rank: {**message, "heard": now}}
-        self._asks = 1
+        self._asks, self._told = 1, False
         self._judge_at = now + _ANSWERS + (0.0 if kind == "ask" else 0.1)
         head = f"rank {self.connections.rank}, step {self.step}, phase {self.phases.place!r}, {time.ctime()}"
         # A disk that hangs may be what the run hangs in: it must not hold up the report.
@@ -238,15 +243,28 @@ class Watchdog:
             self._held = (self.phases.since, self._kind())
         self._judge_at, self._asking, self._answers = None, False, {}
         self.verdicts.append(verdict)
-        if self.connections.rank == speaker:
+        waits = self.replicas and stacks.waits_for_replicas(stacks.main_stack())
+        ends = self.abort is not None and not waits
+        # Whoever ends before the report is out may take the one with him who was to give it: an error in a collective.
+        if self.connections.rank == speaker or (ends and not self._is_told()):
             where = f"  the stacks of all ranks that answer are in {self.folder}"
             _say(f"{verdict.text}\n{where}")
-        waits = self.replicas and stacks.waits_for_replicas(stacks.main_stack())
-        if self.abort is not None and not waits:
+        if ends:
+            assert self.abort is not None
+            self.connections.send({"kind": "told"})
             _say(f"RunHealth: rank {self.connections.rank} ends with exit status {self.abort}\n\n{stacks.all_stacks()}")
             if self._writer is not None:
                 self._writer.join(_TO_WRITE)
             os._exit(self.abort)
+
+    def _is_told(self) -> bool:
+        """Wait for the one who speaks."""
+        end = time.perf_counter() + _TO_SPEAK
+        while not self._told and time.perf_counter() < end:
+            message = self.connections.receive(_LOOK_AGAIN)
+            if message is not None and message["kind"] == "told":
+                self._told = True
+        return self._told
 
     def _standing(self, rank: int, now: float, limit: float) -> Standing:
         name = self.connections.peers[rank].name

@@ -143,3 +143,21 @@ def test_a_judgement_under_way_is_given_when_the_run_fails_and_not_when_it_goes_
     watch._run()
     assert [verdict.ranks for verdict in watch.verdicts] == ([(1,)] if failed else [])
     assert capsys.readouterr().err.count("RunHealth: no sign of life for") == failed
+
+
+@pytest.mark.parametrize("spoken", [True, False])
+def test_whoever_does_not_speak_ends_only_behind_the_report(watch, monkeypatch, capsys, spoken):
+    """Else the other's main thread may fail for it, which looks as if the run went on there, and nobody reports."""
+    monkeypatch.setattr(watchdog.os, "_exit", lambda status: print("ended", file=sys.stderr))
+    monkeypatch.setattr(watchdog, "_TO_SPEAK", 0.3)
+    watch.connections.rank, watch.abort = 1, 75
+    now = time.perf_counter()
+    watch._hear(_answer(watch, now, "ask") | {"from": 0}, now)
+    if spoken:
+        watch.connections.queue += [_says(watch, "beat", now) | {"from": 0}, {"kind": "told", "from": 0}]
+    watch._look(now + 1)
+    told = capsys.readouterr().err
+    assert told.count("RunHealth: no sign of life for") == (not spoken)
+    assert told.endswith("ended\n")
+    assert time.perf_counter() - now < 0.25 or not spoken
+    assert watch.connections.queue == []
