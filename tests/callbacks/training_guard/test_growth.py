@@ -225,7 +225,9 @@ def test_the_norm_is_that_of_the_whole_weights_on_every_strategy(pool, tmp_path)
     for strategy in (DDP, FSDP2):
         for rank in pool.run(_norms, strategy, tmp_path):
             assert [step for step, _ in rank] == [step for step, _ in alone]
-            assert [value for _, value in rank] == pytest.approx([value for _, value in alone], rel=1e-4)
+            # A shard's norm would be a third less. Adam makes steps of gradients that are rounding alone, as each
+            # processor does it.
+            assert [value for _, value in rank] == pytest.approx([value for _, value in alone], rel=1e-3)
 
 
 def test_parameters_that_are_added_are_no_growth():
