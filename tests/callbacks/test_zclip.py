@@ -391,6 +391,7 @@ class AgreeOnSpikes(L.Callback):
         atexit.register(torch.distributed.destroy_process_group)
 
 
+@pytest.mark.slow
 def test_spawned_ranks(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(free_port()))  # Lightning would choose one and leave it set
     model = Model(factors=[1.0] * 6 + [1000.0])

@@ -189,6 +189,7 @@ def test_arguments_that_do_not_fit_are_refused(advise, capsys, args, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_measures_between_processes_of_its_own(tmp_path):
     command = [
         sys.executable,

@@ -19,19 +19,17 @@ print(*(type(each).__name__ for each in (cli.trainer.strategy, *cli.trainer.call
 STRATEGY, CALLBACK = "--trainer.strategy=ddp_bf16", "--trainer.callbacks+=ZClip"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("imports", "options", "words"),
     [
         ("import lightning_eff", [STRATEGY, CALLBACK], "CompressedDDPStrategy ZClip"),
         # The class's path imports the package, before there is a Trainer.
-        pytest.param(
-            "", [STRATEGY, "--trainer.callbacks+=lightning_eff.callbacks.ZClip"], "CompressedDDPStrategy ZClip",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("", [STRATEGY], "invalid strategy name: `strategy='ddp_bf16'`", marks=pytest.mark.slow),
-        pytest.param("", [CALLBACK], "ZClip", marks=pytest.mark.slow),
+        ("", [STRATEGY, "--trainer.callbacks+=lightning_eff.callbacks.ZClip"], "CompressedDDPStrategy ZClip"),
+        ("", [STRATEGY], "invalid strategy name: `strategy='ddp_bf16'`"),
+        ("", [CALLBACK], "ZClip"),
     ],
-)  # fmt: skip
+)
 def test_what_is_known(tmp_path, imports, options, words):
     (tmp_path / "train.py").write_text(imports + CLI)
     quiet = [f"--trainer.{name}={value}".lower() for name, value in QUIET.items()]

@@ -43,7 +43,10 @@ def short(config: Path, folder: Path) -> list[str]:
     return [*overrides, *SMALL_GPT.split(), f"--data.root={folder}"]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "arc_topk")) for path in CONFIGS],
+)
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore:SpectralAlignmentMonitor")  # two steps are too few for it, as it says
 def test_the_printed_command_runs(config, tmp_path, monkeypatch):

@@ -31,7 +31,8 @@ def naive(addresses, count, out, BLOCK: tl.constexpr):
 """
 
 
-@pytest.mark.parametrize("target", ["cuda:90", pytest.param("hip:gfx942", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 def test_kernels_compile_without_spills_and_with_wide_loads(target: str) -> None:
     rows = compile_report(target)
     assert {row.op for row in rows} == set(dispatch.OPS)

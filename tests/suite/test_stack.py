@@ -81,7 +81,7 @@ def crash_and_resume(folder: Path, strategy: Strategy, model: str, without: type
     ("strategy", "model", "without"),
     [
         (SINGLE, "net", MISA),
-        (SINGLE, "net", GradES),
+        pytest.param(SINGLE, "net", GradES, marks=pytest.mark.slow),
         pytest.param(SINGLE, "gan", MISA, marks=pytest.mark.slow),
         pytest.param(DDP, "net", MISA, marks=pytest.mark.slow),
         pytest.param(DDP, "net", GradES, marks=pytest.mark.slow),

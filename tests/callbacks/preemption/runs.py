@@ -128,13 +128,18 @@ class Collectives(L.Callback):
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self._inner = {name: getattr(torch.distributed, name) for name in ("broadcast", "all_reduce", "barrier")}
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        for name in ("broadcast", "all_reduce", "barrier"):
+        for name in self._inner:
             setattr(torch.distributed, name, self._counting(name))
 
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        for name, inner in self._inner.items():
+            setattr(torch.distributed, name, inner)
+
     def _counting(self, name: str) -> Any:
-        inner = getattr(torch.distributed, name)
+        inner = self._inner[name]
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.counts[name] = self.counts.get(name, 0) + 1
