@@ -126,6 +126,7 @@ def test_the_page_shows_what_is_printed(capsys):
         assert f"```yaml\n# lightning-eff recipe {line}\n{capsys.readouterr().out}```\n" in page
 
 
+@pytest.mark.needs("jsonargparse")
 def test_the_command_line_trains_with_it(tmp_path, capsys, monkeypatch):
     assert main(["recipe", "vision", "--steps", "20", "--not-resumable"]) == 0
     (tmp_path / "recipe.yaml").write_text(capsys.readouterr().out)

@@ -110,6 +110,7 @@ def test_weights_of_other_layers_are_refused_in_words(tmp_path):
         fit(module(), ModelSurgery(linear=CR()), data=data(), ckpt_path=tmp_path / "plain.ckpt")
 
 
+@pytest.mark.needs("jsonargparse")
 def test_the_command_line_says_what_is_missing_where_a_checkpoint_has_a_plan(tmp_path, capsys, monkeypatch):
     path = tmp_path / "last.ckpt"
     fit(module(), ModelSurgery(linear=CR(rank=2)), Saves(path), data=data(), max_steps=1)

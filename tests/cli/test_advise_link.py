@@ -36,6 +36,7 @@ def advise(capsys, monkeypatch):
     return advise
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_slow_link_that_is_not_here(advise):
     status, out, err = advise("--link=50", "--compute=0.5", f"--model={GPT_CLASS}", *SMALL)
 
@@ -48,6 +49,7 @@ def test_a_slow_link_that_is_not_here(advise):
         assert f"\nddp_{name} " in out
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.parametrize(
     ("mbit", "compute", "advice"), [(1e7, 0.5, 'stay with strategy="ddp"'), (50, 0.1, "strategy=")]
 )
@@ -62,6 +64,7 @@ def test_the_advice_follows_the_link(advise, mbit, compute, advice):
     assert "Without --compute" not in out
 
 
+@pytest.mark.needs("jsonargparse")
 def test_without_a_time_of_the_computation_it_is_about_communication(advise):
     status, out, _ = advise("--link=50", f"--model={GPT_CLASS}", *SMALL)
 
@@ -70,6 +73,7 @@ def test_without_a_time_of_the_computation_it_is_about_communication(advise):
     assert "Without --compute this is about the communication alone" in out
 
 
+@pytest.mark.needs("jsonargparse")
 def test_json_holds_the_same(advise):
     status, out, _ = advise("--link=200", "--ranks=4", "--latency=2", "--json", f"--model={GPT_CLASS}", *SMALL)
     report = json.loads(out)
@@ -82,6 +86,7 @@ def test_json_holds_the_same(advise):
     assert report["advice"] in [each["strategy"] for each in report["forecasts"]]
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_config_and_its_class(advise, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"""
 trainer: {{max_steps: 3}}
@@ -137,6 +142,7 @@ class ReadsItsWeights(BoringModel):
         self.largest = self.layer.weight.max().item()
 
 
+@pytest.mark.needs("jsonargparse")
 def test_arguments_that_a_model_must_have(advise):
     status, out, _ = advise("--link=50", f"--model={Chain.__module__}.Chain", "--model.width=8", "--model.layers", "2")
 
@@ -144,6 +150,7 @@ def test_arguments_that_a_model_must_have(advise):
     assert "2 matrices, 0 vectors (Chain)" in out
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_model_that_must_have_its_weights(advise):
     status, out, _ = advise("--link=50", f"--model={ReadsItsWeights.__module__}.ReadsItsWeights")
 
@@ -151,6 +158,7 @@ def test_a_model_that_must_have_its_weights(advise):
     assert "1 matrices, 1 vectors (ReadsItsWeights)" in out
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -178,8 +186,16 @@ def test_what_cannot_be_read_is_said_before_anything_is_measured(advise, args, m
         (["--latency=3"], "--latency has an effect only with --link"),
         (["--link=50", "--compute=0"], "--compute=0.0 is not allowed"),
         (["--link=50", "--ranks=1"], "--ranks=1 is not allowed: a link has at least 2 ranks"),
-        (["--link=50", "--model=nonsense.Foo"], "the model cannot be built: No module named 'nonsense'"),
-        (["--link=50", f"--model={GPT_CLASS}", "--model.config.n_embd=255"], "n_embd (255) must be a multiple of"),
+        pytest.param(
+            ["--link=50", "--model=nonsense.Foo"],
+            "the model cannot be built: No module named 'nonsense'",
+            marks=pytest.mark.needs("jsonargparse"),
+        ),
+        pytest.param(
+            ["--link=50", f"--model={GPT_CLASS}", "--model.config.n_embd=255"],
+            "n_embd (255) must be a multiple of",
+            marks=pytest.mark.needs("jsonargparse"),
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(advise, capsys, args, message):
@@ -223,6 +239,7 @@ def _advise_under_torchrun():
     return status, printed.getvalue()
 
 
+@pytest.mark.needs("jsonargparse")
 def test_torchruns_ranks_measure_together_and_the_first_one_prints(pool):
     (status0, out0), (status1, out1) = pool.using(process_group=False).run(_advise_under_torchrun)
 
@@ -232,6 +249,7 @@ def test_torchruns_ranks_measure_together_and_the_first_one_prints(pool):
     assert "Advice: " in out0
 
 
+@pytest.mark.needs("jsonargparse")
 def test_without_the_cli_extra_a_model_class_names_it(tmp_path):
     code = "from lightning_eff.cli import main; sys.exit(main(['advise', 'link', '--link=50', '--model=x.Y']))"
     status, out, err = run_without(["jsonargparse"], code, tmp_path)

@@ -12,6 +12,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader
 
+pytest.importorskip("rich")
+
 import examples.digits  # noqa: F401  (scikit-learn sets environment variables as it is imported)
 from benchmarks.fsdp2 import Module as BenchmarkGPT
 from benchmarks.gpt import constant

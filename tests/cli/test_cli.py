@@ -72,6 +72,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_shell_completes_commands_options_and_names(run, capsys, tmp_path):
     assert run("completion", "zsh") == 0
     assert capsys.readouterr().out.startswith("autoload -U +X bashcompinit && bashcompinit\n_lightning_eff() {\n")
@@ -113,6 +114,7 @@ def test_the_installed_script_and_the_module_are_the_same():
         assert done.stdout == f"lightning-eff {__version__}\n"
 
 
+@pytest.mark.needs("jsonargparse")
 def test_fit_with_callbacks_by_short_name(run, tmp_path):
     charts = "--trainer.callbacks.charts={'mine': {'loss': ['Multiline', ['loss']]}}"
     callbacks = ["--trainer.callbacks+=TensorBoardLayout", charts, "--trainer.callbacks+=LearningRateMonitor"]
@@ -124,6 +126,7 @@ def test_fit_with_callbacks_by_short_name(run, tmp_path):
     assert theirs["init_args"]["logging_interval"] == "step"
 
 
+@pytest.mark.needs("jsonargparse")
 def test_fit_from_yaml_with_short_names(run, tmp_path):
     (tmp_path / "run.yaml").write_text("""
 model: lightning.pytorch.demos.boring_classes.BoringModel
@@ -141,6 +144,7 @@ trainer:
     assert b"custom_scalars__config__" in events.read_bytes()
 
 
+@pytest.mark.needs("jsonargparse")
 def test_options_may_come_before_the_command(run, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("fit:\n  trainer:\n    max_steps: 7\n")
     with pytest.raises(SystemExit) as exit:
@@ -149,11 +153,13 @@ def test_options_may_come_before_the_command(run, tmp_path, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_steps"] == 7
 
 
+@pytest.mark.needs("jsonargparse")
 def test_validate_test_and_predict_run(run):
     for command in ("validate", "test", "predict"):
         assert run(command, MODEL, "--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.fast_dev_run=1") == 0
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_run_starts_again_in_its_own_log_directory(run, tmp_path):
     again = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.version=7"]
     assert run("fit", MODEL, *SHORT, *again) == 0
@@ -163,6 +169,7 @@ def test_a_run_starts_again_in_its_own_log_directory(run, tmp_path):
     assert 4 in steps
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_model_in_the_current_directory_can_be_named(tmp_path):
     (tmp_path / "my_models.py").write_text(
         "from lightning.pytorch.demos.boring_classes import BoringModel\nclass Mine(BoringModel):\n    pass\n"
@@ -197,6 +204,7 @@ def test_every_exported_callback_is_a_class_of_its_own_name():
         assert getattr(lightning_eff.callbacks, name).__name__ == name
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.parametrize("module", ["jsonargparse", "docstring_parser"])
 def test_without_the_cli_extra_training_names_it(tmp_path, module):
     code = "from lightning_eff.cli import main; sys.exit(main(['fit']))"
@@ -236,7 +244,7 @@ L.Trainer(fast_dev_run=True, accelerator="cpu", callbacks=[TensorBoardLayout()])
 """,
             "no TensorBoardLogger, which needs: pip install 'lightning-eff[tensorboard]'",
         ),
-        (
+        pytest.param(
             "tensorboard",
             f"""
 from lightning_eff.cli import main
@@ -244,6 +252,7 @@ sys.argv = ["lightning-eff", "fit", "{MODEL}", "--trainer.logger=TensorBoardLogg
 sys.exit(main())
 """,
             "It comes with: pip install 'lightning-eff[tensorboard]'",
+            marks=pytest.mark.needs("jsonargparse"),
         ),
     ],
 )

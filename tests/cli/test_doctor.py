@@ -44,6 +44,7 @@ def by_name(report):
     return {package["name"]: package for package in report["packages"]}
 
 
+@pytest.mark.needs("rich")
 def test_report_of_this_environment(doctor):
     status, out = doctor()
     assert status == 0

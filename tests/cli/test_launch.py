@@ -143,6 +143,7 @@ def connects(address: str) -> bool:
     return True
 
 
+@pytest.mark.needs("torchft")
 def test_whoever_is_killed_comes_back(launch):
     run = launch("--replicas", "2", "--max-restarts", "3", script=("an argument",))
     first, second = run.actor("0.0"), run.actor("1.0")
@@ -206,6 +207,7 @@ def test_after_the_first_end_nothing_begins_again(launch):
     assert run.others() == []
 
 
+@pytest.mark.needs("torchft")
 def test_ctrl_c_ends_everything(launch):
     run = launch("--replicas", "2", script=("spawns",))
     actors = [run.actor(f"{replica}.0") for replica in range(2)]
@@ -230,6 +232,7 @@ def test_a_second_signal_does_not_wait(launch):
     assert run.others() == []
 
 
+@pytest.mark.needs("torchft")
 def test_kill_9_of_the_launcher_leaves_no_orphan(launch):
     run = launch("--replicas", "2")
     for replica in range(2):
@@ -240,6 +243,7 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(launch):
     eventually(lambda: not run.others(), 5, "orphans")
 
 
+@pytest.mark.needs("torchft")
 def test_a_replica_out_of_restarts_fails_and_the_others_go_on(launch):
     run = launch("--replicas", "2", "--max-exceptions", "1")
     for name in ("0.0", "0.1"):
@@ -263,6 +267,7 @@ def test_the_run_fails_when_too_few_are_left(launch):
     assert [line for line in run.text.splitlines() if "[launch]" in line][-1] == "[launch] replica 0: exit status 1"
 
 
+@pytest.mark.needs("torchft")
 def test_a_bug_in_the_script_is_not_tried_for_long(launch):
     run = launch("--replicas", "2", "--max-exceptions", "1", script=("raises",))
     assert run.wait(60) == 1
@@ -274,6 +279,7 @@ def test_a_bug_in_the_script_is_not_tried_for_long(launch):
     assert re.fullmatch(r"\[launch\] replica [01]: ValueError: a bug", told[-1])
 
 
+@pytest.mark.needs("torchft")
 def test_an_early_end_with_status_0_is_said(launch):
     run = launch("--replicas", "1", script=("progress",))
     run.actor("0.0")
@@ -282,6 +288,7 @@ def test_an_early_end_with_status_0_is_said(launch):
     assert "[launch] replica 0 ended with exit status 0 after 57 steps, before the training was over" in run.text
 
 
+@pytest.mark.needs("torchft")
 def test_a_process_that_is_stopped_is_named(launch):
     run = launch("--replicas", "2")
     pid = run.actor("1.0")["pid"]
@@ -296,6 +303,7 @@ def test_a_process_that_is_stopped_is_named(launch):
     assert run.wait() == 0
 
 
+@pytest.mark.needs("torchft")
 def test_who_leaves_is_not_started_again_and_the_others_go_on(launch):
     """Whatever its exit status: 143 by default with Preemption."""
     run = launch("--replicas", "2", script=("progress", "leaves"))
@@ -369,6 +377,7 @@ def test_without_torchft(monkeypatch, capsys):
     assert "pip install 'lightning-eff[ft]' (wheels for Linux on x86-64" in capsys.readouterr().err
 
 
+@pytest.mark.needs("torchft")
 def test_a_lighthouse_that_cannot_be_reached(monkeypatch, capsys):
     monkeypatch.setattr("lightning_eff.cli.launch.run._LIGHTHOUSE_WAIT", 0.2)
     with socket.socket() as taken:  # bound, and listening to nobody
@@ -381,6 +390,7 @@ def test_a_lighthouse_that_cannot_be_reached(monkeypatch, capsys):
 # --- lighthouse ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("torchft")
 def test_a_lighthouse_by_itself():
     command = [sys.executable, "-m", "lightning_eff", "lighthouse", "--bind"]
     with subprocess.Popen([*command, "127.0.0.1:0"], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:

@@ -326,9 +326,10 @@ def test_a_truncated_shard(merge, tmp_path):
         (["-o", "m.ckpt", "--scheme", "step"], "--scheme step needs checkpoints of different steps"),
         (["-o", "m.ckpt", "--scheme", "posthoc", "--sigma-rel", "0.1"], "0.pt does not say its step"),
         (["-o", "m.ckpt", "--copy", "*.bias"], "copy='*.bias' matches no tensor. There are: w, n"),
-        (
+        pytest.param(
             ["-o", "m.ckpt", "--search", "greedy", "--metric", "val_loss", "--config", "c.yaml"],
             "c.yaml: no such config",
+            marks=pytest.mark.needs("jsonargparse"),
         ),
     ],
 )
@@ -391,6 +392,7 @@ def merged_constant():
     return Net.load_from_checkpoint("merged.ckpt").embed.weight[0, 0].item()
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_greedy_soup_keeps_what_helps(merge):
     paths = of_constant([1.0, 5.0, 2.0])
     status, out, err = merge(
@@ -406,6 +408,7 @@ def test_a_greedy_soup_keeps_what_helps(merge):
     assert sorted(path.name for path in Path.cwd().iterdir()) == sorted([*paths, "config.yaml", "merged.ckpt"])
 
 
+@pytest.mark.needs("jsonargparse")
 def test_an_evolution_may_subtract(merge):
     # Both are on the same side of 1.5: no average between them reaches it.
     paths = of_constant([3.0, 2.0])
@@ -419,6 +422,7 @@ def test_an_evolution_may_subtract(merge):
     assert "after 60 validations; the best single checkpoint has 0.25." in out
 
 
+@pytest.mark.needs("jsonargparse")
 def test_the_class_of_the_model_can_be_named_beside_a_config_of_arguments(merge):
     names = ["--model", "tests.cli.test_merge.Net", "--data", "tests.cli.test_merge.Data"]
     options = ["--search", "greedy", "--metric", "val_loss", "--mode", "max", "--limit-val-batches", "1"]
@@ -429,6 +433,7 @@ def test_the_class_of_the_model_can_be_named_beside_a_config_of_arguments(merge)
     assert "val_loss 12.25 after 3 validations; the best single checkpoint has 12.25." in out
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.parametrize(
     ("more", "metric", "message"),
     [

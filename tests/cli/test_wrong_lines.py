@@ -98,7 +98,13 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("line", [*TRAINING, *TOOLS])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=pytest.mark.needs("jsonargparse")) if line in TRAINING or "--model" in line else line
+        for line in (*TRAINING, *TOOLS)
+    ],
+)
 def test_a_wrong_command_line_ends_with_status_2_and_few_lines(run, line):
     status, out, err = run(line)
     assert status == 2
@@ -107,6 +113,7 @@ def test_a_wrong_command_line_ends_with_status_2_and_few_lines(run, line):
     assert "lightning-eff" in err.splitlines()[-1]
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_fault_of_the_model_itself_keeps_its_traceback(run, monkeypatch, tmp_path):
     (tmp_path / "faulty.py").write_text(
         "import lightning as L\nclass Faulty(L.LightningModule):\n    def __init__(self):\n        None.x\n"
@@ -115,6 +122,7 @@ def test_a_fault_of_the_model_itself_keeps_its_traceback(run, monkeypatch, tmp_p
         run("fit --seed_everything 1 --model faulty.Faulty")
 
 
+@pytest.mark.needs("jsonargparse")
 def test_where_it_happened_is_shown_on_request(run, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(Exception, match=r"z_thresh=-1\.0 is not allowed"):

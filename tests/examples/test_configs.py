@@ -43,6 +43,7 @@ def short(config: Path, folder: Path) -> list[str]:
     return [*overrides, *SMALL_GPT.split(), f"--data.root={folder}"]
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.parametrize(
     "config",
     [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "arc_topk")) for path in CONFIGS],

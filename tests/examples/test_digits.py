@@ -3,6 +3,7 @@
 import sys
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 
@@ -32,6 +33,7 @@ def test_train_and_validation_images_are_all_the_images_once():
     assert train_indices | val_indices == set(range(1797))
 
 
+@pytest.mark.needs("jsonargparse")
 def test_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train"])  # pytest's own arguments, which Lightning would warn about
     overrides = f"""

@@ -53,6 +53,7 @@ def trained(
     return module, losses.values
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.usefixtures("command_line")
 @pytest.mark.parametrize(
     ("name", "millions"),
@@ -238,6 +239,7 @@ def command(config: Path, text: Path, folder: Path, overrides: str) -> Lightning
     return LightningCLI(args=["fit", "--config", str(config), *tiny.split(), *overrides.split()])
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.usefixtures("command_line")
 def test_command_line(text, tmp_path):
     overrides = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1"
@@ -248,6 +250,7 @@ def test_command_line(text, tmp_path):
     assert metrics["val_bpb"].item() == pytest.approx(metrics["val_loss"].item() / 0.693147, rel=1e-5)
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.usefixtures("command_line")
 def test_a_sample_of_matrices_at_a_time(text, tmp_path):
     config = tmp_path / "misa.yaml"
@@ -258,6 +261,7 @@ def test_a_sample_of_matrices_at_a_time(text, tmp_path):
     assert metrics["misa/trainable"] < 0.95  # the ends of so small a model are most of it
 
 
+@pytest.mark.needs("jsonargparse")
 @pytest.mark.usefixtures("command_line")
 def test_warm_up_stable_merge(text, tmp_path):
     config = tmp_path / "wsm.yaml"

@@ -637,6 +637,7 @@ def test_tensorboard_has_the_numbers_the_events_and_the_picture(tmp_path):
     assert [image.step for image in events.Images("grades/heat_map")] == [STEPS]
 
 
+@pytest.mark.needs("matplotlib")
 def test_the_learning_rate_finder_within_a_fit_leaves_nothing_frozen(tmp_path):
     from lightning.pytorch.callbacks import LearningRateFinder
 

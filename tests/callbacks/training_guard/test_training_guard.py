@@ -627,6 +627,7 @@ def _zero(folder: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.needs("jsonargparse")
 def test_rules_from_yaml(tmp_path, monkeypatch):
     config = tmp_path / "run.yaml"
     config.write_text(f"""
@@ -656,6 +657,7 @@ trainer:
     assert isinstance(own, Always)
 
 
+@pytest.mark.needs("jsonargparse")
 def test_the_default_rules_from_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["test"])
     arguments = ["--trainer.logger=false", "--trainer.callbacks+=TrainingGuard", "--trainer.callbacks.rules=default"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
@@ -90,6 +91,7 @@ def has_typed_arguments(row: Row, place: Place) -> None:
 @rule()
 def works_from_the_command_line(row: Row, place: Place) -> None:
     """LightningCLI knows the callback by its short name, from YAML and from arguments; what it saves reads the same."""
+    pytest.importorskip("jsonargparse")
     name = row.callback.__name__
     written = place.folder / "written.yaml"
     entry = {"class_path": name, "init_args": row.arguments}
