@@ -1,10 +1,11 @@
-"""What must happen before anything imports Triton, and the option `--device`.
+"""What must happen before anything imports Triton, the option `--device`, and what is skipped without a package.
 
 Triton decides at import, by TRITON_INTERPRET, whether its kernels are compiled or run by its interpreter on the CPU,
 and Lightning imports Triton. So on a machine without a GPU the variable is set here, for the whole run. It reaches
 nothing but the tests that force the kernels: CPU tensors take the reference.
 """
 
+import importlib.util
 import os
 
 import pytest
@@ -34,3 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no CUDA or HIP device here")
     os.environ["LIGHTNING_EFF_TEST_DEVICE"] = device  # see tests/suite/device.py
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """``@pytest.mark.needs("torchft")``: skipped by that name where it is not there. An example cannot be marked."""
+    names = [name for mark in item.iter_markers("needs") for name in mark.args]
+    if isinstance(item, pytest.DoctestItem) and item.name.endswith("FaultTolerantDDPStrategy"):
+        names.append("torchft")
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 
@@ -29,13 +28,6 @@ logging.getLogger("lightning.pytorch").propagate = True
 
 # Dynamo's trace for its own tools: tens of thousands of records in the report of a failed test.
 logging.getLogger("torch.__trace").propagate = False
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """``@pytest.mark.needs("torchft")``: skipped by that name where it is not installed."""
-    for name in (name for mark in item.iter_markers("needs") for name in mark.args):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
 
 
 @pytest.fixture(scope="session")

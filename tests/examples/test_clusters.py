@@ -70,6 +70,7 @@ def test_bash_and_sbatch_read_it(path):
     assert all(line.startswith("#") or not line for line in lines[:last])
 
 
+@pytest.mark.needs("jsonargparse")
 def test_slurm_s_fit_has_the_callbacks_once_and_the_signal_that_is_sent(monkeypatch, capsys):
     text = (CLUSTERS / "slurm.sbatch").read_text()
     values = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "HOME": "/home/me", "SLURM_JOB_ID": "7"}
@@ -103,6 +104,7 @@ def test_the_fault_tolerant_job_s_commands_are_commands():
     assert (args.lighthouse, args.host) == ("10.0.0.1:29510", "10.0.0.2")
 
 
+@pytest.mark.needs("jsonargparse")
 def test_kubernetes_reads_it(monkeypatch, capsys):
     service, job = yaml.safe_load_all((CLUSTERS / "kubernetes.yaml").read_text())
     assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
