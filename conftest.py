@@ -14,6 +14,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Examples in docstrings are looked for by importing, and these modules import torchft.
+if importlib.util.find_spec("torchft") is None:
+    _modules = ("connect", "left_behind", "manager", "process_group", "replicas", "transport")
+    collect_ignore = [f"lightning_eff/strategies/fault_tolerant/{name}.py" for name in _modules]
+    collect_ignore.append("tests/strategies/fault_tolerant/replica_main.py")
+
 # torch 2.8 starts the processes in which inductor compiles as soon as anything is compiled, by whatever backend, and
 # keeps them: the next test would be blamed. Without this they are started when inductor has a kernel to compile.
 os.environ.setdefault("TORCH_WARM_POOL", "0")

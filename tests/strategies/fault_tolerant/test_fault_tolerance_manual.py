@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
+
 from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from tests.strategies.fault_tolerant.replica_checks import GRADES, assert_same_run, check, killed
 from tests.strategies.fault_tolerant.replica_main import Adversaries, Noisy
 from tests.strategies.fault_tolerant.replica_runs import Fault, Outcome, Server, run
-
-pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
 STEPS = 24  # runs of training_step
 # Two of them make five optimizer steps: of the judge and the maker in each, of the guess in every second.
