@@ -107,6 +107,9 @@ def replace_layers(
 def describe_plan(plan: dict[str, Any]) -> str:
     """A plan in a line for the log.
 
+    Args:
+        plan: what :func:`replace_layers` has returned.
+
     Example:
         >>> describe_plan({"replaced": {"h.0.mlp": "MoCFeedForward"}, "left": {"h.0.attn": "it has one head"}})
         'replaced 1 layer: h.0.mlp (MoCFeedForward); left as they are: h.0.attn (it has one head)'
@@ -133,6 +136,12 @@ def uptrain(model: nn.Module, head_dim: int | None = None) -> dict[str, Any]:
 
     Raises:
         ValueError: as :func:`replace_layers`.
+
+    Example:
+        >>> from examples.gpt.model import GPT, GPTConfig  # of the repository; any transformer will do
+        >>> model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16))
+        >>> list(uptrain(model)["replaced"].values())
+        ['FirstValue', 'SkippedValue, 1 of 2 heads of its own']
     """
     return replace_layers(model, attention=SkipV1(mean=True, head_dim=head_dim))
 
