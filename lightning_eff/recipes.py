@@ -95,9 +95,9 @@ def recipe_yaml(purpose: Purpose, steps: int, *, low_memory: bool = False, resum
     """The same as a part of a config for `lightning-eff fit`; the arguments are those of :func:`recipe`.
 
     Args:
-        purpose: as there, and so the three others.
-        steps: written down as the Trainer's ``max_steps``, too.
-        low_memory: with ``"finetune"`` only.
+        purpose: ``"pretrain"``, ``"finetune"`` or ``"vision"``.
+        steps: optimizer steps that the run will have, >= 20; it is the Trainer's ``max_steps`` in the text.
+        low_memory: fewer gradients and optimizer states, with ``"finetune"`` only.
         resumable: the run survives being killed, and a queue's end.
 
     Raises:
