@@ -125,14 +125,11 @@ def uptrain(model: nn.Module, head_dim: int | None = None) -> dict[str, Any]:
     """Make a SkipV1Former of a trained model: own value heads begin as the mean of each two consecutive heads.
 
     The first layer is unchanged. The loss is far off before training goes on; by the paper 10 to 15 % of the compute
-    of training from scratch reaches the loss of that. :func:`replace_layers` with ``SkipV1(mean=True)``.
+    of training from scratch reaches the loss of that. The plan is returned, as by :func:`replace_layers`.
 
     Args:
         model: as in :func:`replace_layers`.
         head_dim: channels of a value head; None: as the attention's attributes or its ``config`` say.
-
-    Returns:
-        The plan.
 
     Raises:
         ValueError: as :func:`replace_layers`.
