@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest test-architectures lint format docs clean
+.PHONY: help install demo test test-all test-oldest test-architectures test-tutorials lint format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ $(VENV)-architectures/.installed: pyproject.toml constraints-architectures.txt
 test-architectures: $(VENV)-architectures/.installed ## The structure finder against eighty-eight models of other packages
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure tests/layers/test_others.py $(ARGS)
+
+test-tutorials: $(VENV)-architectures/.installed ## The tutorials as they stand, with transformers, peft and timm
+	$(VENV)-architectures/bin/python -m pytest -m 'slow or not slow' tests/docs/test_tutorials.py $(ARGS)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check

@@ -36,7 +36,7 @@ class Run:
             command += ["--max-restarts", "1000", "-m", WORKER]
         else:
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicas)]
-            command += ["--max-restarts", "1000", "--standalone", "-m", WORKER]
+            command += ["--max-restarts", str(settings.get("max_restarts", 1000)), "--standalone", "-m", WORKER]
         self.log = (folder / "output.log").open("w")
         told = environment(FAULT_TOLERANCE_BENCHMARK=json.dumps({**settings, "folder": str(folder)}))
         self.process = subprocess.Popen(

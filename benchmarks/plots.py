@@ -1,26 +1,19 @@
 """Pictures of rows that other benchmarks have measured, for README and the cards. Nothing is run.
 
 Usage:
-    python -m benchmarks.plots [step_time overhead recovery lock_in throughput detectors]
+    python -m benchmarks.plots [picture ...]      # all, if none is named; --help lists them
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import read_rows
+from benchmarks.plots_cards import CARDS, rows
 from harness.plots import IMAGES, panels, save
-
-
-def rows(name: str, **where: str) -> list[dict[str, str]]:
-    """The rows of a results file that have these values."""
-    found = [row for row in read_rows(name) if all(row[key] == value for key, value in where.items())]
-    if not found:
-        raise ValueError(f"{name}.csv has no row with {where}")
-    return found
 
 
 def step_time() -> Any:
@@ -43,10 +36,21 @@ def step_time() -> Any:
         axis.plot(links, seconds, marker="o", label=label, color="black" if arm == "dense" else None)
     axis.plot(links, [measured[link, "compute alone"] for link in links], ":", color="grey", label="compute alone")
     axis.set(yscale="log", xlabel="link, Mbit/s", ylabel="seconds a step", title="Two ranks, 4.9 M parameters, CPU")
+    _crossover(
+        axis, [measured[link, "dense"] for link in links], [[measured[link, arm] for link in links] for arm in arms]
+    )
     axis.set_yticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
     axis.minorticks_off()
     axis.legend()
     return figure
+
+
+def _crossover(axis: Any, dense: list[float], others: list[list[float]]) -> None:
+    """Shade what lies between the slowest link on which each compressor loses and the fastest on which each gains."""
+    gains = [all(arm[place] <= dense[place] for arm in others) for place in range(len(dense))]
+    last, first = max(i for i, each in enumerate(gains) if each), gains.index(False)
+    axis.axvspan(last, first, color="grey", alpha=0.12, linewidth=0)
+    axis.text((last + first) / 2, max(dense) * 0.55, "here dense\nbecomes faster", ha="center", fontsize=9)
 
 
 _COSTS = [  # file, column of the name, its value, columns of median and quartiles, label
@@ -61,19 +65,35 @@ _COSTS = [  # file, column of the name, its value, columns of median and quartil
 
 
 def overhead() -> Any:
-    """What callbacks cost, as medians with quartiles of ratios to the same run without them."""
-    figure, axis = panels(height=3.4)
-    for place, (name, column, value, ratio, label) in enumerate(reversed(_COSTS)):
-        row = rows(name, **{column: value})[0]
-        low, middle, high = (float(row[f"{ratio}{end}"]) for end in ("_q1", "", "_q3"))
+    """What callbacks cost, as medians with quartiles of ratios to the same run without them.
+
+    Left where it matters; right every one of them, where Python's work for each tensor would show.
+    """
+    figure, axes = panels(2, width=6.0, height=4.4)
+    large = [
+        (label, *(float(rows(name, **{column: value})[0][f"{ratio}{end}"]) for end in ("_q1", "", "_q3")))
+        for name, column, value, ratio, label in _COSTS
+    ]
+    many = [
+        (row["arm"], *(float(row[f"over_none{end}"]) for end in ("_q1", "", "_q3")))
+        for row in rows("many_tensors")
+        if row["arm"] != "none"
+    ]
+    _forest(axes[0], large, "10.8 M GPT, CPU: step time")
+    _forest(axes[1], many, "1,000 tensors of 4 x 4: CPU time")
+    return figure
+
+
+def _forest(axis: Any, found: list[tuple[str, float, float, float]], title: str) -> None:
+    """Lines from quartile to quartile, one below the other, each with its median."""
+    for place, (label, low, middle, high) in enumerate(reversed(found)):
         color = "grey" if label.startswith("Lightning") else "tab:blue"
         axis.plot([low, high], [place, place], color=color)
         axis.plot(middle, place, "o", color=color)
-        axis.text(1.107, place, f"{middle:.3f}", va="center")
+        axis.text(1.02, place, f"{middle:.3f}", va="center", transform=axis.get_yaxis_transform())
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(_COSTS)), [label for *_, label in reversed(_COSTS)])
-    axis.set(xlim=(0.955, 1.105), xlabel="step time over none: median and quartiles", title="10.8 M GPT, CPU")
-    return figure
+    axis.set_yticks(range(len(found)), [label for label, *_ in reversed(found)])
+    axis.set(xlim=(0.87, 1.15), xlabel="over none: median and quartiles", title=title)
 
 
 def recovery() -> Any:
@@ -90,6 +110,32 @@ def recovery() -> Any:
         )
     axis.set_yticks(range(len(labels)), labels)
     axis.set(xlim=(0, 21), xlabel="seconds from kill -9 to the next step (median, three replicas, CPU)")
+    return figure
+
+
+def _curve(strategy: str, event: str) -> list[dict[str, str]]:
+    return rows("fault_tolerance_curves", strategy=strategy, event=event)
+
+
+def loss_through_kills() -> Any:
+    """The loss by the clock through the same two kills: one run goes on, the other is started again."""
+    figure, axis = panels(width=8.0, height=3.6)
+    for strategy, label, color in (
+        ("ddp", "ddp, started again at once from a checkpoint every 10 steps", "grey"),
+        ("ddp_ft", "ddp_ft", "tab:blue"),
+    ):
+        made = [(float(row["seconds"]), float(row["loss"])) for row in _curve(strategy, "step")]
+        # No line over the time in which no step is made.
+        pauses = [place for place, (one, other) in enumerate(pairwise(made), 1) if other[0] - one[0] > 10]
+        for start, end in pairwise([0, *pauses, len(made)]):
+            axis.plot(*zip(*made[start:end], strict=True), color=color, linewidth=1.2)
+        axis.plot([], [], color=color, label=f"{label}: {len(made)} steps in {made[-1][0]:.0f} s")
+        for kill in _curve(strategy, "kill"):
+            last = max(point for point in made if point[0] <= float(kill["seconds"]))
+            axis.plot(*last, "x", color="tab:red", markersize=9, markeredgewidth=2)
+    axis.plot([], [], "x", color="tab:red", label="kill -9 of one of three replicas")
+    axis.set(xlabel="seconds", ylabel="training loss", title="0.85 M GPT, three replicas that share two cores")
+    axis.legend()
     return figure
 
 
@@ -158,9 +204,11 @@ PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "step_time": (step_time, "compression_step_time.png"),
     "overhead": (overhead, "overhead.png"),
     "recovery": (recovery, "recovery.png"),
+    "loss_through_kills": (loss_through_kills, "loss_through_kills.png"),
     "lock_in": (lock_in, "zclip_lock_in.png"),
     "throughput": (throughput, "mecefo_throughput.png"),
     "detectors": (detectors, "detectors.png"),
+    **CARDS,
 }
 
 

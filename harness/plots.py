@@ -23,9 +23,12 @@ def panels(columns: int = 1, width: float = 7.0, height: float = 4.0, **argument
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Write a figure."""
+    """Write a figure, and let it go."""
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
     return path
 
 

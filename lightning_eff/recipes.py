@@ -94,6 +94,15 @@ def recipe(purpose: Purpose, steps: int, *, low_memory: bool = False, resumable:
 def recipe_yaml(purpose: Purpose, steps: int, *, low_memory: bool = False, resumable: bool = True) -> str:
     """The same as a part of a config for `lightning-eff fit`; the arguments are those of :func:`recipe`.
 
+    Args:
+        purpose: ``"pretrain"``, ``"finetune"`` or ``"vision"``.
+        steps: optimizer steps that the run will have, >= 20; it is the Trainer's ``max_steps`` in the text.
+        low_memory: fewer gradients and optimizer states, with ``"finetune"`` only.
+        resumable: the run survives being killed, and a queue's end.
+
+    Raises:
+        ValueError: as :func:`recipe`.
+
     Example:
         >>> print(recipe_yaml("vision", steps=800, resumable=False))
         trainer:

@@ -49,7 +49,12 @@ __all__ = [
 
 
 def all_compressors() -> dict[str, Compressor]:
-    """Each compressor with its defaults, by its name in a strategy string ("arc_topk" in "ddp_arc_topk")."""
+    """Each compressor with its defaults, by its name in a strategy string ("arc_topk" in "ddp_arc_topk").
+
+    Example:
+        >>> sorted(all_compressors())
+        ['arc_topk', 'bf16', 'fp16', 'int8', 'powersgd', 'randk', 'topk']
+    """
     return {
         "arc_topk": ArcTopK(),
         "topk": TopK(),

@@ -54,6 +54,9 @@ _CHUNK = 1 << 17  # elements that are held in float64 beside the sum: 1 MiB, whi
 def uniform_weights(steps: Sequence[float]) -> list[float]:
     """The same weight for each: LAWA's average, and PMA's SMA.
 
+    Args:
+        steps: steps of the checkpoints, oldest first.
+
     Example:
         >>> uniform_weights([100, 200, 300, 400])
         [0.25, 0.25, 0.25, 0.25]
@@ -64,6 +67,9 @@ def uniform_weights(steps: Sequence[float]) -> list[float]:
 
 def linear_weights(steps: Sequence[float]) -> list[float]:
     """PMA's WMA: weights 1, 2, ..., n over n (n + 1) / 2, by the order of the checkpoints and not by their distance.
+
+    Args:
+        steps: steps of the checkpoints, oldest first.
 
     Example:
         >>> linear_weights([100, 200, 300, 400])
@@ -143,6 +149,10 @@ def weights_from_decay(factors: Sequence[float]) -> list[float]:
 
     Raises:
         ValueError: a factor rises, or leaves [0, 1].
+
+    Example:
+        >>> weights_from_decay([0.75, 0.5, 0.25])
+        [0.25, 0.25, 0.25, 0.25]
     """
     falling = are_numbers(factors) and all(a >= b for a, b in pairwise([1.0, *factors, 0.0]))
     check("factors", factors, falling, "a list of decay factors that fall within [0, 1] and never rise")
@@ -151,6 +161,12 @@ def weights_from_decay(factors: Sequence[float]) -> list[float]:
 
 def decay_from_weights(weights: Sequence[float]) -> list[float]:
     """How often each update between the checkpoints counts in their average: w_i = c_i + ... + c_k.
+
+    Args:
+        weights: of k + 1 checkpoints, oldest first, summing to 1.
+
+    Returns:
+        k factors, of the oldest update first.
 
     Example:
         >>> decay_from_weights([0.25, 0.25, 0.25, 0.25])
@@ -227,6 +243,10 @@ def scheme_weights(
 
     Raises:
         ValueError: no such scheme, or an argument that it does not allow.
+
+    Example:
+        >>> scheme_weights("linear", [100, 200, 300, 400])
+        [0.1, 0.2, 0.3, 0.4]
     """
     check_choice("scheme", scheme, Scheme)
     _check_steps(steps)

@@ -102,6 +102,11 @@ def evolve(
 
     Raises:
         ValueError: an argument of a wrong type or out of its range.
+
+    Example:
+        >>> found = evolve(lambda w: (w[0] - 0.7) ** 2, [[1.0, 0.0], [0.5, 0.5]], evaluations=50)
+        >>> round(found.weights[0], 1), len(found.trials)
+        (0.7, 50)
     """
     _check_evaluate(evaluate)
     ok = isinstance(start, Sequence) and not isinstance(start, str) and len(start) > 0

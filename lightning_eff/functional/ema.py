@@ -42,6 +42,10 @@ def float32_copies(tensors: Iterable[Tensor], device: torch.device | str | None 
 
     Raises:
         ValueError: ``device`` names none.
+
+    Example:
+        >>> float32_copies([torch.ones(2, dtype=torch.bfloat16)])
+        [tensor([1., 1.])]
     """
     _check_device(device)
     return [
@@ -230,6 +234,9 @@ def power_from_width(sigma_rel: float) -> float:
 def width_from_power(gamma: float) -> float:
     """``sigma_rel`` of a power-function average: sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))).
 
+    Args:
+        gamma: the power, above -1.
+
     Example:
         >>> round(width_from_power(6.937204), 6)
         0.1
@@ -295,6 +302,16 @@ def posthoc_error(
 
     Stored averages that are too few, too early or too wide say so here. The arguments are those of
     :func:`posthoc_weights`.
+
+    Args:
+        steps: the step of each stored average.
+        sigma_rels: the width of each.
+        sigma_rel: the width that is wanted.
+        step: the step that it is wanted at; by default the last.
+
+    Example:
+        >>> round(posthoc_error([400, 400], [0.05, 0.10], 0.07), 3), round(posthoc_error([400], [0.10], 0.05), 3)
+        (0.056, 0.468)
     """
     weights = torch.tensor(posthoc_weights(steps, sigma_rels, sigma_rel, step), dtype=torch.float64)
     gammas, wanted, step = _posthoc_arguments(steps, sigma_rels, sigma_rel, step)

@@ -155,6 +155,13 @@ def grades_update(metric: Tensor, state: GradESState, *, armed: bool, done: floa
 
     Returns:
         The metric over its threshold, of shape (units,): below 1 is converged; NaN without an observation or threshold.
+
+    Example:
+        >>> state = GradESState(2, GradESConfig(tau=0.5, tau_mode="absolute", patience=2))
+        >>> for metric in ([1.0, 1.0], [1.0, 0.4], [1.0, 0.3]):
+        ...     ratio = grades_update(torch.tensor(metric, dtype=torch.float64), state, armed=True)
+        >>> ratio
+        tensor([2.0000, 0.6000], dtype=torch.float64)
     """
     check_flag("armed", armed)
     check_number("done", done, above=0, optional=True)
@@ -201,7 +208,18 @@ def _ratio(recent: Tensor, level: Tensor, config: GradESConfig, done: Tensor | f
 
 
 def settled_units(state: GradESState) -> Tensor:
-    """For each unit that is to be frozen now its last metric over its level, NaN for all others; of shape (units,)."""
+    """For each unit that is to be frozen now its last metric over its level, NaN for all others; of shape (units,).
+
+    Args:
+        state: not changed; :meth:`GradESState.mark` notes what was done.
+
+    Example:
+        >>> state = GradESState(2, GradESConfig(tau=0.5, tau_mode="absolute", patience=2))
+        >>> for metric in ([1.0, 1.0], [1.0, 0.4], [1.0, 0.3]):
+        ...     _ = grades_update(torch.tensor(metric, dtype=torch.float64), state, armed=True)
+        >>> settled_units(state).isfinite()
+        tensor([False,  True])
+    """
     needed = state.config.patience * torch.exp2(state["reopened"])
     settled = (state["streak"] >= needed) & (state["frozen"] == 0)
     last = state["recent" if state.config.tau_mode == "remaining" else "metric"]
@@ -218,6 +236,16 @@ def grades_forecast(state: GradESState, done: float, since: float) -> Tensor:
         state: on whatever device; it is read, so that the host waits.
         done: the part of the run that is behind it, in (0, 1).
         since: the part that was when ``earlier`` was noted, in (0, ``done``).
+
+    Example:
+        >>> state = GradESState(1, GradESConfig(tau=0.1, tau_mode="absolute"))
+        >>> _ = grades_update(torch.tensor([1.0]), state, armed=False)
+        >>> state["earlier"].copy_(state["recent"])
+        tensor([1.], dtype=torch.float64)
+        >>> for _ in range(30):
+        ...     _ = grades_update(torch.tensor([0.5]), state, armed=False)
+        >>> round(grades_forecast(state, done=0.4, since=0.2).item(), 2)  # halved in 0.2 of the run
+        0.88
     """
     check_number("done", done, above=0, below=1)
     check_number("since", since, above=0, below=done)
@@ -234,51 +262,6 @@ def grades_forecast(state: GradESState, done: float, since: float) -> Tensor:
     settled &= values[INDEX["count"]] > 0
     first = torch.where(settled.any(0), when[:, 0][settled.int().argmax(0)], torch.inf)
     return torch.where(values[INDEX["frozen"]] != 0, 0.0, first)
-
-
-def grades_signal(signal: Tensor, state: GradESState) -> None:
-    """Take what speaks for unfreezing units: anything that grows when they were frozen too soon.
-
-    Args:
-        signal: of shape (units,) or 0-d; what is not finite or not above 0 is no observation.
-        state: changed in place.
-    """
-    factor = state.config.unfreeze_factor
-    assert factor is not None, "unfreeze_factor"
-    state.to(signal.device)
-    signal = signal.to(state.values.dtype).expand(state.units)
-    seen = signal.isfinite() & (signal > 0)
-    old = state["signal"]
-    keep = torch.where(old > 0, 1 - 1 / MEMORY, 0.0)
-    state["signal"].copy_(torch.where(seen, keep * old + (1 - keep) * torch.where(seen, signal, 0.0), old))
-    frozen, baseline = state["frozen"] != 0, state["baseline"]
-    baseline.copy_(torch.where(frozen & (baseline == 0), state["signal"], baseline))
-    rising = frozen & (baseline > 0) & (state["signal"] > factor * baseline)
-    state["rise"].copy_(torch.where(seen, torch.where(rising, state["rise"] + 1, 0.0), state["rise"]))
-
-
-def units_to_unfreeze(state: GradESState) -> Tensor:
-    """Whether each unit is to be unfrozen now; bool of shape (units,)."""
-    return (state["rise"] >= state.config.patience) & (state["frozen"] != 0)
-
-
-def neighbour_signal(state: GradESState, ratio: Tensor, groups: Tensor) -> Tensor:
-    """For each unit the mean metric over level of the units beside it that have been observed now.
-
-    Args:
-        state: the levels.
-        ratio: what ``grades_update`` has just returned; NaN where nothing was observed.
-        groups: int64 of shape (units,): units of one number are neighbours. A group without any observation takes the
-            mean of all.
-
-    Returns:
-        Of shape (units,); NaN where nothing at all was observed.
-    """
-    seen = ratio.isfinite()
-    value = torch.where(seen, state["metric"] / state["level"], 0.0)
-    sums, counts = (torch.zeros_like(value).index_add_(0, groups, each.to(value.dtype)) for each in (value, seen))
-    total = value.sum() / seen.sum()
-    return torch.where(counts > 0, sums / counts, total)[groups]
 
 
 class MatrixMetric:

@@ -25,13 +25,29 @@ _Part = tuple[Sharding | None, torch.device]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor, without importing ``torch.distributed.tensor`` for those who have none."""
+    """Whether ``tensor`` is a DTensor, without importing ``torch.distributed.tensor`` for those who have none.
+
+    Args:
+        tensor: any.
+
+    Example:
+        >>> is_dtensor(torch.ones(2))
+        False
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of statistics kept on ``device``: float64, or float32 where there is no float64 (MPS)."""
+    """Dtype of statistics kept on ``device``: float64, or float32 where there is no float64 (MPS).
+
+    Args:
+        device: where the statistics are.
+
+    Example:
+        >>> statistics_dtype(torch.device("cpu"))
+        torch.float64
+    """
     check_instance("device", device, torch.device, "a torch.device")
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -41,8 +57,19 @@ def local_grad(parameter: Tensor) -> Tensor | None:
 
     It shares memory with ``parameter.grad``, so that an in-place change is a change of the gradient.
 
+    Args:
+        parameter: plain or DTensor, with a gradient or without.
+
     Raises:
         TypeError: for a sparse gradient or a DTensor gradient that still awaits its reduction (``Partial``).
+
+    Example:
+        >>> parameter = nn.Parameter(torch.ones(2))
+        >>> local_grad(parameter) is None
+        True
+        >>> parameter.sum().backward()
+        >>> local_grad(parameter)
+        tensor([1., 1.])
     """
     grad = parameter.grad
     if grad is None:
@@ -131,6 +158,12 @@ def squared_grad_norms(groups: Sequence[Iterable[Tensor]]) -> Tensor | None:
     Returns:
         A float64 tensor (float32 on MPS) of shape (len(groups),), equal on all ranks, 0 for a group without gradients,
         or None where there is nothing to measure: no parameter has a gradient and none is a DTensor.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> model(torch.tensor([3.0, 4.0])).backward()
+        >>> squared_grad_norms([[model.weight], [model.bias]])
+        tensor([25.,  1.], dtype=torch.float64)
     """
     sums = []
     for (sharding, device), (owners, grads) in _read(groups).items():
@@ -170,12 +203,28 @@ def _read(groups: Sequence[Iterable[Tensor]]) -> dict[_Part, tuple[list[int], li
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as a view of pairs of reals, everything else as it is."""
+    """A complex tensor as a view of pairs of reals, everything else as it is.
+
+    Args:
+        tensor: any.
+
+    Example:
+        >>> as_real(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def sharding_of(parameter: Tensor) -> Sharding | None:
-    """How a DTensor is cut; None for a plain tensor."""
+    """How a DTensor is cut; None for a plain tensor.
+
+    Args:
+        parameter: plain or DTensor.
+
+    Example:
+        >>> sharding_of(nn.Parameter(torch.ones(2))) is None
+        True
+    """
     if not is_dtensor(parameter):
         return None
     placements = parameter.placements  # type: ignore[attr-defined]
@@ -184,7 +233,19 @@ def sharding_of(parameter: Tensor) -> Sharding | None:
 
 
 def sum_over_ranks_(numbers: Tensor, sharding: Sharding | None) -> Tensor:
-    """Add up in place what each rank has for its shards; collective for each dimension that is sharded."""
+    """Add up in place what each rank has for its shards; collective for each dimension that is sharded.
+
+    Args:
+        numbers: of any shape, equal on all ranks; changed in place.
+        sharding: of :func:`sharding_of`; None: nothing is to be added.
+
+    Returns:
+        The same tensor.
+
+    Example:
+        >>> sum_over_ranks_(torch.ones(2), sharding=None)
+        tensor([1., 1.])
+    """
     if sharding is not None:
         check("sharding", sharding, type(sharding) is tuple and len(sharding) == 2, "of `sharding_of`, or None")
         mesh, dims = sharding
@@ -221,6 +282,9 @@ def _members(owners: tuple[int, ...], groups: int, device: torch.device) -> Tens
 
 def sparse_gradients(module: nn.Module) -> dict[str, Tensor]:
     """The parameters whose gradients are sparse by the layers' own setting, ``nn.Embedding(sparse=True)``, by name.
+
+    Args:
+        module: whose layers are asked; no gradient has to be there.
 
     Example:
         >>> list(sparse_gradients(nn.Sequential(nn.Embedding(3, 2, sparse=True), nn.Linear(2, 3))))

@@ -73,6 +73,11 @@ def leading_right_singular_vectors(weight: Tensor, rank: int) -> Tensor:
 
     Raises:
         ValueError: ``rank`` is out of its range.
+
+    Example:
+        >>> leading_right_singular_vectors(torch.diag(torch.tensor([1.0, 3.0])), rank=1).abs()
+        tensor([[0.],
+                [1.]])
     """
     check_count("rank", rank, most=min(weight.shape))
     matrix = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -95,6 +100,14 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, vectors: Ten
         weight: (out, in).
         bias: (out,) or None.
         vectors: (in, rank), orthonormal columns.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([1.0, 3.0])).requires_grad_()
+        >>> vectors = leading_right_singular_vectors(weight, rank=1)
+        >>> low_rank_linear(torch.ones(1, 2), weight, None, vectors).sum().backward()
+        >>> weight.grad  # exact: ones
+        tensor([[0., 1.],
+                [0., 1.]])
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):  # what autocast does for `F.linear`, and cannot do inside of a Function

@@ -63,6 +63,11 @@ def importance(previous: Tensor, measured: Tensor, *, beta: float, variant: Vari
         beta: weight of the past, in [0, 1).
         variant: see above.
         interval: k, the number of this interval, from 1; not used by ``"paper"``.
+
+    Example:
+        >>> previous = torch.tensor([0.0, 1.0])
+        >>> importance(previous, torch.tensor([1.0, torch.nan]), beta=0.9, variant="paper", interval=1)
+        tensor([0.1000, 1.0000])
     """
     check_number("beta", beta, least=0, below=1)
     check_choice("variant", variant, Variant)
@@ -74,7 +79,17 @@ def importance(previous: Tensor, measured: Tensor, *, beta: float, variant: Vari
 
 
 def debiased(values: Tensor, turns: Tensor, beta: float) -> Tensor:
-    """The paper's G without its bias towards 0: divided by 1 - beta^n after n turns; a constant x gives x at once."""
+    """The paper's G without its bias towards 0: divided by 1 - beta^n after n turns; a constant x gives x at once.
+
+    Args:
+        values: G, shape (n,).
+        turns: how often each was active, shape (n,); 0 counts as 1.
+        beta: the weight of the past that it was made with, in [0, 1).
+
+    Example:
+        >>> debiased(torch.tensor([0.1, 0.19]), torch.tensor([1, 2]), beta=0.9)
+        tensor([1.0000, 1.0000])
+    """
     check_number("beta", beta, least=0, below=1)
     return values / (1 - beta ** turns.clamp(min=1).to(values.dtype))
 
@@ -84,6 +99,11 @@ def probabilities(values: Tensor, *, eta: float, variant: Variant) -> Tensor:
 
     ``"paper"``: p ~ exp(eta G), the distribution that has the largest sum of p G - KL(p, uniform) / eta.
     ``"official"``: p ~ exp(min(5, eta G^2)).
+
+    Args:
+        values: importance, shape (n,).
+        eta: how much it counts, >= 0; 0 is uniform.
+        variant: see above.
 
     Example:
         >>> probabilities(torch.tensor([0.0, 1.0]), eta=1.0, variant="paper")
@@ -101,6 +121,9 @@ def _softmax(values: Tensor, eta: float | Tensor, variant: Variant) -> Tensor:
 
 def perplexity(p: Tensor) -> Tensor:
     """How many modules some probabilities amount to: exp of their entropy, a 0-d tensor; n if all n are equal.
+
+    Args:
+        p: probabilities, shape (n,), summing to 1.
 
     Example:
         >>> perplexity(torch.tensor([0.5, 0.5, 0.0, 0.0]))

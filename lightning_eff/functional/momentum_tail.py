@@ -11,7 +11,15 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 
 def has_momentum_tail(optimizer: Optimizer) -> bool:
-    """Whether ``momentum_tail_`` knows the optimizer: Adam, AdamW and SGD, and what is derived from them."""
+    """Whether ``momentum_tail_`` knows the optimizer: Adam, AdamW and SGD, and what is derived from them.
+
+    Args:
+        optimizer: any.
+
+    Example:
+        >>> has_momentum_tail(AdamW([torch.zeros(2)])), has_momentum_tail(torch.optim.Adagrad([torch.zeros(2)]))
+        (True, False)
+    """
     return isinstance(optimizer, Adam | AdamW | SGD)
 
 
@@ -35,6 +43,15 @@ def momentum_tail_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
     Raises:
         TypeError: for another optimizer.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = SGD([parameter], lr=0.1, momentum=0.9)
+        >>> parameter.grad = torch.ones(1)
+        >>> optimizer.step()  # by -0.1; of this gradient alone the steps to come add up to 9 times as much
+        >>> momentum_tail_(optimizer, [parameter])
+        >>> print(f"{parameter.item():.4f}")
+        -1.0000
 
     Source: arXiv 2511.00056, the last line of the outer loop.
     """

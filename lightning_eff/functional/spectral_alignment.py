@@ -143,6 +143,9 @@ def majority_fraction(positive: Tensor, negative: Tensor) -> Tensor:
 def sign_diversity(majority: Tensor) -> Tensor:
     """4 p (1 - p) of the share p of one sign: 1 for as many of both, 0 when all are on one side.
 
+    Args:
+        majority: shares, in [0, 1], of any shape.
+
     Example:
         >>> sign_diversity(torch.tensor([0.5, 0.9, 1.0]))
         tensor([1.0000, 0.3600, 0.0000])
@@ -259,6 +262,13 @@ def collapse_update(majority: Tensor, trusted: Tensor, state: CollapseState) -> 
 
     Returns:
         (layers,), bool: the layers that are collapsed now, by an observation that is trusted.
+
+    Example:
+        >>> state = CollapseState.of(2, CollapseConfig(look_back=2, patience=1))
+        >>> for majority in ([0.6, 0.6], [0.6, 0.6], [0.6, 1.0]):
+        ...     collapsed = collapse_update(torch.tensor(majority), torch.tensor([True, True]), state)
+        >>> collapsed
+        tensor([False,  True])
     """
     state.to(majority.device)
     majority = majority.to(state.history.dtype)
@@ -301,6 +311,9 @@ def collapsed_share(collapsed: Tensor, state: CollapseState) -> Tensor:
 
 def why_unarmed(state: CollapseState) -> str:
     """Why no layer of a state has ever been armed, in words. Waits for the device.
+
+    Args:
+        state: one of which ``armed`` is False everywhere.
 
     Example:
         >>> why_unarmed(CollapseState.of(1, CollapseConfig(look_back=5)))

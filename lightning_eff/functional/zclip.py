@@ -198,6 +198,13 @@ def zclip_update(norm: Tensor, state: ZClipState, *, on_nonfinite: float = 0.0) 
 
     Returns:
         The coefficient, a 0-d tensor: 1 for a step that is not clipped. Shares memory with ``state.values``.
+
+    Example:
+        >>> state = ZClipState(ZClipConfig(warmup_steps=4, max_grad_norm=None))
+        >>> for norm in (1.0, 1.2, 0.8, 1.0, 1.1, 5.0):
+        ...     coefficient = zclip_update(torch.tensor(norm), state)
+        >>> print(f"{coefficient:.4f}")
+        0.2068
     """
     check_number("on_nonfinite", on_nonfinite, least=0)
     state.to(norm.device)

@@ -74,6 +74,10 @@ def choose(op: str, device: torch.device, obstacle: str | None = None) -> Choice
     Raises:
         ValueError: ``LIGHTNING_EFF_KERNELS`` holds a value that is not allowed.
         RuntimeError: it asks for ``triton`` and the kernel cannot take these tensors here.
+
+    Example:
+        >>> choose("grad_norm", torch.device("cpu")).implementation
+        'reference'
     """
     wanted = forced()
     if wanted == "reference":

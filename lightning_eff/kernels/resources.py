@@ -55,6 +55,10 @@ def compile_report(target: str = "cuda:90") -> list[CompiledKernel]:
     Raises:
         ValueError: ``target`` is not of that form.
         RuntimeError: Triton cannot be imported or a kernel does not compile; the message ends with the reason.
+
+    Example:
+        >>> for kernel in compile_report("cuda:90"):  # doctest: +SKIP
+        ...     print(kernel.op, kernel.kernel, kernel.registers, kernel.spills)
     """
     if re.fullmatch(r"cuda:\d+|hip:gfx\w+", target) is None:
         raise ValueError(f"target={target!r} is not allowed: it must be like 'cuda:90' or 'hip:gfx942'")

@@ -107,6 +107,9 @@ def replace_layers(
 def describe_plan(plan: dict[str, Any]) -> str:
     """A plan in a line for the log.
 
+    Args:
+        plan: what :func:`replace_layers` has returned.
+
     Example:
         >>> describe_plan({"replaced": {"h.0.mlp": "MoCFeedForward"}, "left": {"h.0.attn": "it has one head"}})
         'replaced 1 layer: h.0.mlp (MoCFeedForward); left as they are: h.0.attn (it has one head)'
@@ -122,17 +125,20 @@ def uptrain(model: nn.Module, head_dim: int | None = None) -> dict[str, Any]:
     """Make a SkipV1Former of a trained model: own value heads begin as the mean of each two consecutive heads.
 
     The first layer is unchanged. The loss is far off before training goes on; by the paper 10 to 15 % of the compute
-    of training from scratch reaches the loss of that. :func:`replace_layers` with ``SkipV1(mean=True)``.
+    of training from scratch reaches the loss of that. The plan is returned, as by :func:`replace_layers`.
 
     Args:
         model: as in :func:`replace_layers`.
         head_dim: channels of a value head; None: as the attention's attributes or its ``config`` say.
 
-    Returns:
-        The plan.
-
     Raises:
         ValueError: as :func:`replace_layers`.
+
+    Example:
+        >>> from examples.gpt.model import GPT, GPTConfig  # of the repository; any transformer will do
+        >>> model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16))
+        >>> list(uptrain(model)["replaced"].values())
+        ['FirstValue', 'SkippedValue, 1 of 2 heads of its own']
     """
     return replace_layers(model, attention=SkipV1(mean=True, head_dim=head_dim))
 

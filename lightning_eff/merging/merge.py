@@ -170,6 +170,17 @@ def write_merged(
         FileExistsError: the output exists, and ``overwrite`` is not set.
         FileNotFoundError: its folder does not exist.
         ValueError: its suffix is neither, the weights are too few or do not sum to 1, or safetensors lacks a dtype.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_eff.merging import open_source
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for number in (1.0, 3.0):
+        ...         torch.save({"weight": torch.tensor([number])}, f"{folder}/{number}.pt")
+        ...     sources = [open_source(f"{folder}/{number}.pt") for number in (1.0, 3.0)]
+        ...     merged = write_merged(Merger(sources), [0.5, 0.5], f"{folder}/merged.ckpt")
+        ...     print(torch.load(merged, weights_only=True)["state_dict"])
+        {'weight': tensor([2.])}
     """
     check("merger", merger, isinstance(merger, Merger), "a Merger")
     check_path("output", output)

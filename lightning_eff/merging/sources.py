@@ -68,9 +68,20 @@ class Source(ABC):
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Open a Lightning or plain torch checkpoint, a safetensors file, or a sharded checkpoint (a folder).
 
+    Args:
+        path: the file or the folder.
+
     Raises:
         FileNotFoundError: there is none.
         ValueError: it cannot be read: truncated, of another kind, or with Python objects inside.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"weight": torch.ones(2, 3)}, f"{folder}/model.pt")
+        ...     source = open_source(f"{folder}/model.pt")
+        ...     print(source.specs["weight"])
+        float32 (2, 3)
     """
     check_path("path", path)
     path = Path(path)

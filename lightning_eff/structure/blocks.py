@@ -68,6 +68,9 @@ def find_blocks(model: nn.Module) -> list[Block]:
     else than the inner one (a stage of a hierarchical model). Where nothing repeats, a ``ModuleList`` of one is a stack
     of one. A block without a matrix is left out, and a tied weight belongs to the first block that holds it.
 
+    Args:
+        model: wrapped or not; it is only looked at.
+
     Example:
         >>> encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 32), 2, enable_nested_tensor=False)
         >>> for matrix in find_blocks(encoder)[0].matrices:

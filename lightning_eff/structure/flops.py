@@ -16,6 +16,9 @@ def backward_flops(model: nn.Module) -> int:
     something before it is trained: before is by the order of definition. Products without a weight (attention scores)
     are not counted, and a convolution counts as if it had as many positions as a linear layer.
 
+    Args:
+        model: whose parameters are counted as they are now, trained or frozen.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 6, bias=False))
         >>> backward_flops(model)  # 2 * 20 for the first, 2 * 30 twice for the second

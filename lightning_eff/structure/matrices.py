@@ -58,6 +58,10 @@ def select_matrices(
 def describe_selection(model: nn.Module, matrices: Collection[Matrix]) -> str:
     """What was selected and what was not, in a line for the log.
 
+    Args:
+        model: whose trained weights are counted.
+        matrices: of :func:`select_matrices`.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> describe_selection(model, select_matrices(model))
@@ -71,7 +75,18 @@ def describe_selection(model: nn.Module, matrices: Collection[Matrix]) -> str:
 
 
 def coverage(model: nn.Module, matrices: Collection[Matrix]) -> tuple[float, list[str]]:
-    """The share of matrices in the trained weights of at least two dimensions, and the names of the others."""
+    """The share of matrices in the trained weights of at least two dimensions, and the names of the others.
+
+    Args:
+        model: whose trained weights are counted.
+        matrices: of :func:`select_matrices`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> share, outside = coverage(model, select_matrices(model))
+        >>> round(share, 3), outside
+        (0.667, ['2.weight'])
+    """
     _check_selection(model, matrices)
     chosen = {name for matrix in matrices for name in matrix.parameters}
     sizes = {n: p.numel() for n, p in clean_named_parameters(model).items() if p.requires_grad and p.ndim >= 2}

@@ -17,6 +17,9 @@ from lightning_eff.arguments import check_instance
 def clean_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by clean name, in the order of ``model.named_parameters()``, tied ones once, under their first name.
 
+    Args:
+        model: wrapped (DDP, ``torch.compile``, checkpointing) or not.
+
     Example:
         >>> import torch
         >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2, bias=False)))
@@ -36,6 +39,9 @@ def clean_named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def clean_named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules by clean name, parents first, shared ones once, without the wrappers around them.
+
+    Args:
+        model: wrapped (DDP, ``torch.compile``, checkpointing) or not.
 
     Example:
         >>> import torch

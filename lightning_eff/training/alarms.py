@@ -48,11 +48,21 @@ def sound(trainer: Trainer, alarm: Alarm) -> bool:
     It may be sounded by one rank alone, and in any hook: a listener that acts has to agree with the other ranks first.
     Nothing here is collective, and nothing waits for the device.
 
+    Args:
+        trainer: whose strategy, callbacks and module are told.
+        alarm: what they are told.
+
     Returns:
         Whether anybody listens. If not, the monitor warns by itself.
 
     Raises:
         ValueError: ``trainer`` is no Trainer, or ``alarm`` no `Alarm`.
+
+    Example:
+        >>> import lightning as L
+        >>> trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> sound(trainer, Alarm("my_monitor", step=100, message="the loss stands still"))
+        False
     """
     check_trainer(trainer)
     check_instance("alarm", alarm, Alarm, "an Alarm")

@@ -181,6 +181,13 @@ _Hook = TypeVar("_Hook")
 def all_with(trainer: Trainer, hook: type[_Hook]) -> Iterator[_Hook]:
     """The strategy, the callbacks in their order and the module, those of them that answer to a hook.
 
+    Args:
+        trainer: one that is set up.
+        hook: a Protocol of this page.
+
+    Returns:
+        They, one by one.
+
     Example:
         >>> import lightning as L
         >>> trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -197,8 +204,23 @@ def all_with(trainer: Trainer, hook: type[_Hook]) -> Iterator[_Hook]:
 def tell(trainer: Trainer, hook: type[Any], *args: Any) -> int:
     """Call a hook of one method on all that answer to it, with the Trainer, its module and ``args``.
 
+    Args:
+        trainer: one that is set up.
+        hook: a Protocol of this page with one method, ``on_...`` or ``before_...``.
+        args: what its method takes behind the Trainer and the module.
+
     Returns:
         How many there are.
+
+    Example:
+        >>> import lightning as L
+        >>> class Listener(L.Callback):
+        ...     def on_alarm(self, trainer, pl_module, alarm):
+        ...         print("heard:", alarm)
+        >>> trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", callbacks=[Listener()])
+        >>> tell(trainer, HearsAlarms, "too hot")
+        heard: too hot
+        1
     """
     check_instance("hook", hook, type, "a class of lightning_eff.training, such as HearsAlarms")
     (name,) = (name for name in vars(hook) if name.startswith(("on_", "before_")))

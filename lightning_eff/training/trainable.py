@@ -47,8 +47,15 @@ class TrainableChange:
 def check_trainable_support(trainer: Trainer) -> None:
     """Say in ``setup`` already whether `set_trainable` can work; it checks again itself.
 
+    Args:
+        trainer: one whose strategy is there.
+
     Raises:
         MisconfigurationException: for a strategy whose set of trainable parameters is fixed, with the reason.
+
+    Example:
+        >>> import lightning as L
+        >>> check_trainable_support(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1))
     """
     check_trainer(trainer)
     strategy = trainer.strategy
@@ -99,6 +106,21 @@ def set_trainable(trainer: Trainer, trainable: Mapping[str, bool]) -> TrainableC
         MisconfigurationException: see ``check_trainable_support``.
         RuntimeError: on all ranks, if they do not agree; under ``ddp_ft``, in the midst of a step. Nothing has been
             changed.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> class FreezeBias(L.Callback):
+        ...     def on_train_batch_end(self, trainer, pl_module, *args):
+        ...         if trainer.global_step == 1:
+        ...             change = set_trainable(trainer, {"layer.bias": False})
+        ...             print("frozen:", *change.frozen)
+        >>> trainer = L.Trainer(
+        ...     max_steps=2, callbacks=[FreezeBias()], accelerator="cpu", logger=False, limit_val_batches=0,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        frozen: layer.bias
     """
     check_trainable_support(trainer)
     ok = isinstance(trainable, Mapping) and all(isinstance(trained, bool) for trained in trainable.values())

@@ -62,6 +62,34 @@ def test_recipes():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in ("faq.md", "extending.md", "from_papers.md", "recipes.md", "fabric.md", "index.md"):
+    for page in [page.relative_to(DOCS) for page in DOCS.rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+\.md)(?:#[\w-]+)?\)", (DOCS / page).read_text()):
             assert (DOCS / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+CARDS = sorted((DOCS / "methods").glob("*.md"))
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.stem)
+def test_every_card_has_a_picture_that_is_there(card):
+    shown = re.findall(r"!\[(.+)\]\((\S+)\)", card.read_text())
+    assert shown
+    assert all((card.parent / path).exists() for _, path in shown)
+
+
+def test_every_picture_is_shown_somewhere():
+    pages = [*DOCS.rglob("*.md"), REPOSITORY / "README.md"]
+    text = "".join(page.read_text() for page in pages)
+    assert [picture.name for picture in (DOCS / "images").iterdir() if picture.name not in text] == []
+
+
+def test_home_leads_to_every_page_of_its_own():
+    home = (DOCS / "index.md").read_text()
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.glob("*.md")} - {"index.md"}
+    assert pages <= set(re.findall(r"\]\(([\w/.]+\.md)\)", home))
+
+
+def test_words_that_are_searched_for_are_there():
+    text = " ".join("".join(page.read_text() for page in DOCS.rglob("*.md")).lower().split())
+    for words in ("gradient clip", "out of memory", "slow link", "kill -9", "spikes", "time limit", "hugging face"):
+        assert words in text, words

@@ -16,12 +16,10 @@ from lightning_eff.functional.grades import (
     GradESState,
     MatrixMetric,
     grades_forecast,
-    grades_signal,
     grades_update,
-    neighbour_signal,
     settled_units,
-    units_to_unfreeze,
 )
+from lightning_eff.functional.grades_unfreezing import grades_signal, neighbour_signal, units_to_unfreeze
 from lightning_eff.structure.flops import backward_flops
 
 

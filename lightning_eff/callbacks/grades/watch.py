@@ -24,12 +24,10 @@ from lightning_eff.functional.grades import (
     MatrixMetric,
     Metric,
     grades_forecast,
-    grades_signal,
     grades_update,
-    neighbour_signal,
     settled_units,
-    units_to_unfreeze,
 )
+from lightning_eff.functional.grades_unfreezing import grades_signal, neighbour_signal, units_to_unfreeze
 from lightning_eff.training.heat_map import HeatMap
 from lightning_eff.training.host_copy import HostCopy
 from lightning_eff.training.namespaces import MisconfigurationException
