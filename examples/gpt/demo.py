@@ -114,7 +114,7 @@ def main_run(recorder: Recorder, methods: Sequence[Callback], accidents: Acciden
     lived: list[Row] = []
     for method in methods:
         if isinstance(method, EMA):
-            words = ("The same of the averaged weights (EMA)", "below the line above: a gain for no step of training")
+            words = ("The same of the averaged weights (EMA)", "a mean over the last steps, beside the live ones")
             learned.append((*words, f"{recorder.ema_bpb[-1]:.4f}"))
         elif isinstance(method, ZClip):
             lived.append(
@@ -176,7 +176,8 @@ def tensorboard_command(logdir: Path) -> str:
 def fine_tune(module: GPTModule, data: TextDataModule, steps: int, folder: Path) -> tuple[float, float, float]:
     """Go on with a tenth of the weights at a time: MB of the optimizer, of the checkpoint, and of AdamW's states."""
     misa = MISA(budget=0.1, every_n_steps=max(1, steps // 10))
-    saver = ModelCheckpoint(folder, every_n_train_steps=steps, save_last=True)
+    # Not behind the last step: there the next matrices have their turn, and no states yet.
+    saver = ModelCheckpoint(folder, every_n_train_steps=max(1, steps - 1), save_last=True)
     trainer = quick_trainer(steps, callbacks=[misa, saver], enable_checkpointing=True)
     trainer.fit(module, datamodule=data)
     weights = sum(parameter.numel() for parameter in module.parameters())
@@ -302,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
             f"{optimizer:.2f} of {states:.2f} MB",
         ),
         (
-            "Its checkpoint, beside one with all of AdamW's states",
+            "Its checkpoint, beside one with AdamW's states",
             "smaller by them",
             f"{checkpoint:.2f} of {whole:.2f} MB",
         ),
@@ -311,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     steps = len(recorder.train_losses)
     speed = f"{steps * BATCH_SIZE * data.block_size / recorder.step_seconds:,.0f}"
     costs: list[Row] = [
-        ("Tokens (bytes) a second", f"in the {steps:,} steps of the first run, all callbacks in it", speed),
+        ("Tokens (bytes) a second", f"in the first run's {steps:,} steps, with its callbacks", speed),
         ("Wall-clock", "all in all", f"{seconds:.0f} s"),
     ]
     console.print(results([*sections, killed, smaller, exchanged, costs]))
