@@ -50,11 +50,12 @@ test-architectures: $(VENV)-architectures/.installed ## The structure finder aga
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure tests/layers/test_others.py $(ARGS)
 
-$(VENV)-tutorials/.installed: pyproject.toml constraints.txt constraints-tutorials.txt
+$(VENV)-tutorials/.installed: pyproject.toml constraints-architectures.txt
 	test -x $(VENV)-tutorials/bin/python || $(PYTHON) -m venv $(VENV)-tutorials
-	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-c constraints-tutorials.txt -e '.[test,tutorials]'
+	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		torch torchvision
+	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		-e '.[test,tutorials]'
 	@touch $@
 
 test-tutorials: $(VENV)-tutorials/.installed ## Every example, notebook and page with code, with the packages that they show
