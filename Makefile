@@ -7,7 +7,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-oldest test-architectures test-tutorials lint format docs clean
+.PHONY: help install demo test test-all test-oldest test-architectures test-tutorials test-package lint format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,19 @@ test-architectures: $(VENV)-architectures/.installed ## The structure finder aga
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure tests/layers/test_others.py $(ARGS)
 
-test-tutorials: $(VENV)-architectures/.installed ## The tutorials as they stand, with transformers, peft and timm
-	$(VENV)-architectures/bin/python -m pytest -m 'slow or not slow' tests/docs/test_tutorials.py $(ARGS)
+$(VENV)-tutorials/.installed: pyproject.toml constraints-architectures.txt
+	test -x $(VENV)-tutorials/bin/python || $(PYTHON) -m venv $(VENV)-tutorials
+	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		torch torchvision
+	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		-e '.[test,tutorials]'
+	@touch $@
+
+test-tutorials: $(VENV)-tutorials/.installed ## Every example, notebook and page with code, with the packages that they show
+	HF_HUB_OFFLINE=1 $(VENV)-tutorials/bin/python -m pytest -m 'slow or not slow' tests/examples tests/docs $(ARGS)
+
+test-package: install ## The sdist and the wheel, in an empty environment; DIST=folder keeps them
+	DIST=$(DIST) $(BIN)/python -m pytest -m 'slow or not slow' tests/test_package.py $(ARGS)
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check
@@ -67,4 +78,4 @@ docs: install ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 clean: ## Remove what was made here
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-architectures site logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-architectures $(VENV)-tutorials site logs .pytest_cache .mypy_cache .ruff_cache

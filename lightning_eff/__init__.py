@@ -3,7 +3,7 @@
 from lightning_eff._registration import register
 from lightning_eff.recipes import recipe, recipe_yaml
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["recipe", "recipe_yaml"]
 
 register()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -48,7 +49,19 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     run("tar", "-xzf", folder / sdist, "-C", folder / "unpacked")
     (tree,) = (folder / "unpacked").iterdir()
     wheel = run(sys.executable, "-c", BUILD, tree, folder, "wheel", env=environment).strip()
+    if kept := os.environ.get("DIST"):  # `make test-package DIST=dist`: what is uploaded is what is tried here
+        (REPOSITORY / kept).mkdir(parents=True, exist_ok=True)
+        for name in (sdist, wheel):
+            shutil.copy(folder / name, REPOSITORY / kept / name)
     return folder / sdist, folder / wheel
+
+
+def test_lines_to_install_are_of_a_checkout_until_there_is_an_upload():
+    """`docs/releasing.md` says when they change; that of an extra, with the package installed, is true in any case."""
+    pages = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]
+    for page in pages:
+        for what in re.findall(r"^\$ pip install (\S+)", page.read_text(), re.MULTILINE):
+            assert what.strip("'").startswith(".["), page
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Train a small GPT on the standard library's sources, on CPU in a few minutes, with the suite's methods.
 
-Four runs: training with the callbacks that go together, fine-tuning of its weights with MISA, training on two ranks
-whose gradients are compressed, and training that is killed in the midst and goes on.
+A run with the callbacks that go together meets a batch of noise and a bit that flips in its weights, and lives through
+both; a short one without a guard does not. Its weights are fine-tuned with MISA, whose checkpoints are smaller; two
+ranks exchange compressed gradients; and a run that `kill -9` ends goes on to the bit. At the end a table says what came
+of it, and what that means.
 
 Usage:
     python -m examples.gpt.demo [--steps 1000] [--seed 0] [--val-windows 256] [--logdir logs/demo]
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
@@ -27,10 +29,12 @@ try:
     import tensorboard  # noqa: F401
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     package = str(error.name).split(".")[0]
     raise ImportError(f"{package} cannot be found. It comes with: pip install 'lightning-eff[examples]'") from error
 
+from examples.gpt.accidents import Accidents, unguarded
 from examples.gpt.data import TextDataModule
 from examples.gpt.killed import killed_and_resumed
 from examples.gpt.model import GPTConfig
@@ -49,6 +53,7 @@ from lightning_eff.callbacks import (
 )
 
 BATCH_SIZE = 8  # small batches: on a CPU a byte costs the same in any batch, and more steps learn more
+SHORTEST = 200  # steps: in a shorter run there is no time for accidents
 LAST_STEPS = 50  # the loss of one batch of 8 is noisy; the loss at the end is a mean over these
 
 
@@ -90,42 +95,71 @@ class ProgressBar(RichProgressBar):
         return metrics
 
 
-def results(
-    recorder: Recorder,
-    methods: Sequence[Callback],
-    other_runs: Sequence[Sequence[tuple[str, str]]],
-    bytes_per_step: int,
-    wall_seconds: float,
-) -> Table:
+Row = tuple[str, str, str]
+"""What it is, what it means, and the number."""
+
+
+def main_run(recorder: Recorder, methods: Sequence[Callback], accidents: Accidents) -> list[list[Row]]:
+    """The first run, as rows in two sections: what it has learned, and what it has lived through."""
     losses = torch.stack(recorder.train_losses)
-    steps, last = len(losses), losses[-LAST_STEPS:]
-    table = Table(title="What the runs did", show_header=False, min_width=60)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    table.add_row("Training loss, first step", f"{losses[0]:.4f} nats a byte")
-    table.add_row(f"Training loss, mean of last {len(last)} steps", f"{last.mean():.4f} nats a byte")
-    table.add_row("Validation, before training", f"{recorder.val_bpb[0]:.4f} bits a byte")
-    table.add_row("Validation, at the end", f"{recorder.val_bpb[-1]:.4f} bits a byte", end_section=True)
+    steps, last = len(losses), losses[-LAST_STEPS:].mean()
+    learned: list[Row] = [
+        ("Training loss, nats a byte", "at the first step, and at the end", f"{losses[0]:.4f} to {last:.4f}"),
+        (
+            "Validation, bits a byte",
+            "8 is a guess; before training, and at the end",
+            f"{recorder.val_bpb[0]:.4f} to {recorder.val_bpb[-1]:.4f}",
+        ),
+    ]
+    lived: list[Row] = []
     for method in methods:
-        if isinstance(method, ZClip):
-            table.add_row("Gradient spikes clipped (ZClip)", f"{sum(method.spikes)} of {steps} steps")
+        if isinstance(method, EMA):
+            words = ("The same of the averaged weights (EMA)", "a mean over the last steps, beside the live ones")
+            learned.append((*words, f"{recorder.ema_bpb[-1]:.4f}"))
+        elif isinstance(method, ZClip):
+            lived.append(
+                ("Gradient spikes clipped (ZClip)", "steps that stood out", f"{sum(method.spikes)} of {steps}")
+            )
+            if accidents.noise_at is not None:
+                words = (
+                    f"A batch of noise at step {accidents.noise_at}",
+                    "its gradient norm, and what ZClip let through",
+                )
+                lived.append((*words, f"{accidents.norms[0]:.2f}, {accidents.norms[1]:.2f}"))
         elif isinstance(method, TrainingGuard):
-            table.add_row("Alarms and rollbacks (TrainingGuard)", f"{method.alarms} and {method.rollbacks}")
+            rollbacks = (
+                "Rollbacks (TrainingGuard)",
+                "to a snapshot in memory; the run went on by itself",
+                str(method.rollbacks),
+            )
+            lived.append(rollbacks)
+            if accidents.flip_at is not None:
+                words = (
+                    f"A bit flipped behind step {accidents.flip_at}",
+                    "steps whose loss was not a number; steps undone",
+                )
+                lived.append((*words, f"{accidents.not_finite}, {method.undone_steps}"))
         elif isinstance(method, SpectralAlignmentMonitor):
-            collapsed = f"{len(method.collapsed)} of {len(method.armed)} layers"
-            table.add_row("Collapsed at the end (SpectralAlignmentMonitor)", collapsed)
+            collapsed = f"{len(method.collapsed)} of {len(method.armed)}"
+            lived.append(("Layers that collapsed (SpectralAlignmentMonitor)", "of those it watches", collapsed))
         elif isinstance(method, GradES):
-            table.add_row("Weight matrices frozen (GradES)", f"{len(method.frozen)}")
-        elif isinstance(method, EMA):
-            table.add_row("Validation of the averaged weights (EMA)", f"{recorder.ema_bpb[-1]:.4f} bits a byte")
-    for rows in other_runs:
+            frozen = (
+                "Weight matrices frozen (GradES)",
+                "had settled: no gradient from then on",
+                f"{len(method.frozen)}",
+            )
+            lived.append(frozen)
+    return [learned, lived]
+
+
+def results(sections: Sequence[Sequence[Row]]) -> Table:
+    table = Table(title="What the runs did, and what it means", show_header=False)
+    table.add_column(width=52)
+    table.add_column(justify="right")
+    for rows in sections:
         table.add_section()
-        for row in rows:
-            table.add_row(*row)
-    table.add_section()
-    table.add_row("Steps of the first run", f"{steps:,}")
-    table.add_row("Tokens (bytes) a second, in its steps", f"{steps * bytes_per_step / recorder.step_seconds:,.0f}")
-    table.add_row("Wall-clock, all in all", f"{wall_seconds:.0f} s")
+        for what, meaning, number in rows:
+            table.add_row(Text.assemble((what, "bold"), f"\n  {meaning}"), number)
     return table
 
 
@@ -139,29 +173,25 @@ def tensorboard_command(logdir: Path) -> str:
     return f"{program} --logdir {logdir}"
 
 
-def fine_tune(module: GPTModule, data: TextDataModule, steps: int) -> list[tuple[str, str]]:
-    """Go on with a tenth of the weights at a time: what that takes."""
+def fine_tune(module: GPTModule, data: TextDataModule, steps: int, folder: Path) -> tuple[float, float, float]:
+    """Go on with a tenth of the weights at a time: MB of the optimizer, of the checkpoint, and of AdamW's states."""
     misa = MISA(budget=0.1, every_n_steps=max(1, steps // 10))
-    trainer = quick_trainer(steps, callbacks=[misa])
+    # Not behind the last step: there the next matrices have their turn, and no states yet.
+    saver = ModelCheckpoint(folder, every_n_train_steps=max(1, steps - 1), save_last=True)
+    trainer = quick_trainer(steps, callbacks=[misa, saver], enable_checkpointing=True)
     trainer.fit(module, datamodule=data)
     weights = sum(parameter.numel() for parameter in module.parameters())
     kept = trainer.callback_metrics["misa/optimizer_bytes"].item()
-    return [
-        (
-            f"Optimizer's memory in {steps} steps of fine-tuning (MISA)",
-            f"{kept / 1e6:.2f} of {8 * weights / 1e6:.2f} MB",
-        ),
-        ("Matrices at a time (MISA)", f"{len(misa.active)} of {len(misa.importance)}"),
-    ]
+    return kept / 1e6, (folder / "last.ckpt").stat().st_size / 1e6, 8 * weights / 1e6
 
 
-def two_ranks(config: GPTConfig, data: TextDataModule, steps: int, logger: TensorBoardLogger) -> list[tuple[str, str]]:
+def two_ranks(config: GPTConfig, data: TextDataModule, steps: int, logger: TensorBoardLogger) -> list[Row]:
     """Train on two ranks that exchange a fifth of the rows of each gradient: what was sent."""
     trainer = quick_trainer(
         steps,
         strategy="ddp_fork_arc_topk",
         devices=2,
-        callbacks=[CompressionMonitor(), RunHealth(every_n_steps=max(1, steps // 5))],
+        callbacks=[CompressionMonitor(), RunHealth(every_n_steps=max(1, steps // 5)), TensorBoardLayout()],
         logger=logger,
     )
     module = GPTModule(config, lr=3e-3, warmup_steps=min(50, steps))
@@ -170,12 +200,17 @@ def two_ranks(config: GPTConfig, data: TextDataModule, steps: int, logger: Tenso
     loss = trainer.callback_metrics["train_loss"].item()
     waiting = trainer.callback_metrics.get("run_health/waiting")  # None in a run of a few steps, as the demo's test
     return [
-        ("Sent by each of two ranks in a step (ddp_arc_topk)", f"{sent / 1e6:.2f} of {sent * ratio / 1e6:.2f} MB"),
         (
-            "Their waiting for each other, of a step (RunHealth)",
+            "Two ranks: sent by each in a step (ddp_arc_topk)",
+            "of what plain DDP sends: for slow links",
+            f"{sent / 1e6:.2f} of {sent * ratio / 1e6:.2f} MB",
+        ),
+        (
+            "Two ranks: waiting for each other (RunHealth)",
+            "of a step; a rank that is slow would show here",
             "too short" if waiting is None else f"{waiting:.0%}",
         ),
-        (f"Their training loss after {steps} steps", f"{loss:.4f} nats a byte"),
+        (f"Two ranks: training loss after {steps} steps", "nats a byte; it learns all the same", f"{loss:.4f}"),
     ]
 
 
@@ -211,15 +246,20 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         fused=True,
     )
     # The methods of the suite. What each did is in the table at the end and in TensorBoard.
+    snapshot = max(20, args.steps // 20)
     methods = [
-        TrainingGuard(),
+        TrainingGuard(every_n_steps=snapshot, margin=snapshot // 2, lr_steps=snapshot),
         SpectralAlignmentMonitor(),
         # Of a matrix's own level: 1 would be as soon as its gradient gets no noisier. The default waits for what has
         # little left to gain, and here all goes on learning.
-        GradES(metric="grad_change", tau_mode="relative", tau=0.9),
+        GradES(metric="grad_change", tau_mode="relative", tau=0.9, heat_map=True),
         ZClip(),
         EMA(half_life=20, save="none"),
     ]
+    accidents = Accidents()
+    if args.steps >= SHORTEST:
+        # A batch whose step is logged, so that its gradient norm is known; and a bit when there are snapshots.
+        accidents = Accidents(noise_at=args.steps * 3 // 100 * 10 - 1, flip_at=args.steps * 6 // 10)
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -228,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
         num_sanity_val_steps=-1,  # the whole validation before the first step: where the bits per byte start
         log_every_n_steps=min(10, args.steps),
         logger=TensorBoardLogger(args.logdir, name=None, default_hp_metric=False),
-        callbacks=[*methods, TensorBoardLayout(), LearningRateMonitor(), recorder, ProgressBar()],
+        callbacks=[*methods, TensorBoardLayout(), LearningRateMonitor(), accidents, recorder, ProgressBar()],
         enable_checkpointing=False,
         enable_model_summary=False,
     )
@@ -244,14 +284,38 @@ def main(argv: Sequence[str] | None = None) -> Recorder:
     trainer.fit(module, datamodule=data)
     few = max(2, args.steps // 20)
     console.print(
-        f"{few} steps each: fine-tuning with MISA, two ranks with compressed gradients, and a run that is killed ..."
+        f"{few} steps each: the same flipped bit without a guard, fine-tuning with MISA, two ranks with compressed "
+        "gradients, and a run that is killed ..."
     )
-    tuned = fine_tune(module, data, few)
-    exchanged = two_ranks(config, data, few, TensorBoardLogger(args.logdir, name="two_ranks"))
+    sections = main_run(recorder, methods, accidents)
+    lost = unguarded(config, data, few)
+    sections[1].append(
+        ("The same bit in a run without a guard", "steps whose loss was not a number, to its end", f"{lost} of {few}")
+    )
     with tempfile.TemporaryDirectory() as folder:
-        killed = killed_and_resumed(config, text, few, Path(folder))
+        optimizer, checkpoint, states = fine_tune(module, data, few, Path(folder, "misa"))
+        exchanged = two_ranks(config, data, few, TensorBoardLogger(args.logdir, name="two_ranks"))
+        killed, whole = killed_and_resumed(config, text, few, Path(folder))
+    smaller: list[Row] = [
+        (
+            f"Optimizer's memory in {few} steps of fine-tuning (MISA)",
+            "of AdamW's: a tenth of the weights at a time",
+            f"{optimizer:.2f} of {states:.2f} MB",
+        ),
+        (
+            "Its checkpoint, beside one with AdamW's states",
+            "smaller by them",
+            f"{checkpoint:.2f} of {whole:.2f} MB",
+        ),
+    ]
     seconds = time.perf_counter() - started
-    console.print(results(recorder, methods, [tuned, exchanged, killed], BATCH_SIZE * data.block_size, seconds))
+    steps = len(recorder.train_losses)
+    speed = f"{steps * BATCH_SIZE * data.block_size / recorder.step_seconds:,.0f}"
+    costs: list[Row] = [
+        ("Tokens (bytes) a second", f"in the first run's {steps:,} steps, with its callbacks", speed),
+        ("Wall-clock", "all in all", f"{seconds:.0f} s"),
+    ]
+    console.print(results([*sections, killed, smaller, exchanged, costs]))
     console.print("See the curves at http://localhost:6006/#custom_scalars:", highlight=False)
     console.print(f"  {tensorboard_command(args.logdir)}", highlight=False, soft_wrap=True)
     return recorder

@@ -6,6 +6,7 @@ python -m examples.scripts.loggers csv | mlflow | wandb
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Literal
 
 import lightning as L
@@ -18,12 +19,14 @@ Kind = Literal["csv", "mlflow", "wandb"]
 
 
 def logger(kind: Kind, folder: str) -> Logger:
-    """MLflow and W&B need their packages, and say so; neither needs a server here."""
+    """MLflow and W&B need their packages; neither needs a server here."""
+    if kind == "csv":
+        return CSVLogger(folder, name=None)
+    if find_spec(kind) is None:
+        raise ModuleNotFoundError(f"{kind} cannot be found. It comes with: pip install {kind}", name=kind)
     if kind == "mlflow":
         return MLFlowLogger("digits", tracking_uri=f"sqlite:///{folder}/mlflow.db")  # `mlflow ui` reads it
-    if kind == "wandb":
-        return WandbLogger(project="digits", save_dir=folder, offline=True)  # `wandb sync` sends it later
-    return CSVLogger(folder, name=None)
+    return WandbLogger(project="digits", save_dir=folder, offline=True)  # `wandb sync` sends it later
 
 
 def main(kind: Kind = "csv", steps: int = 230, folder: str = "logs/loggers") -> L.Trainer:

@@ -79,6 +79,7 @@ class CompressionMonitor(Callback):
             return {}
         return {
             "bytes sent in a step": ["Multiline", ["comm/bytes_per_step"]],
+            "times less than plain DDP": ["Multiline", ["comm/compression_ratio"]],
             "what was not sent (relative norm)": ["Multiline", ["comm/relative_error"]],
         }
 

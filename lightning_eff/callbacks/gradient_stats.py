@@ -186,9 +186,13 @@ class GradientStats(Callback):
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
         count = len(trainer.optimizers)
         prefixes = ["gradients"] if count == 1 else [f"gradients/{index}" for index in range(count)]
-        words = {"norm": "norm of the gradients", "zeros": "zeros (share)", "nonfinite": "not finite (share)"}
+        words = {"norm": "norm of the gradients"}
+        words |= {f"{role}/norm": f"norm: {role}" for role in ("attention", "ffn", "other")}
+        words |= {"zeros": "zeros (share)", "nonfinite": "not finite (share)"}
         return {
-            title: ["Multiline", [rf"{prefix}/(\w+/)?{name}" for prefix in prefixes]] for name, title in words.items()
+            title if count == 1 else f"{title} ({index})": ["Multiline", [f"{prefix}/{name}"]]
+            for index, prefix in enumerate(prefixes)
+            for name, title in words.items()
         }
 
 

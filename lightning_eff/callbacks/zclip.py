@@ -329,11 +329,8 @@ class ZClip(Callback):
             margin = [f"{prefix}/{name}" for name in ("grad_norm", "grad_norm_clipped", "threshold")]
             charts[f"gradient norm, clipped to threshold{suffix}"] = ["Margin", margin]
             charts[f"z-score{suffix}"] = ["Multiline", [f"{prefix}/z_score"]]
-            # One chart, so that TensorBoard, which draws margin charts last, has all three in one row.
-            charts[f"clipped (fraction), skipped (count){suffix}"] = [
-                "Multiline",
-                [f"{prefix}/clipped", f"{prefix}/skipped"],
-            ]
+            charts[f"steps clipped (share){suffix}"] = ["Multiline", [f"{prefix}/clipped"]]
+            charts[f"steps skipped (count){suffix}"] = ["Multiline", [f"{prefix}/skipped"]]
         return charts
 
 

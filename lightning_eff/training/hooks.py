@@ -108,7 +108,7 @@ class HasCharts(Protocol):
     """Has charts for ``TensorBoardLayout``."""
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
-        """Title -> ``["Multiline", [tag, ...]]`` or ``["Margin", [value, lower, upper]]``."""
+        """Title -> ``["Multiline", [tag, ...]]``, ``["Colours", {run: [tag, ...]}]`` or ``["Margin", [tag] * 3]``."""
 
 
 class Order(IntEnum):

@@ -12,6 +12,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from harness.runs import quiet_trainer
 from lightning_eff.callbacks import TensorBoardLayout
+from lightning_eff.callbacks.tensorboard_layout.charts import FLAT
+from lightning_eff.callbacks.tensorboard_layout.listener import Listener
 
 TAG = "custom_scalars__config__"
 
@@ -56,6 +58,7 @@ def written(path):
     for event in accumulator.Tensors(TAG):
         proto = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
         layouts.append({c.title: {chart.title: _chart(chart) for chart in c.chart} for c in proto.category})
+        assert [c.title for c in proto.category if c.closed] == [c.title for c in proto.category if c.title == FLAT]
     return layouts
 
 
@@ -84,8 +87,9 @@ def test_collects_the_charts_of_every_callback_that_has_some(tmp_path):
         ("train_loss_epoch", True),
         ("train/loss", True),
         ("loss", True),
-        ("val_loss", True),
-        ("valid/loss", True),
+        ("val_loss", False),  # in a run of its own, for its own colour
+        ("dashboard/val_loss", True),
+        ("dashboard/valid/loss", True),
         ("train_loss_scale", False),
         ("val_accuracy", False),
     ],
@@ -212,6 +216,10 @@ def test_only_rank_zero_collects_and_writes(tmp_path, monkeypatch):
         ({"a": {"b": ["Multiline", "x"]}}, "list of tags"),
         ({"a": {"b": ["Multiline", []]}}, "list of tags"),
         ({"a": {"b": ["Margin", ["x", "y"]]}}, "exactly three tags .* not 2"),
+        ({"a": {"b": ["Colours", ["x"]]}}, "must have a dict .*, but it is"),
+        ({"a": {"b": ["Colours", {}]}}, "must have a dict .*, but it is"),
+        ({"a": {"b": ["Colours", {"../x": ["x"]}]}}, "must have a dict .*, but it is"),
+        ({"a": {"b": ["Colours", {"x": []}]}}, "list of tags"),
         ({"a": {"b": ["Multiline", ["lr-("]]}}, "not a valid regular expression"),
     ],
 )
@@ -227,3 +235,126 @@ def test_bad_charts_of_a_callback_are_refused_by_its_name(tmp_path):
 
     with pytest.raises(ValueError, match=r"Wrong.tensorboard_charts\['norm'\]"):
         fit(tmp_path, TensorBoardLayout(), Wrong())
+
+
+class Learner(BoringModel):
+    """Logs a training and a validation loss that differ, and a counter that moves only when it is told to."""
+
+    def __init__(self, moves_at=None):
+        super().__init__()
+        self.moves_at = moves_at
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        self.log("train_loss", self.global_step + 1.0)
+        self.log("count/events", float(self.moves_at is not None and self.global_step >= self.moves_at))
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.global_step + 0.5)
+        self.log("ema/val_loss", self.global_step + 0.25)
+
+
+class Counter(Callback):
+    """One chart that is flat until something happens, one of what is never logged, one that moves, one in colours."""
+
+    def tensorboard_charts(self, trainer):
+        return {
+            "events": ["Multiline", ["count/events"]],
+            "never": ["Multiline", ["count/never"]],
+            "moves": ["Margin", ["train_loss", "train_loss", "train_loss"]],
+            "averages": ["Colours", {"validation": ["val_loss"], "ema": ["ema/val_loss"]}],
+        }
+
+
+def learn(tmp_path, module, *, steps=8, logger=None, layout=None, ckpt_path=None):
+    trainer = quiet_trainer(
+        layout or TensorBoardLayout(),
+        Counter(),
+        accelerator="cpu",
+        logger=logger or TensorBoardLogger(tmp_path, name="", version="run"),
+        default_root_dir=tmp_path,
+        max_steps=steps,
+        limit_train_batches=4,
+        limit_val_batches=1,
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def scalars(path, tag):
+    return [(event.step, event.value) for event in EventAccumulator(str(path)).Reload().Scalars(tag)]
+
+
+def test_a_validation_loss_has_a_run_and_so_a_colour_of_its_own(tmp_path):
+    learn(tmp_path, Learner())
+    losses = scalars(tmp_path / "run", "val_loss")
+    assert [value for _, value in losses] == [4.5, 8.5]
+    assert scalars(tmp_path / "run" / "validation", "dashboard/val_loss") == losses  # the same steps and values
+    assert [value for _, value in scalars(tmp_path / "run" / "ema", "dashboard/ema/val_loss")] == [4.25, 8.25]
+    # Whatever run TensorBoard looks in, a chart draws each curve once.
+    runs = {"run": ["train_loss", "val_loss", "ema/val_loss"], "run/validation": ["dashboard/val_loss"]}
+    loss = written(tmp_path / "run")[-1]["training"]["loss"][1]
+    drawn = [(run, tag) for run, tags in runs.items() for tag in tags if any(re.match(p, tag) for p in loss)]
+    assert drawn == [("run", "train_loss"), ("run/validation", "dashboard/val_loss")]
+
+
+def test_copies_have_the_logger_s_prefix(tmp_path):
+    learn(tmp_path, Learner(), logger=TensorBoardLogger(tmp_path, "", "run", prefix="p"))
+    assert len(scalars(tmp_path / "run" / "validation", "dashboard/p-val_loss")) == 2
+    assert re.match(written(tmp_path / "run")[-1]["training"]["loss"][1][1], "dashboard/p-val_loss")
+
+
+def test_what_is_flat_is_folded_and_comes_back_when_it_moves(tmp_path):
+    learn(tmp_path, Learner(moves_at=6))
+    first, flat, last = written(tmp_path / "run")
+    assert list(first["Counter"]) == ["events", "never", "moves", "averages"]
+    assert list(flat["Counter"]) == ["moves", "averages"]  # one validation loss is too few to be called flat
+    assert list(flat[FLAT]) == ["Counter: events", "Counter: never"]
+    assert list(flat)[-1] == FLAT
+    assert list(last["Counter"]) == ["events", "moves", "averages"]
+    assert list(last[FLAT]) == ["Counter: never"]
+
+
+def test_what_the_user_has_asked_for_and_the_losses_are_not_folded(tmp_path):
+    layout = TensorBoardLayout({"mine": {"events": ["Multiline", ["count/events"]]}})
+    learn(tmp_path, Learner(), layout=layout)
+    last = written(tmp_path / "run")[-1]
+    assert list(last["mine"]) == ["events"]
+    assert "Counter: events" in last[FLAT]
+
+
+def test_a_resumed_run_knows_what_has_moved(tmp_path):
+    learn(tmp_path, Learner(moves_at=2)).save_checkpoint(tmp_path / "a.ckpt")
+    before = written(tmp_path / "run")
+    learn(tmp_path, Learner(moves_at=0), steps=12, ckpt_path=tmp_path / "a.ckpt")  # a 1 from now on
+    assert written(tmp_path / "run") == before
+
+
+def test_the_logger_is_left_as_it_was(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+
+    class Failing(Learner):
+        def on_train_batch_end(self, *_):
+            assert "log_metrics" in vars(logger)
+            raise RuntimeError("it fails")
+
+    learn(tmp_path, Learner(), logger=logger)
+    assert "log_metrics" not in vars(logger)
+    with pytest.raises(RuntimeError, match="it fails"):
+        learn(tmp_path, Failing(), logger=logger)
+    assert "log_metrics" not in vars(logger)
+
+
+def test_not_a_number_is_one_value(tmp_path):
+    listener = Listener(TensorBoardLogger(tmp_path), {}, {})
+    chart = ["Multiline", ["a|b"]]
+    for _ in range(3):
+        listener.logger.log_metrics({"a": float("nan")}, 0)
+    assert listener.is_flat(chart)
+    listener.logger.log_metrics({"a": 1.0}, 0)
+    assert not listener.is_flat(chart)
+    listener.leave()
+    listener.logger.finalize("success")

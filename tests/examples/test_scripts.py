@@ -1,8 +1,12 @@
-"""The scripts, each with a small limit."""
+"""The scripts, each with a small limit; those of other packages are skipped where these are not installed."""
 
 import csv
 import importlib
+import importlib.util
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +23,11 @@ def script(name: str):
     return importlib.import_module(f"examples.scripts.{name}")
 
 
+def packages(*names: str):
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
 @pytest.fixture(autouse=True)
 def _one_cpu(monkeypatch):
     """On the CPU and quietly, whatever the script asks for; and no seeds are left in the environment."""
@@ -32,6 +41,13 @@ def _one_cpu(monkeypatch):
     monkeypatch.setattr(L.Trainer, "__init__", quietly)
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         monkeypatch.setenv(name, "0")
+
+
+@pytest.fixture
+def text(tmp_path):
+    for n in range(12):
+        (tmp_path / f"{n}.txt").write_text("".join(f"line {n * i % 7} of file {n}\n" for i in range(100)))
+    return tmp_path
 
 
 def test_plain_has_thirty_lines_and_goes_on_where_it_was(tmp_path, caplog):
@@ -60,3 +76,86 @@ def test_scalars_come_into_csv(tmp_path):
     with file.open() as lines:
         header = next(csv.reader(lines))
     assert {"train_loss", "zclip/grad_norm", "zclip/clipped"} <= set(header)
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "wandb"])
+def test_a_logger_without_its_package_is_named(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(script("loggers"), "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=rf"{kind} cannot be found. It comes with: pip install {kind}"):
+        script("loggers").main(kind, 20, str(tmp_path))
+
+
+@packages("mlflow")
+@pytest.mark.slow
+def test_scalars_come_into_mlflow(tmp_path):
+    script("loggers").main("mlflow", 20, str(tmp_path))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+    assert "zclip/grad_norm" in run.data.metrics
+
+
+@packages("wandb")
+@pytest.mark.slow
+def test_scalars_come_into_wandb_offline(tmp_path):
+    script("loggers").main("wandb", 20, str(tmp_path))
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+@packages("transformers", "peft")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of packages that are not ours
+@pytest.mark.parametrize("how", ["lora", "misa"])
+def test_a_llama_is_tuned(how, text):
+    trainer = script("huggingface").main(how, 40, str(text))
+    metrics = trainer.callback_metrics
+    assert metrics["val_loss"] < 5.54  # of a uniform guess: log(256), 5.545
+    assert {"val_loss", "average/val_loss"} <= set(metrics)
+    assert ("misa/trainable" in metrics) == (how == "misa")
+    if how == "lora":
+        trained = {name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+        assert trained
+        assert all("lora_" in name for name in trained)
+
+
+@packages("timm")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_timm_is_averaged():
+    metrics = script("timm_digits").main("resnet10t", 46).callback_metrics
+    assert {"val_acc", "ema/val_acc"} <= set(metrics)
+    assert metrics["val_acc"] > 0.3
+
+
+@pytest.mark.parametrize(("name", "package"), [("huggingface", "peft"), ("timm_digits", "timm")])
+def test_a_missing_package_is_named(name, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"examples.scripts.{name}", raising=False)
+    words = "comes with: pip install transformers peft" if package == "peft" else "comes with: pip install timm"
+    if package == "peft" and importlib.util.find_spec("transformers") is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=words):
+        script(name)
+
+
+_TWICE = """
+from examples.scripts.fsdp2 import main
+import sys, torch
+torch.set_num_threads(1)
+trainer = main(2, sys.argv[1], sys.argv[2])
+trainer.print(f"at step {trainer.global_step}")
+"""
+
+
+@pytest.mark.slow
+def test_fsdp2_goes_on_from_its_shards(text, tmp_path):
+    (tmp_path / "run.py").write_text(_TWICE)
+    folder = tmp_path / "saved"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    for step in (2, 4):
+        line = [sys.executable, str(tmp_path / "run.py"), str(folder), str(text)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"at step {step}\n" in done.stdout
+        assert (folder / f"{step}.ckpt" / ".metadata").exists()

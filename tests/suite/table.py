@@ -99,6 +99,9 @@ class Row:
     tags_two_optimizers: tuple[str, ...] = ()
     """And with two."""
 
+    tags_later: tuple[str, ...] = ()
+    """Of these, those that have no number before there is something to tell."""
+
     logs_from: int = 1
     """The first step, of those that Lightning logs, at which there is a number."""
 
@@ -440,6 +443,8 @@ ROWS = (
         changes_training=False,
         tags=_SPECTRAL_TAGS,
         tags_two_optimizers=_SPECTRAL_TAGS,
+        tags_later=_SPECTRAL_TAGS[:2],  # from when a layer is armed
+        syncs_per_log=5,  # four tags, and once whether a layer is armed
         bad_arguments=(
             {"every_n_steps": 0},
             {"include": []},

@@ -115,6 +115,8 @@ def _without_versions(end: dict[str, Any]) -> dict[str, Any]:
         grades["watch"]["values"] = grades["watch"]["values"][:9]
     if sampler := end["callbacks"].get("MISA", {}).get("sampler"):
         del sampler["drawn"]  # counted since, for what is said at the end
+    if layout := end["callbacks"].get("TensorBoardLayout"):
+        del layout["seen"]  # which numbers have moved: flat charts are folded since
     if guard := end["callbacks"].get("TrainingGuard"):
         del guard["rates"]  # looked at since, in columns of their own
         for rule in guard["rules"]:

@@ -262,10 +262,12 @@ class AveragedWeights(Callback):
         """A chart for :class:`~lightning_eff.callbacks.TensorBoardLayout`: the averages beside the live weights."""
         if self.validate_with != "both" and len(self.average.labels) == 1:
             return {}
-        names = "(val_loss|val/loss)"
-        return {
-            f"validation loss, live and {self.name}": ["Multiline", [names, f"{re.escape(self.name)}/(.*/)?{names}"]]
+        names, own = "(val_loss|val/loss)", re.escape(self.name)
+        runs = {"validation": [names]} | {
+            f"{self.name} {label}".strip(): [f"{own}/{re.escape(label)}/{names}" if label else f"{own}/{names}"]
+            for label in self.average.labels
         }
+        return {f"validation loss, live and {self.name}": ["Colours", runs]}
 
     def _tell_empty(self) -> None:
         if not self._told_empty:

@@ -279,11 +279,12 @@ def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
 def charts(each: bool) -> dict[str, list[Any]]:
     """Of what `UnitWatch.scalars` gives, for TensorBoard."""
     found: dict[str, list[Any]] = {
-        "frozen, and saved of the backward pass": [
-            "Multiline",
-            ["grades/frozen_ratio", "grades/backward_flops_saved"],
-        ],
-        "frozen matrices by role": ["Multiline", ["grades/frozen_(attention|ffn|other)"]],
+        "frozen (share)": ["Multiline", ["grades/frozen_ratio"]],
+        "saved of the backward pass (share)": ["Multiline", ["grades/backward_flops_saved"]],
+        **{
+            f"frozen matrices: {role}": ["Multiline", [f"grades/frozen_{role}"]]
+            for role in ("attention", "ffn", "other")
+        },
     }
     if each:
         found["metric per element"] = ["Multiline", ["grades/metric_per_element/.*"]]

@@ -263,9 +263,12 @@ class MISA(Callback):
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
         charts: dict[str, list[Any]] = {
-            "trainable and used (fractions)": ["Multiline", ["misa/trainable", "misa/used"]],
-            "active and effective (matrices)": ["Multiline", ["misa/active", "misa/effective"]],
-            "memory (bytes)": ["Multiline", ["misa/optimizer_bytes", "misa/peak_memory_bytes"]],
+            "weights that are trained (share)": ["Multiline", ["misa/trainable"]],
+            "budget that is used (share)": ["Multiline", ["misa/used"]],
+            "matrices that are active": ["Multiline", ["misa/active"]],
+            "matrices that count (effective number)": ["Multiline", ["misa/effective"]],
+            "optimizer's memory (bytes)": ["Multiline", ["misa/optimizer_bytes"]],
+            "peak of memory (bytes)": ["Multiline", ["misa/peak_memory_bytes"]],
         }
         if self.log_details:
             charts |= {name: ["Multiline", [f"misa/{name}/.*"]] for name in MAPS}

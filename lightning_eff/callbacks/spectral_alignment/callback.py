@@ -83,8 +83,8 @@ class SpectralAlignmentMonitor(Callback):
             matplotlib.
 
     Logs, at the Trainer's ``log_every_n_steps``, of the latest observation: ``spectral_alignment/worst_majority``, the
-    largest share of one side among the armed layers (0.5 while none is armed); ``spectral_alignment/worst_layer``, that
-    layer's place in ``layers`` (-1: none is armed); ``spectral_alignment/collapsed_layers`` and
+    largest share of one side among the armed layers, and ``spectral_alignment/worst_layer``, that layer's place in
+    ``layers``, from when one is armed (0.5 and -1 when none is any more); ``spectral_alignment/collapsed_layers`` and
     ``spectral_alignment/armed_layers``, their numbers.
 
     Raises:
@@ -144,7 +144,7 @@ class SpectralAlignmentMonitor(Callback):
         self._state = CollapseState.of(0, self.config)
         self._majority = torch.zeros(0)  # of the latest observation, (layers,); NaN: none that can be trusted
         self._histograms = torch.zeros(0)  # (layers, bins)
-        self._alarmed = torch.tensor(False)
+        self._alarmed, self._any_armed = torch.tensor(False), False  # the latter as far as has been read
         self._vectors: dict[str, Tensor] = {}  # what the probe begins with
         self._map: HeatMap | None = None
         self._steps = 0  # completed steps
@@ -366,7 +366,7 @@ class SpectralAlignmentMonitor(Callback):
         self._vectors.update(state_dict["vectors"])
         self._state = CollapseState.of(len(self.layers), self.config)
         self._state.load_state_dict(state_dict["state"])
-        self._majority, self._alarmed = state_dict["majority"], state_dict["alarmed"]
+        self._majority, self._alarmed, self._any_armed = state_dict["majority"], state_dict["alarmed"], False
         self._steps, self._observations = state_dict["steps"], state_dict["observations"]
         self._map = None
         if self.heat_map and state_dict["heat_map"] is not None:
@@ -382,12 +382,11 @@ class SpectralAlignmentMonitor(Callback):
         state, armed = self._state, self._state.armed
         seen = torch.where(armed & self._majority.isfinite(), self._majority, -1.0)
         worst, layer = seen.max(dim=0)
-        values = {
-            "worst_majority": torch.where(worst < 0, 0.5, worst),
-            "worst_layer": torch.where(worst < 0, -1, layer),
-            "collapsed_layers": state.collapsed.sum(),
-            "armed_layers": armed.sum(),
-        }
+        values = {"collapsed_layers": state.collapsed.sum(), "armed_layers": armed.sum()}
+        self._any_armed = self._any_armed or bool(worst >= 0)
+        if self._any_armed:  # no curve of what there is not yet
+            values["worst_majority"] = torch.where(worst < 0, 0.5, worst)
+            values["worst_layer"] = torch.where(worst < 0, -1, layer)
         if self.log_details:
             values |= {f"majority/{name}": m for name, m in zip(self.layers, self._majority.unbind(), strict=True)}
         log_values(pl_module, "spectral_alignment", values)

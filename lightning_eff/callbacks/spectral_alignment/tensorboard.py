@@ -44,7 +44,8 @@ def charts(each: bool) -> dict[str, list[Any]]:
     method = "spectral_alignment"
     found: dict[str, list[Any]] = {
         "worst layer: share of inputs on one side": ["Multiline", [f"{method}/worst_majority"]],
-        "layers: armed, collapsed": ["Multiline", [f"{method}/armed_layers", f"{method}/collapsed_layers"]],
+        "layers that are armed": ["Multiline", [f"{method}/armed_layers"]],
+        "layers that have collapsed": ["Multiline", [f"{method}/collapsed_layers"]],
     }
     if each:
         found["share of inputs on one side, by layer"] = ["Multiline", [f"{method}/majority/.*"]]

@@ -380,7 +380,8 @@ class TrainingGuard(Callback):
         if not self.rolls_back:
             return {"alarms": ["Multiline", ["training_guard/alarms"]]}
         return {
-            "alarms, rollbacks": ["Multiline", ["training_guard/alarms", "training_guard/rollbacks"]],
+            "alarms": ["Multiline", ["training_guard/alarms"]],
+            "rollbacks": ["Multiline", ["training_guard/rollbacks"]],
             "undone steps": ["Multiline", ["training_guard/undone_steps"]],
             "factor of the learning rate": ["Multiline", ["training_guard/lr_factor"]],
         }

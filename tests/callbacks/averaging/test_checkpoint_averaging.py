@@ -193,10 +193,12 @@ def test_workers_that_stay_read_for_both(tmp_path):
 def test_tensorboard_shows_live_and_averaged_in_one_chart(tmp_path):
     averaging = CheckpointAveraging(window=3, every_n_steps=1, preview=[2])
     trainer, _ = fit(tmp_path, averaging)
-    ((_, tags),) = averaging.tensorboard_charts(trainer).values()
-    for name in ("val_loss", "average/val_loss", "average/2/val_loss"):
+    (chart,) = averaging.tensorboard_charts(trainer).values()
+    runs = {"validation": "val_loss", "average": "average/val_loss", "average 2": "average/2/val_loss"}
+    assert chart == ["Colours", {run: [mock.ANY] for run in runs}]  # a colour each
+    for run, name in runs.items():
         assert name in trainer.callback_metrics
-        assert any(re.fullmatch(tag, name) for tag in tags)
+        assert re.fullmatch(chart[1][run][0], name)
     assert CheckpointAveraging(validate_with="average").tensorboard_charts(trainer) == {}
 
 

@@ -1,8 +1,7 @@
 """One TensorBoard dashboard for whatever callbacks are in the Trainer."""
 
-import re
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
@@ -11,16 +10,22 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_eff.arguments import check
+from lightning_eff.callbacks.tensorboard_layout.charts import (
+    FLAT,
+    Charts,
+    as_logged,
+    check_charts,
+    copied_to,
+    write_layout,
+)
+from lightning_eff.callbacks.tensorboard_layout.listener import Listener
 from lightning_eff.training.hooks import HasCharts
 from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of
 
-Charts: TypeAlias = dict[str, list[Any]]
-"""``{chart title: ["Multiline", [tag, ...]] or ["Margin", [value, lower, upper]]}``."""
-
 # The names that Lightning's users give to a loss: `train_loss`, `val/loss`, `train_loss_step`, `loss`.
-_LOSS_TAGS = [r"(train(ing)?[_/.-])?loss(_step|_epoch)?", r"val(id|idation)?[_/.-]loss(_epoch)?"]
+_LOSSES = {"": [r"(train(ing)?[_/.-])?loss(_step|_epoch)?"], "validation": [r"val(id|idation)?[_/.-]loss(_epoch)?"]}
 
 
 class TensorBoardLayout(Callback):
@@ -35,15 +40,23 @@ class TensorBoardLayout(Callback):
     expressions, and here they match a whole tag: TensorBoard alone would also draw ``zclip/grad_norm_clipped`` for
     ``zclip/grad_norm``. The three tags of a ``Margin`` chart (value, lower, upper) are names.
 
-    Runs in: ``on_train_start``.
-    Reads: the callbacks and loggers of the Trainer.
-    Changes: nothing in training; writes one summary into the event file of each ``TensorBoardLogger``.
+    TensorBoard colours by run: all curves of a run look alike but for their marks. ``["Colours", {"": ["train_loss"],
+    "validation": ["val_loss"]}]`` draws each group in a colour of its own, the one without a name in the logger's;
+    what belongs to the others is also written to a run of that name below the logger's. The losses are drawn so.
+
+    A callback's chart in which nothing moves, such as the rollbacks of a run that had none, goes to a category
+    ``flat so far`` at the end, which is folded. That is judged anew after every validation and at the end of the fit,
+    and a chart in which something has happened comes back to its place.
+
+    Runs in: ``on_train_start``, ``on_validation_end``, ``on_train_end``, and where a logger is given its numbers.
+    Reads: the callbacks and loggers of the Trainer, and the scalars that are logged.
+    Changes: nothing in training; writes into the event files of each ``TensorBoardLogger``.
     Collectives: none; rank zero alone collects and writes.
-    Host syncs: none.
+    Host syncs: none; it sees a number when the logger has it.
     Strategies: all.
 
-    The layout is written once for each log directory. A second ``fit`` and a run that resumes into the same directory
-    write it again only when the charts have changed; TensorBoard shows the latest.
+    The layout is written once for each log directory, and again when the charts have changed; TensorBoard shows the
+    latest.
 
     Args:
         charts: Charts of your own, ``{category: {chart title: chart}}``. A category with the name of one that is there
@@ -68,12 +81,14 @@ class TensorBoardLayout(Callback):
         )
         self.charts = charts or {}
         for category, category_charts in self.charts.items():
-            _check(category_charts, f"charts[{category!r}]")
+            check_charts(category_charts, f"charts[{category!r}]")
         self._written: dict[str, dict[str, Charts]] = {}
+        self._seen: dict[str, dict[str, list[Any]]] = {}
+        self._listeners: list[Listener] = []
 
     def layout(self, trainer: "pl.Trainer") -> dict[str, Charts]:
         """Collect the charts of this Trainer, ``{category: {chart title: chart}}``."""
-        training: Charts = {"loss": ["Multiline", _LOSS_TAGS]}
+        training: Charts = {"loss": ["Colours", _LOSSES]}
         callbacks = callbacks_of(trainer)
         if any(is_a(callback, LearningRateMonitor) for callback in callbacks):
             training["learning rate"] = ["Multiline", ["lr-.*"]]
@@ -82,7 +97,7 @@ class TensorBoardLayout(Callback):
             if not isinstance(callback, HasCharts):
                 continue
             charts = callback.tensorboard_charts(trainer)
-            _check(charts, f"{type(callback).__name__}.tensorboard_charts")
+            check_charts(charts, f"{type(callback).__name__}.tensorboard_charts")
             layout[_free_name(type(callback).__name__, layout)] = charts
         layout.update(self.charts)
         return {category: charts for category, charts in layout.items() if charts}
@@ -98,24 +113,74 @@ class TensorBoardLayout(Callback):
             rank_zero_info(f"TensorBoardLayout: the Trainer has no TensorBoardLogger{found}. No layout is written.")
             return
         layout = self.layout(trainer)
+        self._leave()
         for logger in loggers:
-            named = _as_logged(layout, logger)
+            self._listeners.append(Listener(logger, copied_to(layout), self._seen.get(logger.log_dir, {})))
+        self._write(layout)
+
+    def _write(self, layout: dict[str, Charts]) -> None:
+        """Write the layout where it is another than what was written last."""
+        for listener in self._listeners:
+            logger = listener.logger
+            self._seen[logger.log_dir] = listener.seen
+            named = as_logged(self._folded(layout, listener), logger)
             if not named or self._written.get(logger.log_dir) == named:
                 continue
             # Through the logger's own writer: TensorBoard stops reading a run's older event file when a newer one
             # appears beside it, so a file of ours would hide what the logger writes from then on.
-            logger.experiment.add_custom_scalars(named)
+            write_layout(logger.experiment, named)
             logger.experiment.flush()  # else the tab is empty for the first two minutes
             self._written[logger.log_dir] = named
 
+    def _folded(self, layout: dict[str, Charts], listener: Listener) -> dict[str, Charts]:
+        """Put what is flat into a category of its own, but for the losses and what the user has asked for."""
+        open_charts: dict[str, Charts] = {}
+        flat: Charts = {}
+        for category, charts in layout.items():
+            for title, chart in charts.items():
+                if category != "training" and category not in self.charts and listener.is_flat(chart):
+                    flat[f"{category}: {title}"] = chart
+                else:
+                    open_charts.setdefault(category, {})[title] = chart
+        return {**open_charts, FLAT: flat} if flat else open_charts
+
+    def _write_again(self, trainer: "pl.Trainer") -> None:
+        if self._listeners and not trainer.sanity_checking:
+            self._write(self.layout(trainer))
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._write_again(trainer)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._write_again(trainer)
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._leave()
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        for listener in self._listeners:
+            listener.leave()
+        self._listeners = []
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "written": self._written}
+        return {"version": 1, "written": self._written, "seen": self._seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version("TensorBoardLayout", state_dict, known=1)
         self._written = dict(state_dict["written"])
+        self._seen = dict(state_dict.get("seen", {}))  # 0.1 had none
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_listeners": []}
 
 
 def _free_name(name: str, taken: dict[str, Charts]) -> str:
@@ -124,38 +189,3 @@ def _free_name(name: str, taken: dict[str, Charts]) -> str:
     while free in taken:
         free, number = f"{name} {number}", number + 1
     return free
-
-
-def _as_logged(layout: dict[str, Charts], logger: TensorBoardLogger) -> dict[str, Charts]:
-    """Write the tags as this logger does, with its prefix, and end every pattern where the tag ends."""
-    prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
-    pattern_prefix = re.escape(prefix)
-    return {
-        category: {
-            title: [kind, [prefix + tag if kind == "Margin" else f"{pattern_prefix}(?:{tag})$" for tag in tags]]
-            for title, (kind, tags) in charts.items()
-        }
-        for category, charts in layout.items()
-    }
-
-
-def _check(charts: object, source: str) -> None:
-    """Refuse what TensorBoard would leave out without a word."""
-    if not isinstance(charts, dict):
-        raise ValueError(f"{source} must be a dict of charts, {{title: [kind, tags]}}, but it is {charts!r}.")
-    for title, chart in charts.items():
-        where = f"{source}[{title!r}]"
-        if not isinstance(chart, list | tuple) or len(chart) != 2 or chart[0] not in ("Multiline", "Margin"):
-            raise ValueError(
-                f"{where} must be ['Multiline', [tag, ...]] or ['Margin', [value, lower, upper]], but it is {chart!r}."
-            )
-        kind, tags = chart
-        if not isinstance(tags, list | tuple) or not tags or not all(isinstance(tag, str) and tag for tag in tags):
-            raise ValueError(f"{where} must have a list of tags as its second item, but it is {tags!r}.")
-        if kind == "Margin" and len(tags) != 3:
-            raise ValueError(f"{where} is a margin chart of exactly three tags (value, lower, upper), not {len(tags)}.")
-        if kind == "Multiline":
-            try:
-                list(map(re.compile, tags))
-            except re.error as error:
-                raise ValueError(f"{where}: {error.pattern!r} is not a valid regular expression: {error}.") from error
