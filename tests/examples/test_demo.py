@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("rich")
+
 from examples.gpt.demo import tensorboard_command
 from harness import REPOSITORY
 
