@@ -30,6 +30,7 @@ def demo(folder, steps, windows):
     return run.stdout, values
 
 
+@pytest.mark.timeout(600)
 def test_demo_prints_its_table(tmp_path):
     out, values = demo(tmp_path, steps=4, windows=8)
     assert abs(values("Training loss, nats a byte")[0] - 5.55) < 0.1  # log(256): a uniform guess
