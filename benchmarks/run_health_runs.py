@@ -25,6 +25,7 @@ SIZES = {
     "0.01 M": GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=16),
     "0.1 M": GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=64),
     "0.85 M": GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
+    "1 M": GPTConfig(block_size=256, n_layer=5, n_head=4, n_embd=128),  # of examples/gpt/configs
     "10.8 M": GPTConfig(block_size=64, n_layer=6, n_head=6, n_embd=384),
 }
 HANG = 3.0  # seconds
