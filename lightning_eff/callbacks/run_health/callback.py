@@ -7,7 +7,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +22,6 @@ from lightning_eff.callbacks.run_health.exchange import Exchange, Numbers
 from lightning_eff.callbacks.run_health.limits import Limits
 from lightning_eff.callbacks.run_health.phases import (
     BACKWARD,
-    DATA,
     FORWARD,
     OPTIMIZER,
     OTHER,
@@ -394,17 +392,8 @@ class RunHealth(Callback):
         self._weights_differ = bool(ranks)
 
     def _values(self, window: Window) -> dict[str, float]:
-        middle, busy = np.median(window.medians, axis=0), np.median(window.busy, axis=1)
-        step = float(middle[: OTHER + 1].sum()) or 1e-9
-        values = {
-            "step_seconds": step,
-            "data": float(middle[DATA]) / step,
-            "waiting": float(middle[WAITING]) / step,
-            "spread": float(busy.max() / max(float(np.median(busy)), 1e-9)) - 1,
-        }
-        if self.log_details:
-            values |= {f"seconds/{name}": seconds for name, (seconds, _) in self.times().items()}
-        return values
+        details = self.times() if self.log_details else {}
+        return window.values() | {f"seconds/{name}": seconds for name, (seconds, _) in details.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_phases": Phases(), "_exchange": Exchange(), "_connections": None, "_watchdog": None}

@@ -155,7 +155,8 @@ class Phases:
         """Hear of each backward pass from a parameter: a hook of the loss would have to be made anew in each."""
         parameter = next((each for each in pl_module.parameters() if each.requires_grad), None)
         if parameter is not None:
-            self._parameter = parameter.register_post_accumulate_grad_hook(self._at_the_parameter)
+            hook = self._at_the_parameter
+            self._parameter = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def detach(self) -> None:
         """Listen no longer."""

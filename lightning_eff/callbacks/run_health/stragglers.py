@@ -16,7 +16,7 @@ from statistics import median
 import numpy as np
 
 from lightning_eff.callbacks.run_health.exchange import Numbers
-from lightning_eff.callbacks.run_health.phases import OTHER, PHASES, SAVING, VALIDATION, WAITING
+from lightning_eff.callbacks.run_health.phases import DATA, OTHER, PHASES, SAVING, VALIDATION, WAITING
 
 BUSY = [phase for phase in range(len(PHASES)) if phase not in (WAITING, VALIDATION, SAVING)]
 _ERRORS = 4.0  # standard errors by which a slow rank has to be slower than half of what is asked for
@@ -46,9 +46,10 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float]:
 def median_of_known(values: Numbers) -> Numbers:
     """Of each row the median of what is known; NaN of nothing. ``np.nanmedian`` takes ten times as long of so few."""
     ordered = np.sort(values, axis=1)  # NaN last
-    known, rows = (values == values).sum(1), np.arange(len(values))
-    below = ordered[rows, np.maximum(known - 1, 0) // 2]
-    return (below + ordered[rows, np.minimum(known // 2, values.shape[1] - 1)]) / 2
+    known, rows = (~np.isnan(values)).sum(1), np.arange(len(values))
+    below, above = np.maximum(known - 1, 0) // 2, np.minimum(known // 2, values.shape[1] - 1)
+    middle: Numbers = (ordered[rows, below] + ordered[rows, above]) / 2
+    return middle
 
 
 def surely_above(ratios: Numbers, least: float) -> bool:
@@ -120,6 +121,17 @@ class Window:
         worst = [int(index) for index in told[:, end + 1]]
         medians, p99, busy = told[:, :_COUNT], told[:, _COUNT : 2 * _COUNT], told[:, 2 * _COUNT : end]
         return cls(medians, p99, busy, told[:, end], worst, told[:, end + 2 :])
+
+    def values(self) -> dict[str, float]:
+        """What is logged: the seconds of a step, and shares of it."""
+        middle, busy = np.median(self.medians, axis=0), np.median(self.busy, axis=1)
+        step = float(middle[: OTHER + 1].sum()) or 1e-9
+        return {
+            "step_seconds": step,
+            "data": float(middle[DATA]) / step,
+            "waiting": float(middle[WAITING]) / step,
+            "spread": float(busy.max() / max(float(np.median(busy)), 1e-9)) - 1,
+        }
 
 
 @dataclass(frozen=True)
