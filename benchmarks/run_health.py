@@ -5,6 +5,9 @@ python -m benchmarks.run_health slow     # a rank throttled by a fifth, from out
 python -m benchmarks.run_health bit      # one bit of one rank's weights
 python -m benchmarks.run_health soak     # 5,000 steps with validation, saves and a long batch: no alarm
 python -m benchmarks.run_health cost     # process CPU time a step, with and without, in turn within one run
+
+With ``--batch 12`` a step of the 0.85 M GPT has as many sequences, of the same length, as in nanoGPT's recipe for a
+CPU; with ``--batch 16`` one of the 1 M GPT is that of examples/gpt/configs/run_health.yaml.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import show, write_rows
-from benchmarks.run_health_runs import AT, EVERY, HANG, OURS, PLAIN, SIZES, WARM, run, train
+from benchmarks.run_health_runs import AT, BATCH, EVERY, HANG, OURS, PLAIN, SIZES, WARM, run, train
 from harness.alternating import COLUMNS, cost_row
 from harness.forked import ForkedRanks
 
@@ -96,10 +99,11 @@ def _words(findings: Sequence[Any]) -> str:
     return "; ".join(f"{_who(one['rank'])} by {one['slower']:.2f} at step {step}" for step, one in findings)
 
 
-def slow(steps: int, repeats: int) -> None:
+def slow(steps: int, repeats: int, batch: int) -> None:
     rows = []
     for victim in (0, 1) * repeats:
-        found = run(2, lambda forked, v=victim: _throttle(forked, v, 0.2), size="0.85 M", trainer={"max_steps": steps})
+        settings = {"size": "0.85 M", "batch": batch, "trainer": {"max_steps": steps}}
+        found = run(2, lambda forked, v=victim: _throttle(forked, v, 0.2), **settings)
         first = next(((step, one) for step, one in found[0]["findings"] if one["rank"] == victim), None)
         others = [(step, one) for step, one in found[0]["findings"] if one["rank"] != victim]
         rows.append(
@@ -110,6 +114,8 @@ def slow(steps: int, repeats: int) -> None:
                 "named_after_steps": None if first is None else first[0] - AT,
                 "slower": None if first is None else round(first[1]["slower"], 3),
                 "phase": None if first is None else first[1]["phase"],
+                "sequences": batch,
+                "ms_a_step": round(1000 * found[0]["seconds"]),
                 "steps": steps,
                 "others_named": _words(others),
                 "load": round(os.getloadavg()[0], 1),
@@ -170,19 +176,24 @@ def soak(steps: int, beside: int) -> None:
     write_rows("run_health_soak", [row], key=("steps", "busy_processes_beside"))
 
 
-def cost(size: str, rounds: int) -> None:
-    """Process CPU time of a step, of both ranks: of the hooks, of the thread, and of what is due once in 990 steps."""
-    found = run(2, size=size, turns=True, trainer={"max_steps": WARM + EVERY // 2 + 2 * EVERY * rounds})
+def cost(size: str, rounds: int, batch: int) -> None:
+    """Process CPU time of a step, of both ranks: of the hooks, of the thread, and of what is due once in 990 steps.
+
+    The thread costs what it does in a second; a step takes as long as its CPU time where there is no other work.
+    """
+    trainer = {"max_steps": WARM + EVERY // 2 + 2 * EVERY * rounds, "log_every_n_steps": 10**9}
+    found = run(2, size=size, batch=batch, turns=True, trainer=trainer, health={"hang_seconds": 30.0})
     hooks = cost_row(found, OURS, PLAIN)
     weights = 1e6 * max(rank["hash_seconds"] for rank in found) / 990
     watchdog = 1e6 * max(rank["watchdog"] for rank in found)  # in a second
-    beside = weights + watchdog * max(rank["seconds"] for rank in found)
+    beside = weights + watchdog * hooks["cpu_ms_a_step"] / 1000
     step = 1000 * hooks["cpu_ms_a_step"]
     row = {
         "size": size,
         "run": OURS,
         "over": PLAIN,
         "ranks": 2,
+        "sequences": batch,
         "steps_in_a_block": EVERY,
         **hooks,
         "weights_us_a_step": round(weights, 1),
@@ -191,7 +202,7 @@ def cost(size: str, rounds: int) -> None:
         "load": round(os.getloadavg()[0], 1),
     }
     show(f"An ordinary step, {size}", [row], ["size", *COLUMNS, "watchdog_us_a_second", "in_all"])
-    write_rows("run_health_cost", [row], key=("size", "run"))
+    write_rows("run_health_cost", [row], key=("size", "sequences", "run"))
 
 
 if __name__ == "__main__":
@@ -201,15 +212,16 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3], help="of detect")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences a rank, of slow and cost")
     parser.add_argument("--beside", type=int, default=0, help="processes that keep a core busy beside the soak")
     arguments = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if arguments.what == "slow":
-        slow(arguments.steps or 200, 3)
+        slow(arguments.steps or 130, 3, arguments.batch)
     elif arguments.what == "soak":
         soak(arguments.steps or 5000, arguments.beside)
     elif arguments.what == "cost":
-        cost(arguments.size, arguments.rounds)
+        cost(arguments.size, arguments.rounds, arguments.batch)
     elif arguments.what == "detect":
         detect(arguments.ranks)
     else:

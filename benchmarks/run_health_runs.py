@@ -25,12 +25,14 @@ SIZES = {
     "0.01 M": GPTConfig(block_size=16, n_layer=1, n_head=1, n_embd=16),
     "0.1 M": GPTConfig(block_size=16, n_layer=2, n_head=2, n_embd=64),
     "0.85 M": GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
+    "1 M": GPTConfig(block_size=256, n_layer=5, n_head=4, n_embd=128),  # of examples/gpt/configs
     "10.8 M": GPTConfig(block_size=64, n_layer=6, n_head=6, n_embd=384),
 }
 HANG = 3.0  # seconds
 AT = 40  # the step of a fault
 WARM = 40
 EVERY = 10  # steps of a window, which is the default
+BATCH = 4  # sequences a rank
 PLAIN, OURS = "Lightning", "RunHealth"
 
 
@@ -99,7 +101,8 @@ class Module(L.LightningModule):
     def train_dataloader(self) -> Any:
         stuck = 4 * AT if self._is("worker") else None
         workers = 1 if self.settings.get("fault") == "worker" else 0
-        return DataLoader(Bytes(self.config.block_size, stuck), batch_size=4, num_workers=workers)
+        batch = self.settings.get("batch", BATCH)
+        return DataLoader(Bytes(self.config.block_size, stuck), batch_size=batch, num_workers=workers)
 
     def val_dataloader(self) -> Any:
         return DataLoader(Bytes(self.config.block_size), batch_size=4)
@@ -147,6 +150,7 @@ class Arms:
 
     def ours(self, trainer: Any) -> None:
         self.health._phases.attach(trainer)
+        self.health._phases.listen_to(trainer.lightning_module)
         trainer.callbacks = self.callbacks
 
 

@@ -7,7 +7,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +22,6 @@ from lightning_eff.callbacks.run_health.exchange import Exchange, Numbers
 from lightning_eff.callbacks.run_health.limits import Limits
 from lightning_eff.callbacks.run_health.phases import (
     BACKWARD,
-    DATA,
     FORWARD,
     OPTIMIZER,
     OTHER,
@@ -55,7 +53,8 @@ class RunHealth(Callback):
     **Phases.** Every moment of a step belongs to a phase: data, transfer, forward, backward, waiting for the other
     ranks, optimizer, each callback by name, logging, validation, saving. Medians and 99th percentiles are exchanged by
     one all-gather that nobody waits for. A rank that is busier than the others by ``slow`` of a step is named with its
-    host and phase; where no rank is and all wait longer than they used to, it is the network.
+    host and phase; where no rank is and all wait longer than they used to, it is the network. The time in which other
+    work has its core, as Linux tells it, counts where that lasts.
 
     **Watchdog.** A thread, connected to those of the other ranks by sockets of its own. When the main thread has given
     no sign of life for longer than the run so far makes plausible, all ranks write their stacks to ``folder``, and the
@@ -71,7 +70,7 @@ class RunHealth(Callback):
         when each hook begins and ends.
     Reads: clocks; every ``weights_every_n_steps`` the weights.
     Changes: nothing.
-    Collectives: one all-gather of 280 bytes every ``every_n_steps`` steps on a gloo group of its own, read two steps
+    Collectives: one all-gather of 288 bytes every ``every_n_steps`` steps on a gloo group of its own, read two steps
         later, on CUDA when the next is due; two of addresses in ``setup``; one of the weights' sums when they differ.
     Host syncs: none; on CUDA the device's times are read when it has long passed them.
     Strategies: all. Under FSDP2 waiting is within forward and backward, so that a rank which is slow in these is not
@@ -164,7 +163,9 @@ class RunHealth(Callback):
         self._limits = Limits(self.hang_seconds or 1.0, self.hang_factor, self.first_seconds)
         self._judge = Stragglers(self.slow or 0.1, self.patience)
         self._steps: deque[list[float]] = deque(maxlen=self.every_n_steps)
+        self._delays: deque[float] = deque(maxlen=self.every_n_steps)  # of these steps
         self._count = 0  # of steps in this fit
+        self._first_step = 0  # the ``global_step`` at its start
         self._stepped = False  # whether the batch before this one has ended a step
         self._device: DeviceTimes | None = None
         self._hash: WeightsHash | None = None
@@ -215,6 +216,8 @@ class RunHealth(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._collector.attach()
+        self._phases.listen_to(pl_module)
+        self._first_step = trainer.global_step
         if trainer.strategy.root_device.type == "cuda":
             self._device = DeviceTimes(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
             self._phases.on_gradients = lambda: self._mark(WAITING)
@@ -233,9 +236,10 @@ class RunHealth(Callback):
             self._limits.note("epoch", now - self._epoch_ended)
             self._epoch_ended = None
         self._stepped = False
-        self._phases.step_begins(trainer.global_step)
+        step = self._first_step + self._count if pl_module.automatic_optimization else trainer.global_step
+        self._phases.step_begins(step)
         if self._watchdog is not None:
-            self._watchdog.step, self._watchdog.kind = trainer.global_step, "step"
+            self._watchdog.step, self._watchdog.kind = step, "step"
         self._mark(FORWARD)
 
     @override
@@ -305,7 +309,7 @@ class RunHealth(Callback):
     # --- windows ----------------------------------------------------------------------------------------------------
 
     def _end_step(self, trainer: Trainer) -> None:
-        times = self._phases.take()
+        delayed, times = self._phases.delayed, self._phases.take()
         self._count += 1
         if times[SAVING]:
             self._limits.note("save", times[SAVING])
@@ -313,6 +317,8 @@ class RunHealth(Callback):
             self._limits.note("step", sum(times[: len(PHASES)]) - times[SAVING] - times[VALIDATION])
         if self._device is None:
             self._steps.append(times)
+            # It may lie in these, which are no part of what a rank is busy with.
+            self._delays.append(0.0 if times[SAVING] or times[VALIDATION] else delayed)
         else:
             self._device.close(times)
             self._steps.extend(self._device.ready())
@@ -325,7 +331,8 @@ class RunHealth(Callback):
 
     def _send_window(self, trainer: Trainer) -> None:
         halves = [torch.nan, torch.nan] if self._hash is None else self._hash.halves()
-        self._exchange.send(summary(self._steps, self.every_n_steps, self._worst_callback(trainer), halves))
+        worst = self._worst_callback(trainer)
+        self._exchange.send(summary(self._steps, self.every_n_steps, self._delays, worst, halves))
         first = self._count == self.every_n_steps
         if self._hash is not None and (first or self._count - self._last_hash >= (self.weights_every_n_steps or 0)):
             self._hash.take()
@@ -338,6 +345,7 @@ class RunHealth(Callback):
         self._window = window = Window.of(told, self.every_n_steps)
         if self.slow is not None:
             self._tell(trainer, self._judge.judge(window))
+            self._phases.ask_delay = self._judge.suspects > 0
         self._compare(trainer, window.extra)
 
     def _worst_callback(self, trainer: Trainer) -> int:
@@ -365,7 +373,8 @@ class RunHealth(Callback):
         what = finding.phase
         if finding.callback is not None and 0 <= finding.callback < len(callbacks):
             what = f"callbacks, mostly {type(callbacks[finding.callback]).__name__}"
-        return f"rank {finding.rank} (host {host}) is slower than the others by {share}, most of it in {what}"
+        why = " by what other work has of its cores" if finding.crowded else ""
+        return f"rank {finding.rank} (host {host}) is slower than the others by {share}{why}, most of it in {what}"
 
     def _compare(self, trainer: Trainer, halves: Numbers) -> None:
         ranks = differing(halves)
@@ -383,17 +392,8 @@ class RunHealth(Callback):
         self._weights_differ = bool(ranks)
 
     def _values(self, window: Window) -> dict[str, float]:
-        middle, busy = np.median(window.medians, axis=0), np.median(window.busy, axis=1)
-        step = float(middle[: OTHER + 1].sum()) or 1e-9
-        values = {
-            "step_seconds": step,
-            "data": float(middle[DATA]) / step,
-            "waiting": float(middle[WAITING]) / step,
-            "spread": float(busy.max() / max(float(np.median(busy)), 1e-9)) - 1,
-        }
-        if self.log_details:
-            values |= {f"seconds/{name}": seconds for name, (seconds, _) in self.times().items()}
-        return values
+        details = self.times() if self.log_details else {}
+        return window.values() | {f"seconds/{name}": seconds for name, (seconds, _) in details.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_phases": Phases(), "_exchange": Exchange(), "_connections": None, "_watchdog": None}

@@ -54,6 +54,7 @@ class Connections:
         self.peers: list[Peer] = []
         self._key = secrets.token_bytes(16)
         self._socket: socket.socket | None = None
+        self._timeout = -1.0  # of the socket
         machines: list[Any] = [_machine()]
         if group is not None:
             machines = [None] * ranks
@@ -88,7 +89,9 @@ class Connections:
         if self._socket is None:
             return None
         try:
-            self._socket.settimeout(max(seconds, 1e-3))
+            if seconds != self._timeout:
+                self._timeout = seconds
+                self._socket.settimeout(max(seconds, 1e-3))
             data, _ = self._socket.recvfrom(_MOST + _DIGEST)
         except OSError:
             return None

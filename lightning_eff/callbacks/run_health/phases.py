@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 from torch.autograd import Variable
 
+from lightning_eff.callbacks.run_health.delay import Delay
 from lightning_eff.training.wrapping import Wrapper
 
 PHASES = (
@@ -61,9 +62,11 @@ class Phases:
         here: index of the phase that the main thread is in.
         since: when it came there, by ``time.perf_counter``: the last sign of life.
         times: seconds of the step in hand, for each of ``names``.
+        delayed: seconds of it in which the main thread could have run and no core was free, while it was busy.
         passed: how many phases have begun in it, which tells what comes before what on different ranks.
         open: the phases around it, outermost first.
         validating: whether a validation is under way: how many.
+        ask_delay: whether the system is asked for ``delayed``, which is 0 otherwise.
     """
 
     def __init__(self) -> None:
@@ -71,12 +74,18 @@ class Phases:
         self.here = OTHER
         self.since = time.perf_counter()
         self.times = [0.0] * len(PHASES)
+        self.delayed = 0.0
         self.passed = 0
         self._step = -1
         self.on_gradients: Callable[[], None] | None = None  # called behind the last gradient of this rank
         self.cell: Any = bytearray(16)  # where ``here`` is written to as well, see last_place.py
         self.open: list[int] = []
         self._around = OTHER  # the backward pass
+        self.ask_delay = False
+        self._delay: Delay | None = None
+        self._delay_from: float | None = None
+        self._parameter: Any = None  # the hook of one
+        self._told = False  # whether it was called in the last backward pass
         self._spans = _Spans(self)
         self._wrappers: list[Wrapper] = []
         self._profiler: Any = None  # whose ``profile`` is taken over
@@ -103,7 +112,7 @@ class Phases:
         now = time.perf_counter()
         self.times[self.here] += now - self.since
         self.since = now
-        times, self.times = self.times, [0.0] * len(self.names)
+        times, self.times, self.delayed = self.times, [0.0] * len(self.names), 0.0
         times[CALLBACKS] = sum(times[len(PHASES) :])
         return times
 
@@ -140,11 +149,25 @@ class Phases:
         ]
         self.open, self.here, self.since = [], OTHER, time.perf_counter()
         self.times = [0.0] * len(self.names)
+        self._delay, self._delay_from = Delay(), None
+
+    def listen_to(self, pl_module: LightningModule) -> None:
+        """Hear of each backward pass from a parameter: a hook of the loss would have to be made anew in each."""
+        parameter = next((each for each in pl_module.parameters() if each.requires_grad), None)
+        if parameter is not None:
+            hook = self._at_the_parameter
+            self._parameter = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def detach(self) -> None:
         """Listen no longer."""
         for wrapper in self._wrappers:
             wrapper.remove()
+        if self._parameter is not None:
+            self._parameter.remove()
+            self._parameter, self._told = None, False
+        if self._delay is not None:
+            self._delay.close()
+            self._delay = None
         if self._profiler is not None:
             vars(self._profiler).pop("profile", None)
             self._profiler = None
@@ -154,21 +177,33 @@ class Phases:
         """From ``on_before_backward``: what is around that hook is the backward pass, which ends with waiting."""
         if self.open and not self.validating:
             self._around, self.open[-1] = self.open[-1], BACKWARD
-        if loss.requires_grad:
-            # The engine calls what is queued in the order of queueing, and DDP queues its own, which waits for the
-            # reductions, when the last gradient is there.
+        # The engine calls what is queued in the order of queueing, and DDP queues its own, which waits for the
+        # reductions, when the last gradient is there.
+        if not self._told and loss.requires_grad:  # the parameter may be frozen, unused or sharded
             loss.register_hook(self._at_the_loss)  # type: ignore[no-untyped-call]
+        self._told = False
 
     def backward_has_ended(self) -> None:
         """From ``on_after_backward``: around that hook is what was around the backward pass."""
         if self.open and not self.validating:
             self.open[-1] = self._around
+        if self._delay is not None:
+            self._delay_from = self._delay.read() if self.ask_delay else None
 
     def _at_the_loss(self, gradient: Tensor) -> None:
         Variable._execution_engine.queue_callback(self._gradients_are_there)  # type: ignore[attr-defined]
 
+    def _at_the_parameter(self, parameter: Tensor) -> None:
+        if not self._told:
+            self._told = True
+            Variable._execution_engine.queue_callback(self._gradients_are_there)  # type: ignore[attr-defined]
+
     def _gradients_are_there(self) -> None:
         self.turn(WAITING)
+        if self._delay is not None and self._delay_from is not None:  # from here on it waits for others
+            now = self._delay.read()
+            self.delayed += now - self._delay_from
+            self._delay_from = now
         if self.on_gradients is not None:
             self.on_gradients()
 

@@ -19,15 +19,17 @@ from lightning_eff.callbacks.run_health.limits import Kind, Limits
 from lightning_eff.callbacks.run_health.phases import Phases
 from lightning_eff.callbacks.run_health.verdict import Standing, Verdict, judge
 
-_LOOK = 0.25  # seconds between two looks at the main thread: waking up is most of what this thread costs
+_LOOK = 0.5  # seconds between two looks at the main thread: waking up is most of what this thread costs
+_LOOKS_A_LIMIT = 12  # at least
 _LOOK_AGAIN = 0.1  # while it is judged who hangs
-_BEAT = 0.5  # seconds between two messages to the others; longer with very many
+_BEAT = 1.0  # seconds between two messages to the others; longer with very many
+_BEATS_A_LIMIT = 4  # at least: one that was heard of in half of it lives
 _BEATS_A_SECOND = 100  # that one rank sends, and receives, at most
 _ANSWERS = 0.7  # seconds that the others have to say where they stand
 _ASKS = 4  # times that those who live are asked: on a busy machine an answer may take its time
 _TO_WRITE = 2.0  # seconds that the stacks have to reach the disk before the process ends
 _TO_SPEAK = 2.0  # seconds that the one who speaks for all has, before another one does and ends
-_ASLEEP = 1.0  # a look that comes so late: this process was stopped itself
+_ASLEEP = 1.5  # a look that comes so late: this process was stopped itself
 
 
 class Watchdog:
@@ -101,10 +103,11 @@ class Watchdog:
 
     def _run(self) -> None:
         ranks = len(self.connections.peers)
-        every = max(_BEAT, ranks / _BEATS_A_SECOND)
+        look = min(_LOOK, self.limits.seconds / _LOOKS_A_LIMIT)
+        every = max(min(_BEAT, self.limits.seconds / _BEATS_A_LIMIT), ranks / _BEATS_A_SECOND)
         beat_at = 0.0
         while not self._over.is_set():
-            pause = _LOOK if self._judge_at is None else _LOOK_AGAIN
+            pause = look if self._judge_at is None else min(look, _LOOK_AGAIN)
             message = self.connections.receive(pause)
             if ranks == 1:
                 self._over.wait(pause)
@@ -158,7 +161,7 @@ class Watchdog:
             self._stand(now, "ask")
 
     def _hangs(self, stalled: float, kind: Kind) -> bool:
-        if stalled <= self.limits.of(kind):
+        if stalled <= self.limits.seconds or stalled <= self.limits.of(kind):  # to know the second takes longer
             return False
         stack = stacks.main_stack()
         if self.replicas and stacks.waits_for_replicas(stack):

@@ -69,9 +69,9 @@ def differing(halves: npt.NDArray[np.float64]) -> list[int]:
         >>> differing(np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]]))
         [2]
     """
-    if np.isnan(halves).any():
-        return []
     rows = [tuple(row) for row in halves.tolist()]
+    if all(row == rows[0] for row in rows) or np.isnan(halves).any():
+        return []
     counts = Counter(rows)
     usual = max(counts, key=lambda row: (counts[row], -rows.index(row)))
     return [rank for rank, row in enumerate(rows) if row != usual]

@@ -52,7 +52,7 @@ class Model(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         mine = self.global_rank == self.rank
-        time.sleep(3 * STEP if self.fault == "slow" else STEP)  # nobody is judged by less than two seconds
+        time.sleep(5 * STEP if self.fault == "slow" else STEP)  # nobody is judged by less than five seconds
         if self.fault == "loop" and mine and self.global_step == self.at:
             while True:
                 time.sleep(0.001)

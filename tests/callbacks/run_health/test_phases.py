@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -14,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from harness.runs import fit
 from lightning_eff.callbacks import RunHealth
+from lightning_eff.callbacks.run_health.delay import Delay
 from lightning_eff.callbacks.run_health.phases import BACKWARD, FORWARD, OTHER, PHASES, WAITING, Phases
 
 SLEEP = 0.02
@@ -174,3 +179,62 @@ def test_the_end_of_the_backward_pass_is_waiting():
     assert seen == [(WAITING, True)]
     clock.backward_has_ended()
     assert clock.open == [FORWARD]
+
+
+def test_a_parameter_tells_of_each_backward_pass_and_a_frozen_one_leaves_it_to_the_loss():
+    """A hook of each loss would be made anew in each step. One pass may go unmarked when the parameter is frozen."""
+    clock, net = Phases(), nn.Linear(2, 1)
+    clock.listen_to(net)
+    hooked, waits = [], []
+    for frozen in (False, False, True, True, False, False):
+        net.weight.requires_grad_(not frozen)
+        loss = net(torch.ones(1, 2)).sum()
+        clock.turn(FORWARD)
+        clock.backward_begins(loss)
+        hooked.append(bool(loss._backward_hooks))
+        loss.backward()
+        waits.append(clock.here == WAITING)
+    assert hooked == [True, False, False, True, True, False]
+    assert waits == [True, True, False, True, True, True]
+    clock.detach()
+    assert not net.weight._post_accumulate_grad_hooks
+
+
+def test_the_time_without_a_core_is_asked_for_while_somebody_looks_slow(monkeypatch):
+    clock, weight = Phases(), torch.ones(2, requires_grad=True)
+    told = iter([1.0, 4.0, 4.5, 6.0, 6.5, 7.0])
+    monkeypatch.setattr(Delay, "read", lambda self: next(told))
+    fit(Sleepy(), RunHealth(hang_seconds=None), max_steps=1, limit_val_batches=0)  # nobody asks
+    clock._delay = Delay()
+    delays = []
+    for asks in (False, True, True, True, False, False):
+        clock.ask_delay = asks
+        loss = weight.sum()
+        clock.backward_begins(loss)
+        loss.backward()
+        delays.append(clock.delayed)
+        clock.backward_has_ended()
+        clock.take()
+    assert delays == [0.0, 0.0, 3.0, 1.5, 0.5, 0.0]  # what is in a wait, 0.5 twice, is nobody's
+    clock.detach()
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="Linux tells it")
+def test_a_thread_that_shares_its_core_is_told_how_long_it_had_none():
+    cores = os.sched_getaffinity(0)
+    other = None
+    delay = Delay()
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"])  # inherits the core
+        before, end = delay.read(), time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            pass
+        assert delay.read() - before > 0.05
+    finally:
+        if other is not None:
+            other.kill()
+            other.wait()
+        os.sched_setaffinity(0, cores)
+        delay.close()
+    assert delay.read() == 0.0

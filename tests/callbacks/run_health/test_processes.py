@@ -44,7 +44,7 @@ def _runs(folder, *scenarios, timeout=300):
 def _check(told, scenario, phase, words):
     """The right rank and phase, in the one report; every rank that is not stopped has ended and left its stacks."""
     text, rank, ranks = told["text"], scenario["rank"], scenario["ranks"]
-    assert text.count("RunHealth: no sign of life for") == 1, text
+    assert text.count("RunHealth: no sign of life for") == 1, (told["status"], text)
     report = text[text.index("RunHealth: no sign of life") :].split("the stacks of all ranks")[0]
     accused = [line for line in report.splitlines() if line.startswith(f"  rank {rank} (host ")]
     assert len(accused) == 1, report
