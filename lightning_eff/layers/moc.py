@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_instance
 from lightning_eff.kernels import moc as kernels
 from lightning_eff.kernels import moc_decode as decoding
+from lightning_eff.layers.autograd import Marked
 
 Pattern = Literal["global", "2:8"]
 
@@ -171,7 +172,7 @@ def moc_feed_forward(
     return y
 
 
-class MoCFeedForward(nn.Module):
+class MoCFeedForward(Marked):
     """A SwiGLU network without biases that keeps K of its d_ff channels for the backward pass.
 
     Its weights are ``gate.weight``, ``up.weight`` and ``down.weight``, those of a dense SwiGLU. They are read as
