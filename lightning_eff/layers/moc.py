@@ -70,7 +70,8 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
 def _largest(gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The largest of each row and where they are, in any order."""
     full = gates.dtype in (torch.float32, torch.float64) and gates.device.type == "cpu" and type(gates) is Tensor
-    if full and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if full and not traced:
         # numpy's selection has vector instructions. Torch's has none on a CPU, and takes much of the step there.
         channels = torch.from_numpy(np.argpartition(gates.detach().numpy(), -k, axis=-1))[:, -k:].contiguous()
         return gates.gather(-1, channels), channels
