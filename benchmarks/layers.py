@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -81,27 +82,37 @@ def kept(width: int, channels: int, tokens: int, context: int) -> None:
     publish("A cache", "layers_cache_bytes", rows)
 
 
-def steps(width: int, channels: int, tokens: int, rounds: int) -> None:
-    """The time of forward and backward pass over the dense network's."""
+def steps(shapes: list[tuple[int, int, int]], rounds: int) -> None:
+    """The time of forward and backward pass over the dense network's, and the processor's own time of them."""
+    publish("A feed-forward network's step", "layers_steps", [row for shape in shapes for row in _step(*shape, rounds)])
+
+
+def _step(width: int, channels: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
     calls: dict[str, Callable[[Tensor], Tensor]] = dict(networks(width, channels))
     dense = calls["dense"]
     calls["dense, checkpointed"] = lambda x: checkpoint(dense, x, use_reentrant=False)
     x = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
     gradient = torch.randn(tokens, width, device=DEVICE)
 
-    def step(call: Callable[[Tensor], Tensor]) -> float:
-        return seconds_of(lambda: call(x).backward(gradient))
+    processor: dict[str, list[float]] = {name: [] for name in calls}
 
-    figures = _warm_in_turn({name: lambda call=call: step(call) for name, call in calls.items()}, rounds)
-    rows = [
+    def step(name: str) -> float:
+        begun = time.process_time()
+        seconds = seconds_of(lambda: calls[name](x).backward(gradient))
+        processor[name].append(time.process_time() - begun)
+        return seconds
+
+    figures = _warm_in_turn({name: lambda name=name: step(name) for name in calls}, rounds)
+    processor = {name: seconds[1:] for name, seconds in processor.items()}
+    return [
         {
             **{"variant": name, "d_model": width, "d_ff": channels, "tokens": tokens, "rounds": rounds},
             "step_ms": round(1000 * statistics.median(figures[name]), 2),
             **over(figures, name, "dense", "over_dense", digits=3),
+            **over(processor, name, "dense", "cpu_over_dense", digits=3),
         }
         for name in calls
     ]
-    publish("A feed-forward network's step", "layers_steps", rows)
 
 
 def _kept(layer: nn.Module, tokens: int, width: int, dtype: torch.dtype) -> int:
@@ -222,7 +233,7 @@ def main() -> None:
     if args.part == "bytes":
         kept(args.d_model, args.d_ff, args.tokens, args.context)
     elif args.part == "steps":
-        steps(args.d_model, args.d_ff, args.tokens, args.rounds)
+        steps([(args.d_model, args.d_ff, args.tokens), (*PAPERS, args.tokens // 4)], args.rounds)
     elif args.part == "decode":
         decode([(args.d_model, args.d_ff), PAPERS], args.rounds)
     elif args.part == "cache":

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check, check_count, check_instance
 from lightning_eff.layers import CR, MoC, SkipV1, describe_plan, replace_layers
-from lightning_eff.layers.replace import connections, is_replaced
+from lightning_eff.layers.replace import connections, is_replaced, mark
 from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of, loaded_checkpoint
@@ -27,7 +27,7 @@ class ModelSurgery(Callback):
     A model that has been replaced already, by an earlier run of the same module, is left as it is. What was replaced,
     and what was left and why, is said at the start.
 
-    Runs in: ``setup``.
+    Runs in: ``setup``; ``on_save_checkpoint``.
     Reads: the model's structure.
     Changes: the model's layers, once, before training.
     Collectives: none.
@@ -150,6 +150,11 @@ class ModelSurgery(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.plan is not None:  # a Trainer without this callback is told by torch's error, which names the mark
+            mark(pl_module, checkpoint["state_dict"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+
+MARK = "layers were replaced: add ModelSurgery to the Trainer, or call replace_layers(model, plan)"
+"""Name of a tensor that a checkpoint may hold in a replaced layer, for torch to say to whoever loads it without one."""
+
+
+class Marked(nn.Module):
+    """A layer that loads weights with :data:`MARK` among them: it is the layer that the mark asks for."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.pop(prefix + MARK, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def in_backward() -> bool:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check, check_count, check_flag, check_instance, check_number
-from lightning_eff.layers.autograd import take_weights
+from lightning_eff.layers.autograd import Marked, take_weights
 from lightning_eff.layers.moc import WIDEST
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-class CRFirst(nn.Linear):
+class CRFirst(Marked, nn.Linear):
     """A projection of the first block: an ``nn.Linear`` whose output the block above goes on from.
 
     Args:
@@ -59,7 +59,7 @@ class CRFirst(nn.Linear):
         return y
 
 
-class CRLinear(nn.Module):
+class CRLinear(Marked):
     """A projection of a later block: ``c * previous + b(a(x))``.
 
     In a :class:`CRStack` it is called as the ``nn.Linear`` that it takes the place of, and ``previous`` comes from the

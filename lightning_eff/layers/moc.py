@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_instance
 from lightning_eff.kernels import moc as kernels
 from lightning_eff.kernels import moc_decode as decoding
+from lightning_eff.layers.autograd import Marked
 
 Pattern = Literal["global", "2:8"]
 
@@ -53,8 +55,7 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
         Their values and their int64 indices, (tokens, K) each, in no order that means anything.
     """
     if pattern == "global":
-        values, channels = gates.topk(k, dim=-1, sorted=False)
-        return values, channels
+        return _largest(gates, k)
     tokens, d_ff = gates.shape
     whole = d_ff // _GROUP * _GROUP
     first = torch.arange(0, whole, _GROUP, device=gates.device)
@@ -64,6 +65,18 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
         tail = gates[:, whole:].topk(min(_OF_GROUP, d_ff - whole), dim=-1).indices + whole
         channels = torch.cat([channels, tail], dim=-1)
     return gates.gather(-1, channels), channels
+
+
+def _largest(gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row and where they are, in any order."""
+    full = gates.dtype in (torch.float32, torch.float64) and gates.device.type == "cpu" and type(gates) is Tensor
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if full and not traced:
+        # numpy's selection has vector instructions. Torch's has none on a CPU, and takes much of the step there.
+        channels = torch.from_numpy(np.argpartition(gates.detach().numpy(), -k, axis=-1))[:, -k:].contiguous()
+        return gates.gather(-1, channels), channels
+    values, channels = gates.topk(k, dim=-1, sorted=False)
+    return values, channels
 
 
 def _kernels() -> Any:
@@ -95,13 +108,13 @@ class _MoC(torch.autograd.Function):
         s, z = kept or (F.silu(values), None)
         dy, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad[:4]
-        dx = d_gate = d_up = d_down = None
+        dx = d_gate = d_up = d_down = hidden = None
         if needs_down:
             z = s * u if z is None else z
             hidden = z.new_zeros(len(rows), gate.shape[0]).scatter_(-1, narrow.to(torch.int64), z)
             d_down = dy.T @ hidden
         if needs_x or needs_gate or needs_up:
-            dg, du = _kernels().activate_backward(dy @ down, values, narrow, u, s)
+            dg, du = _kernels().activate_backward(dy @ down, values, narrow, u, s, hidden)
             d_gate = dg.T @ rows if needs_gate else None
             d_up = du.T @ rows if needs_up else None
             dx = torch.addmm(dg @ gate, du, up).view_as(x) if needs_x else None
@@ -160,7 +173,7 @@ def moc_feed_forward(
     return y
 
 
-class MoCFeedForward(nn.Module):
+class MoCFeedForward(Marked):
     """A SwiGLU network without biases that keeps K of its d_ff channels for the backward pass.
 
     Its weights are ``gate.weight``, ``up.weight`` and ``down.weight``, those of a dense SwiGLU. They are read as

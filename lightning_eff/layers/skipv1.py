@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_eff.arguments import check, check_count, check_flag, check_instance, check_number
-from lightning_eff.layers.autograd import in_backward, take_weights
+from lightning_eff.layers.autograd import Marked, in_backward, take_weights
 from lightning_eff.layers.moc import WIDEST
 
 
@@ -297,7 +297,7 @@ class Relay:
         return self._v1
 
 
-class FirstValue(nn.Linear):
+class FirstValue(Marked, nn.Linear):
     """The value projection of the first layer, which hands its second half on. Weights and names are ``nn.Linear``'s.
 
     Args:
@@ -321,7 +321,7 @@ class FirstValue(nn.Linear):
         return value
 
 
-class SkippedValue(nn.Linear):
+class SkippedValue(Marked, nn.Linear):
     """The value projection of a later layer: its own half of the heads, then the first layer's second half.
 
     ``weight`` (and ``bias``) have half of the rows that they had; the output is as wide as it was.

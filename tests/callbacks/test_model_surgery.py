@@ -11,7 +11,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file, save_file
 
+from benchmarks.layers_quality import SwiGLU
 from examples.gpt import GPT, GPTConfig, GPTModule
 from harness.runs import fit
 from lightning_eff.callbacks import MISA, GradES, ModelSurgery
@@ -100,6 +102,50 @@ def test_the_plan_and_what_is_kept_are_in_the_checkpoint(tmp_path, linear):
     (connection,) = connections(resumed)
     assert connection.passes == (8 if linear.recompute else 0)
     assert isinstance(resumed.model.blocks[1].attn.query, CRLinear)
+
+
+class Gated(GPTModule):
+    """Its networks have the names that a MoCFeedForward's weights have."""
+
+    def __init__(self) -> None:
+        super().__init__(TINY, schedule="constant", warmup_steps=1)
+        for block in self.model.blocks:
+            block.mlp = SwiGLU(16, 40)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (module, {"attention": SkipV1()}),
+        (module, {"linear": CR(rank=4)}),
+        (Gated, {"feed_forward": MoC()}),  # whose weights a model as it was would take, and be dense again
+    ],
+    ids=["skipv1", "cr", "moc"],
+)
+def test_a_checkpoint_says_to_a_plain_script_what_its_model_lacks(tmp_path, make, settings):
+    path = tmp_path / "last.ckpt"
+    fit(make(), ModelSurgery(**settings), Saves(path), data=data(), max_steps=1)
+    saved = torch.load(path, weights_only=True)
+    plan, state = saved["callbacks"]["ModelSurgery"]["plan"], saved["state_dict"]
+    for load in (
+        lambda: fit(make(), data=data(), ckpt_path=path),
+        lambda: make().load_state_dict(state),
+    ):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*replace_layers\(model, plan\)"):
+            load()
+    (marked,) = (name for name in state if "replace_layers" in name)
+
+    other = make()
+    replace_layers(other, plan)
+    assert other.state_dict().keys() == state.keys() - {marked}  # a model's own state dict is as it was
+    save_file(state, tmp_path / "last.safetensors")
+    other.load_state_dict(load_file(tmp_path / "last.safetensors"))
+    inner = make().model
+    replace_layers(inner, {**plan, "replaced": {n.removeprefix("model."): w for n, w in plan["replaced"].items()}})
+    inner.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+    for name, weight in inner.state_dict().items():
+        assert torch.equal(weight, state[f"model.{name}"])
+        assert torch.equal(weight, other.state_dict()[f"model.{name}"])
 
 
 def test_weights_of_other_layers_are_refused_in_words(tmp_path):

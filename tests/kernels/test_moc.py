@@ -52,10 +52,17 @@ def test_backward_is_the_reference(shape: tuple[int, int, int], dtype: torch.dty
     index = {torch.float32: torch.int16, torch.bfloat16: torch.int32, torch.float16: torch.int64}[dtype]
     up, values, channels = selected(*shape, dtype, device)
     grad = random_like(tuple(up.shape), dtype, device, 3)
-    u, s, _, _ = reference.activate(up, values, channels)
+    u, s, _, hidden = reference.activate(up, values, channels)
     got = activate_backward(grad, values, channels.to(index), u, s)
-    for ours, plain in zip(got, reference.activate_backward(grad, values, channels, u, s), strict=True):
+    right = reference.activate_backward(grad, values, channels, u, s)
+    for ours, plain in zip(got, right, strict=True):
         torch.testing.assert_close(ours, plain, **CLOSE[dtype])
+    for function, wanted in ((activate_backward, got), (reference.activate_backward, right)):
+        into = hidden.clone()
+        again = function(grad, values, channels, u, s, into)
+        assert again[0] is into
+        assert torch.equal(again[0], wanted[0])
+        assert torch.equal(again[1], wanted[1])
 
 
 @pytest.mark.usefixtures("triton_kernels")
@@ -91,6 +98,13 @@ def test_bad_input_is_named(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             activate(*arguments)
+
+
+def test_a_buffer_that_does_not_fit_is_refused(device: torch.device) -> None:
+    up, values, channels = selected(3, 8, 2, torch.float32, device)
+    for wrong in (up[:, :7], up.double()):
+        with pytest.raises(ValueError, match=r"moc: into, .* is not as grad"):
+            activate_backward(up, values, channels, values, values, wrong)
 
 
 def test_what_a_kernel_cannot_take_goes_through_the_reference(device: torch.device) -> None:

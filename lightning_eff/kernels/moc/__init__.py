@@ -40,7 +40,9 @@ def activate(up: Tensor, values: Tensor, channels: Tensor) -> tuple[Tensor, Tens
     return reference.activate(up, values, channels)
 
 
-def activate_backward(grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def activate_backward(
+    grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The gradients of the gates and of u in place, from that of z in place.
 
     Args:
@@ -49,6 +51,8 @@ def activate_backward(grad: Tensor, values: Tensor, channels: Tensor, u: Tensor,
         channels: (tokens, K), any integer dtype.
         u: (tokens, K).
         s: (tokens, K).
+        into: of ``grad``'s shape and dtype, zero where nothing was selected, such as z in place: becomes the gates'
+            gradient, and saves another buffer of zeros. None: a new one.
 
     Returns:
         Two of ``grad``'s shape, zero where nothing was selected.
@@ -57,11 +61,15 @@ def activate_backward(grad: Tensor, values: Tensor, channels: Tensor, u: Tensor,
         ValueError: shapes, dtypes or devices that do not fit.
     """
     obstacle = _obstacle("moc", grad, [values, u, s], channels)
+    if into is not None and (into.shape, into.dtype, into.device) != (grad.shape, grad.dtype, grad.device):
+        raise ValueError(f"moc: into, {tuple(into.shape)} of {into.dtype} on {into.device}, is not as grad")
+    if into is not None and not into.is_contiguous():
+        obstacle = "a tensor is not contiguous"
     if values.numel() and choose("moc", grad.device, obstacle).implementation == "triton":
         from lightning_eff.kernels.moc import kernel
 
-        return kernel.activate_backward(grad, values, channels, u, s)
-    return reference.activate_backward(grad, values, channels, u, s)
+        return kernel.activate_backward(grad, values, channels, u, s, into)
+    return reference.activate_backward(grad, values, channels, u, s, into)
 
 
 def _obstacle(op: str, dense: Tensor, chosen: list[Tensor], channels: Tensor) -> str | None:

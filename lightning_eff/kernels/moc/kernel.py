@@ -66,10 +66,12 @@ def activate(up: Tensor, values: Tensor, channels: Tensor) -> tuple[Tensor, Tens
     return u, s, z, hidden
 
 
-def activate_backward(grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def activate_backward(
+    grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch `_activate_backward` over what has been checked."""
     total, k = values.numel(), values.shape[1]
-    d_gate, d_up = torch.zeros_like(grad), torch.zeros_like(grad)
+    d_gate, d_up = torch.zeros_like(grad) if into is None else into, torch.zeros_like(grad)
     with torch.cuda.device_of(grad):
         _activate_backward[(triton.cdiv(total, BLOCK),)](
             grad, values, channels, u, s, d_gate, d_up, total, k, grad.shape[1], BLOCK=BLOCK, num_warps=WARPS, **OPTIONS

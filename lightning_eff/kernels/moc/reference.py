@@ -15,10 +15,13 @@ def activate(up: Tensor, values: Tensor, channels: Tensor) -> tuple[Tensor, Tens
     return u, s, z, torch.zeros_like(up).scatter_(-1, channels, z)
 
 
-def activate_backward(grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def activate_backward(
+    grad: Tensor, values: Tensor, channels: Tensor, u: Tensor, s: Tensor, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of the gates and of u in place."""
     channels = channels.to(torch.int64)
     selected = grad.gather(-1, channels)
     d_gate = torch.ops.aten.silu_backward(selected * u, values)
     zeros = torch.zeros_like(grad)
-    return zeros.scatter(-1, channels, d_gate), zeros.scatter_(-1, channels, selected * s)
+    in_place = zeros.scatter(-1, channels, d_gate) if into is None else into.scatter_(-1, channels, d_gate)
+    return in_place, zeros.scatter_(-1, channels, selected * s)
