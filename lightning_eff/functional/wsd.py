@@ -77,8 +77,8 @@ class WSD(LRScheduler):
         for free, begin, end in zip([warmup_steps, *several], self.begins, several, strict=False):
             if begin < free:
                 raise ValueError(
-                    f"decay_steps={decay_steps} is not allowed: the decay that ends at step {end} would begin at step "
-                    f"{begin}, and what is before it ends at step {free}"
+                    f"decay_steps={decay_steps} with warmup_steps={warmup_steps} is not allowed: the decay that ends "
+                    f"at step {end} would begin at step {begin}, and what is before it ends at step {free}"
                 )
         super().__init__(optimizer)
 
