@@ -19,6 +19,7 @@ from lightning_eff.cli.parser import Parser
 from lightning_eff.functional.averaging import CURVES, Curve
 from lightning_eff.merging import open_source
 from lightning_eff.training.namespaces import is_a
+from lightning_eff.training.trainer import callbacks_of
 
 _DESCRIPTION = """\
 Train on from a checkpoint whose learning rate is stable, while the rate decays, and save the model at the end: what the
@@ -100,8 +101,8 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
     end = step + args.steps
     cli = built(settings, {"max_steps": end, "max_epochs": -1, "max_time": None})
     trainer, decay = cli.trainer, Decay(args.curve, args.least)
-    trainer.callbacks = [each for each in trainer.callbacks if not is_a(each, Checkpoint, EarlyStopping)]
-    trainer.callbacks.append(decay)
+    callbacks = callbacks_of(trainer)
+    callbacks[:] = [*(each for each in callbacks if not is_a(each, Checkpoint, EarlyStopping)), decay]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # of those that are left out
         trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=args.checkpoint)
