@@ -200,6 +200,68 @@ def detectors() -> Any:
     return figure
 
 
+def regret() -> Any:
+    """The worst regret of each way to clip, by workload, from small healthy norms to large ones."""
+    figure, axis = panels(width=8.5, height=4.2)
+    found = rows("worth_zclip")
+    norms = {row["workload"]: float(row["median_norm"]) for row in found}
+    names = sorted(norms, key=norms.__getitem__)
+    arms = {"no clip": "grey", "1.0": "tab:red", "AutoClip": "tab:orange", "AGC": "tab:green", "ZClip()": "tab:blue"}
+    for number, (arm, color) in enumerate(arms.items()):
+        worst = [max(float(r["regret"]) for r in found if (r["workload"], r["arm"]) == (name, arm)) for name in names]
+        places = [place + 0.15 * (number - 2) for place in range(len(names))]
+        axis.bar(places, worst, width=0.15, color=color, label=arm)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(names)), [f"{name}\nnorm {norms[name]:.2g}" for name in names], fontsize=8)
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_ylabel("worst regret over clean and faulty runs")
+    axis.set_title("What is not learned of what the best fixed clip learns, three seeds")
+    axis.legend(ncols=5, fontsize=8)
+    return figure
+
+
+def time_to_loss() -> Any:
+    """How much of a run is made and the held-out loss that it comes to, plain and stopped by GradES."""
+    figure, axis = panels(height=3.6)
+    found = rows("grades_settling")
+    runs = list(dict.fromkeys((row["run"], row["seed"]) for row in found))
+    markers = {"plain": "o", "GradES()": "D", "GradES, the default before": "x", "EarlyStopping": "s"}
+    for number, (name, seed) in enumerate(runs):
+        mine = [row for row in found if (row["run"], row["seed"]) == (name, seed)]
+        points = sorted((int(row["steps"]) / int(row["planned_steps"]), float(row["loss"]), row["arm"]) for row in mine)
+        color = f"C{number}"
+        axis.plot([x for x, *_ in points], [y for _, y, _ in points], color=color, label=f"{name}, seed {seed}")
+        for made, loss, arm in points:
+            axis.plot(made, loss, markers[arm], color=color)
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        axis.plot([], [], markers[arm], color="black", label=arm)
+    axis.set(yscale="log", xlabel="part of the planned steps that is made", ylabel="held-out loss", title="Digits")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def memory() -> Any:
+    """Bytes of weights, gradients and state against the loss after fine-tuning, with the range of the seeds."""
+    figure, axis = panels(height=3.8)
+    below = ("LISA",)  # where a label above would lie on another
+    for row in rows("worth_misa_quality"):
+        if row["arm"].startswith("uniform"):  # as MISA's in memory and loss
+            continue
+        low, middle, high = (float(row[name]) for name in ("lowest", "val_loss", "highest"))
+        size, own = float(row["megabytes"]), row["arm"].startswith("MISA")
+        axis.errorbar(size, middle, [[middle - low], [high - middle]], fmt="o", color="tab:blue" if own else "grey")
+        axis.annotate(
+            row["arm"],
+            (size, middle),
+            xytext=(6, -12 if row["arm"] in below else 4),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    axis.set(xlabel="MB of weights, gradients and optimizer state", ylabel="validation loss, nats a byte", xlim=(5, 19))
+    axis.set_title("1 M GPT, 140 steps of fine-tuning, three seeds")
+    return figure
+
+
 PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "step_time": (step_time, "compression_step_time.png"),
     "overhead": (overhead, "overhead.png"),
@@ -208,6 +270,9 @@ PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "lock_in": (lock_in, "zclip_lock_in.png"),
     "throughput": (throughput, "mecefo_throughput.png"),
     "detectors": (detectors, "detectors.png"),
+    "regret": (regret, "zclip_regret.png"),
+    "time_to_loss": (time_to_loss, "grades_time_to_loss.png"),
+    "memory": (memory, "misa_memory_quality.png"),
     **CARDS,
 }
 

@@ -21,6 +21,7 @@ class Command(NamedTuple):
 # that `--help` is quick and one command's missing dependency is no matter to the others.
 COMMANDS = {
     "advise": Command("lightning_eff.cli.advise", "what pays on this link, and for this model (advise link | model)"),
+    "branch-decay": Command("lightning_eff.cli.branch_decay", "train on from a stable checkpoint at a decaying rate"),
     "completion": Command("lightning_eff.cli.completion", "print what bash or zsh needs to complete a command line"),
     "doctor": Command("lightning_eff.cli.doctor", "show what is installed, which kernels run, and what is missing"),
     "launch": Command("lightning_eff.cli.launch.run", "start a fault-tolerant run: replicas may die and come back"),

@@ -64,14 +64,7 @@ class Validation:
         self.metric = metric
         self.sign = {"min": 1.0, "max": -1.0}[mode]
         trainer = {**_QUIET} if limit_val_batches is None else {**_QUIET, "limit_val_batches": limit_val_batches}
-        settings = _read(Path(config), {"model": model, "data": data})
-        settings["trainer"] = {**(settings.get("trainer") or {}), **trainer}
-        if os.getcwd() not in sys.path:  # a model in the current directory can be named, as with `lightning-eff fit`
-            sys.path.insert(0, os.getcwd())
-        with warnings.catch_warnings():
-            # The process has a command line, but it is not LightningCLI's.
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            cli = LightningCLI(run=False, save_config_callback=None, args=settings)
+        cli = built(read_config(Path(config), {"model": model, "data": data}), trainer)
         self.module, self.datamodule, self.trainer = cli.model, cli.datamodule, cli.trainer
         self.module.configure_model()  # where a model is built; Lightning asks that it may be called again
 
@@ -90,7 +83,19 @@ class Validation:
         return float(logged[self.metric])
 
 
-def _read(config: Path, classes: Mapping[str, str | None]) -> dict[str, Any]:
+def built(settings: dict[str, Any], trainer: dict[str, Any]) -> LightningCLI:
+    """Model, data and Trainer of a config, with some of the Trainer's arguments replaced; nothing is run."""
+    settings["trainer"] = {**(settings.get("trainer") or {}), **trainer}
+    if os.getcwd() not in sys.path:  # a model in the current directory can be named, as with `lightning-eff fit`
+        sys.path.insert(0, os.getcwd())
+    with warnings.catch_warnings():
+        # The process has a command line, but it is not LightningCLI's.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        return LightningCLI(run=False, save_config_callback=None, args=settings)
+
+
+def read_config(config: Path, classes: Mapping[str, str | None]) -> dict[str, Any]:
+    """What a config of LightningCLI, or one that a run has saved, says of the Trainer, the model and the data."""
     if not config.is_file():
         raise FileNotFoundError(f"{config}: no such config")
     try:

@@ -65,6 +65,8 @@ TOOLS = {
     "advise --link=50": "what was `lightning-eff advise` is `lightning-eff advise link --link=50`. See `lightning-eff",
     "advise": "what was `lightning-eff advise` is `lightning-eff advise link`",
     "advise modle": "argument link|model: modle is not one of link, model. Did you mean `model`?",
+    "branch-decay a.ckpt --config a.yaml -o b.ckpt --steps 0": "--steps is 0: a decay takes at least 1",
+    "branch-decay a.ckpt --config a.yaml -o b.ckpt --steps 9 --curve cosin": "Did you mean `cosine`?",
     "completion fish": "argument shell: fish is not one of bash, zsh",
     "doctor --compiler cuda:90": "unrecognized arguments: --compiler cuda:90. Did you mean `--compile`?",
     "doctor --compile cuda:99": "cuda:99 is no target. Did you mean `cuda:90`? There are cuda:75, cuda:80",

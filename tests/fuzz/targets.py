@@ -174,6 +174,7 @@ _GIVEN: dict[str, dict[str, Any]] = {
     "check_trainable_support": {"trainer": lambda folder: _trained()},
     "set_trainable": {"trainer": lambda folder: _trained(), "trainable": {"layer.bias": True}},
     "tell": {"trainer": lambda folder: _trained(), "hook": HearsAlarms},
+    "WSD": {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0), "ends": 100},
     "alignment": {"x": torch.ones(3, 4), "v": torch.ones(4)},
     "backward_flops": {"model": lambda folder: _model()},
     "clean_named_modules": {"model": lambda folder: _model()},

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch.optim import lr_scheduler
 
+from lightning_eff.functional.wsd import WSD
+
 
 def fraction_done(trainer: Trainer, steps: int) -> float | None:
     """Which fraction of the run is behind it, by the limit that ends it first; None where there is no limit.
@@ -50,12 +52,14 @@ def next_slot(done: float, start: float, count: int) -> float:
 
 
 def rising_again(trainer: Trainer) -> str | None:
-    """The class of a scheduler that is made to raise the rate after it has let it fall; None: there is none known."""
+    """The name of a scheduler that is made to raise the rate after it has let it fall; None: there is none known."""
     found: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
     while found:
         scheduler = found.pop()
         if isinstance(scheduler, lr_scheduler.CosineAnnealingWarmRestarts | lr_scheduler.CyclicLR):
             return type(scheduler).__name__
+        if isinstance(scheduler, WSD) and len(scheduler.ends) > 1:
+            return "WSD with several ends"
         found.extend(getattr(scheduler, "_schedulers", ()))  # of SequentialLR and ChainedScheduler
     return None
 

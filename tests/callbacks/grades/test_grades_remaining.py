@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from typing import Any
 
 import lightning as L
 import pytest
@@ -12,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_eff.callbacks import GradES
+from lightning_eff.functional.wsd import WSD
 from tests.callbacks.grades.grades_models import Model, Told, fit
 from tests.suite.runs import SaveAt, assert_equal, weights
 
@@ -141,3 +143,18 @@ def test_a_rate_that_rises_again_is_refused(within):
         fit(GradES(), model=Restarts())
     if not within:
         fit(GradES(metric="grad"), model=Restarts())
+
+
+def test_a_rate_that_decays_several_times_is_refused():
+    class Decays(Model):
+        ends: Any = (6, 12)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [{"scheduler": WSD(optimizer, self.ends), "interval": "step"}]
+
+    with pytest.raises(MisconfigurationException, match="WSD with several ends raises it again"):
+        fit(GradES(), model=Decays())
+    once = Decays()
+    once.ends = 12
+    fit(GradES(), model=once)
