@@ -1,6 +1,6 @@
 """Everything together: is a disturbed run the run that was left alone, and what does the whole suite cost a step?
 
-python -m benchmarks.together soak --strategy ddp --steps 200  # signals at random, and a disk that is full
+python -m benchmarks.together soak --strategy ddp --steps 2000 --save-every 20 --faults 20  # and a disk that is full
 python -m benchmarks.together soak --strategy ddp_ft --faults 12
 python -m benchmarks.together cost --size 10m  # process CPU time a step, over plain Lightning
 python -m benchmarks.together cost --size many  # the same of 1,000 small tensors
@@ -32,7 +32,7 @@ from examples.gpt.model import GPTConfig
 from harness.memory import peak_resident
 from harness.processes import apart
 from harness.runs import begin, quiet_trainer
-from harness.timing import in_turn, ratio
+from harness.timing import in_turn, over
 
 
 def bad_batches(batches: int, rollbacks: bool) -> dict[int, float]:
@@ -51,8 +51,8 @@ def soaks(arguments: argparse.Namespace) -> None:
         faults = [kinds[n % len(kinds)] for n in range(arguments.faults)]
         with tempfile.TemporaryDirectory() as folder:
             settings = Settings(
-                Path(folder), strategy, arguments.model, steps=arguments.steps, workers=arguments.workers,
-                bad=bad_batches(2 * arguments.steps, arguments.rollbacks),
+                Path(folder), strategy, arguments.model, steps=arguments.steps, save_every=arguments.save_every,
+                workers=arguments.workers, bad=bad_batches(2 * arguments.steps, arguments.rollbacks),
             )  # fmt: skip
             outcome = soak(settings, faults, arguments.seed)
         rows.append(
@@ -61,6 +61,7 @@ def soaks(arguments: argparse.Namespace) -> None:
                 "ranks": RANKS[strategy],
                 "model": arguments.model,
                 "steps": arguments.steps,
+                "save_every": arguments.save_every,
                 "workers": arguments.workers,
                 "bad_batches": len(settings.bad),
                 "seed": arguments.seed,
@@ -71,22 +72,20 @@ def soaks(arguments: argparse.Namespace) -> None:
                 "first_difference": next(iter(outcome.different), ""),
             }
         )
-    show("A disturbed run beside one that was left alone", rows)
+    columns = ("strategy", "model", "steps", "faults", "lives", "equal_to_the_bit", "first_difference")
+    show("A disturbed run beside one that was left alone", rows, columns)
     CONSOLE.print(write_rows("together_soak", rows, key=("strategy", "model", "steps", "workers", "seed")))
 
 
 class Watch(L.Callback):
-    """When the first batch began, and the CPU time of the process in each step behind the first ones."""
+    """The CPU time of the process and the time of day when each batch began."""
 
-    def __init__(self, warmup: int) -> None:
-        self.warmup = warmup
+    def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
         self.marks.append((time.process_time(), time.perf_counter()))
-
-    on_train_end = on_train_batch_start
 
 
 def one_run(arm: str, size: str, steps: int, every: int) -> dict[str, float]:
@@ -100,14 +99,17 @@ def one_run(arm: str, size: str, steps: int, every: int) -> dict[str, float]:
     else:
         module, data = gpt.constant(config), gpt.text(config, 4)
     warmup = 3
-    watch = Watch(warmup)
+    last = warmup + steps + 1  # whose begin is the end of the one before
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
-        saver = ModelCheckpoint(folder, every_n_train_steps=every, save_last=False)
+        saver = ModelCheckpoint(folder, every_n_train_steps=min(every, last))
         callbacks = usual_callbacks() if arm == "everything" else []
+        clip = 1.0 if arm == "clipping" else None  # what ZClip stands in for
         start = time.process_time()
         trainer = quiet_trainer(
-            *callbacks, watch, saver, accelerator="cpu", devices=1, max_steps=warmup + steps, log_every_n_steps=50,
+            *callbacks, watch, saver, accelerator="cpu", devices=1, max_steps=last, log_every_n_steps=50,
             limit_val_batches=0, num_sanity_val_steps=0, logger=TensorBoardLogger(folder), default_root_dir=folder,
+            gradient_clip_val=clip,
         )  # fmt: skip
         trainer.fit(module, data)
         files = [path for path in Path(folder).rglob("*") if path.is_file() and "events.out" not in path.name]
@@ -117,35 +119,40 @@ def one_run(arm: str, size: str, steps: int, every: int) -> dict[str, float]:
     steps_cpu = [after - before for before, after in itertools.pairwise(cpu)]
     return {
         "cpu": (cpu[-1] - cpu[0]) / steps,
-        "cpu_median": statistics.median(steps_cpu),
+        "cpu_of_the_median_step": statistics.median(steps_cpu),
         "wall": (wall[-1] - wall[0]) / steps,
-        "start": watch.marks[0][0] - start,
+        "cpu_of_the_start": watch.marks[0][0] - start,
         "memory": peak_resident(),
-        "bytes": float(size_on_disk),
+        "checkpoint": float(size_on_disk),
     }
 
 
 def cost(arguments: argparse.Namespace) -> None:
-    """Both in turn, each run in a process of its own; ratios round by round."""
-    found: dict[str, list[dict[str, float]]] = {"Lightning": [], "everything": []}
+    """All in turn, each run in a process of its own; ratios round by round."""
+    found: dict[str, list[dict[str, float]]] = {"plain": [], "clipping": [], "everything": []}
 
     def run(arm: str) -> float:
         found[arm].append(apart(one_run, arm, arguments.size, arguments.steps, arguments.save_every))
         return found[arm][-1]["cpu"]
 
     in_turn({arm: lambda arm=arm: run(arm) for arm in found}, arguments.rounds)
-    row: dict[str, Any] = {"size": arguments.size, "rounds": arguments.rounds, "steps_per_round": arguments.steps}
-    for name, unit, scale in (
-        *(("cpu", "ms_a_step", 1e3), ("cpu_median", "ms_a_step", 1e3), ("wall", "ms_a_step", 1e3)),
-        *(("start", "cpu_seconds", 1.0), ("memory", "mb", 1e-6), ("bytes", "mb", 1e-6)),
+    rows = []
+    for quantity, unit, scale in (
+        *(("cpu", "ms a step", 1e3), ("cpu_of_the_median_step", "ms a step", 1e3), ("wall", "ms a step", 1e3)),
+        *(("cpu_of_the_start", "s", 1.0), ("memory", "MB", 1e-6), ("checkpoint", "MB", 1e-6)),
     ):
-        figures = {arm: [each[name] for each in runs] for arm, runs in found.items()}
-        row[f"{name}_{unit}_lightning"] = round(scale * statistics.median(figures["Lightning"]), 3)
-        row[f"{name}_{unit}_everything"] = round(scale * statistics.median(figures["everything"]), 3)
-        middle, low, high = ratio(figures, "everything", "Lightning")
-        row |= {f"{name}_ratio": round(middle, 4), f"{name}_q1": round(low, 4), f"{name}_q3": round(high, 4)}
-    show("The whole suite over plain Lightning", [row])
-    CONSOLE.print(write_rows("together_cost", [row], key=("size",)))
+        figures = {arm: [scale * each[quantity] for each in runs] for arm, runs in found.items()}
+        rows.append(
+            {
+                **{"size": arguments.size, "steps": arguments.steps, "rounds": arguments.rounds},
+                **{"quantity": quantity, "unit": unit},
+                **{arm: round(statistics.median(each), 3) for arm, each in figures.items()},
+                **over(figures, "everything", "plain", "over_plain"),
+                **over(figures, "everything", "clipping", "over_clipping"),
+            }
+        )
+    show("The whole suite over plain Lightning", rows, ("quantity", "unit", *found, "over_plain", "over_clipping"))
+    CONSOLE.print(write_rows("together_cost", rows, key=("size",)))
 
 
 def main() -> None:
@@ -155,6 +162,7 @@ def main() -> None:
     soaking.add_argument("--strategy", nargs="+", default=["single"], choices=list(RANKS))
     soaking.add_argument("--model", default="gpt", choices=["gpt", "vit"])
     soaking.add_argument("--steps", type=int, default=200)
+    soaking.add_argument("--save-every", type=int, default=5, help="steps between two checkpoints")
     soaking.add_argument("--faults", type=int, default=10, help="how many")
     soaking.add_argument("--kinds", nargs="+", default=list(FAULTS), choices=list(FAULTS))
     soaking.add_argument("--workers", type=int, default=2, help="data workers")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,21 @@ GRACE = 20.0
 """Seconds in which ranks are to end behind one that has, before they are killed, as a launcher does."""
 
 
-def as_rank(settings: Settings) -> None:
-    """What a forked process does."""
-    train(settings)
-
-
-def as_replica(settings: Settings, lighthouse: str) -> None:
-    """The same, where each process is a replica of its own."""
+def as_replica(lighthouse: str, function: Callable[..., Any], *arguments: Any) -> None:
+    """What a forked process does whose rank is a replica of its own."""
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
     for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     del os.environ["TORCHELASTIC_RUN_ID"]
     os.environ |= {"TORCHFT_LIGHTHOUSE": lighthouse, "REPLICA_GROUP_ID": rank, "NUM_REPLICA_GROUPS": ranks}
-    train(settings)
+    function(*arguments)
 
 
 class Replicas(ForkedRanks):
     """Processes of ``ddp_ft``, each of which can begin anew while the others go on."""
 
     def __init__(self, ranks: int, folder: Path, settings: Settings, lighthouse: str) -> None:
-        self.arguments = (settings, lighthouse)
+        self.arguments = (lighthouse, train, settings)
         super().__init__(ranks, folder, as_replica, *self.arguments)
 
     def again(self, rank: int) -> None:
@@ -152,7 +147,7 @@ def _life(settings: Settings, stack: contextlib.ExitStack, house: str = "") -> F
     ranks = RANKS[settings.strategy]
     if settings.strategy == "ddp_ft":
         return Replicas(ranks, settings.beside, settings, house or stack.enter_context(lighthouse()))
-    return ForkedRanks(ranks, settings.beside, as_rank, settings)
+    return ForkedRanks(ranks, settings.beside, train, settings)
 
 
 def _disturb(
@@ -177,7 +172,7 @@ def _disturb(
             gone = {rank: status for rank, status in run.status.items() if status is not None}
             if isinstance(run, Replicas):
                 for rank, status in gone.items():
-                    if status != 0:
+                    if not (settings.beside / f"final-{rank}.pt").exists():  # with status 0 it has left in order
                         outcome.statuses[str(status)] += 1
                         run.again(rank)
             elif any(gone.values()):

@@ -150,31 +150,35 @@ def _holds_blocks_alone(module: nn.Module) -> bool:
 
 def _families(path: str, module: nn.Module) -> Found:
     siblings = _siblings(path, module)
+    kinds = {id(one.module): _kind(one.module) for one in siblings}
     inner = {id(one.module): _families(one.path, one.module) for one in siblings}
-    counts = Counter(_kind(one.module) for one in siblings)
+    counts = Counter(kinds[id(one.module)] for one in siblings)
+    most = max(counts.values(), default=0)
     stages = {
         id(one.module)
         for one in siblings
-        if counts[_kind(one.module)] > 1 and _is_stage(one.module, list(inner[id(one.module)].values()))
+        if counts[kinds[id(one.module)]] > 1 and _is_stage(one.module, list(inner[id(one.module)].values()))
     }
-    kinds_of_stages = {_kind(one.module) for one in siblings if id(one.module) in stages}
+    kinds_of_stages = {kinds[key] for key in stages}
     kinds_in_stages = {_kind(block) for key in stages for _, block in inner[key].values()}
-    kinds_below = {_kind(o.module): {_kind(m) for _, m in walk("", o.module)} for o in siblings}
+    kinds_below = {kinds[id(o.module)]: {_kind(m) for _, m in walk("", o.module)} for o in siblings}
+    # A stem and a head of one class, around blocks of another, are no blocks.
+    amid = {kinds[id(one.module)] for one in siblings if not one.at_end}
+    around = {kind for kind, count in counts.items() if kind not in amid and count < most}
+    # Nor is what a larger block is made of.
+    parts = {kind for kind in counts for k, n in counts.items() if n > 1 and k != kind and kind in kinds_below[k]}
+    any_in_stage = any(one.in_stage for one in siblings)
     found: Found = {}
     for one in siblings:
-        key, kind = id(one.module), _kind(one.module)
-        alike = [other for other in siblings if _kind(other.module) == kind]
-        # A stem and a head of one class, around blocks of another, are no blocks.
-        around = all(other.at_end for other in alike) and counts[kind] < max(counts.values())
-        # Nor is what lies between stages, or is what a larger block is made of.
-        between = any(other.in_stage for other in siblings) and not one.in_stage
-        part = any(kind in kinds_below[k] for k, count in counts.items() if count > 1 and k != kind)
-        repeats = counts[kind] > 1 and not (around or between or part)
+        key = id(one.module)
+        kind = kinds[key]
+        between = any_in_stage and not one.in_stage  # stages, which is no block either
+        repeats = counts[kind] > 1 and not (kind in around or between or kind in parts)
         held: Found = inner[key]
         if kind in kinds_of_stages:
             if key not in stages:  # a stage of a single block
                 held = {id(m): (p, m) for p, m in walk(one.path, one.module) if _kind(m) in kinds_in_stages}
-        elif not stages and (repeats or (one.in_stack and max(counts.values()) > 1)):
+        elif not stages and (repeats or (one.in_stack and most > 1)):
             held = {key: (one.path, one.module)}
         found |= {k: v for k, v in held.items() if k not in found}
     return found

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_eff.structure import blocks as blocks_module
 from lightning_eff.structure import clean_named_parameters, describe_selection, find_blocks, select_matrices
 
 
@@ -203,6 +204,19 @@ def test_cross_attention_on_another_width():
     block = lambda: _Block(x=_tree(q=_linear(8, 8), k=_linear(6, 8), v=_linear(6, 8), o=_linear(8, 8)))  # noqa: E731
 
     assert _roles(_tree(layers=_stack(block, 2))) == [{"attention": 4}] * 2
+
+
+def test_twice_as_many_blocks_are_twice_the_work(monkeypatch):
+    seen = []
+    kind = blocks_module._kind
+    monkeypatch.setattr(blocks_module, "_kind", lambda module: (seen.append(module), kind(module))[1])
+    asked = []
+    for count in (40, 80):
+        seen.clear()
+        found = find_blocks(_tree(layers=_stack(lambda: nn.Sequential(_linear(4, 4), _linear(4, 4)), count)))
+        assert len(found) == count
+        asked.append(len(seen))
+    assert asked[1] < 2.1 * asked[0]
 
 
 def test_stages_are_looked_through_and_a_table_is_no_matrix():
