@@ -604,7 +604,7 @@ ROWS = (
         {"feed_forward": _MOC},
         crash_steps=(3,),
         refused_models={"gan": "nothing can be replaced"},
-        exceptions={"an_exception_leaves_nothing_behind": _SURGERY, "waits_for_nothing": _SURGERY_WAITS},
+        exceptions={"an_exception_leaves_nothing_behind": _SURGERY},
         bad_arguments=({"feed_forward": 1}, {"attention": "skipv1"}, {"linear": 0}, {"seed": -1}),
     ),
     Row(
