@@ -11,7 +11,8 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check, check_count, check_instance
 from lightning_eff.layers import CR, MoC, SkipV1, describe_plan, replace_layers
-from lightning_eff.layers.replace import connections, is_replaced, mark
+from lightning_eff.layers.autograd import mark
+from lightning_eff.layers.replace import connections, is_replaced
 from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import callbacks_of, loaded_checkpoint

@@ -19,6 +19,22 @@ class Marked(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+def mark(model: nn.Module, weights: dict[str, Any]) -> None:
+    """Say in a checkpoint's weights that layers were replaced, to whoever loads them into a model as it was.
+
+    Torch's own error lists the names that a model has not, and :data:`MARK` is one. The
+    replaced layers pass over it.
+
+    Args:
+        model: with replaced layers.
+        weights: its state dict as it is saved, to which one tensor of one byte is added.
+    """
+    for name, module in model.named_modules():  # as its weights are named, and not cleaned as in a plan
+        if isinstance(module, Marked) and any(key.startswith(f"{name}.") for key in weights):
+            weights[f"{name}.{MARK}"] = torch.zeros(1, dtype=torch.uint8)
+            return
+
+
 def in_backward() -> bool:
     """Whether autograd runs a backward pass in this thread: a forward pass is then a recomputation."""
     return bool(torch._C._current_graph_task_id() != -1)

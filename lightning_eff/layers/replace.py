@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_eff.arguments import check, check_count, check_instance, check_number
-from lightning_eff.layers.autograd import MARK
 from lightning_eff.layers.cr_net import CRFirst, CRLinear
 from lightning_eff.layers.cr_stack import Connection
 from lightning_eff.layers.moc import MoCFeedForward
@@ -148,22 +147,6 @@ def is_replaced(model: nn.Module) -> bool:
     """Whether a model has layers of this room in place of its own."""
     check_instance("model", model, nn.Module, "an nn.Module")
     return any(isinstance(module, OURS) for module in model.modules())
-
-
-def mark(model: nn.Module, weights: dict[str, Any]) -> None:
-    """Say in a checkpoint's weights that layers were replaced, to whoever loads them into a model as it was.
-
-    Torch's own error lists the names that a model has not, and :data:`~lightning_eff.layers.autograd.MARK` is one. The
-    replaced layers pass over it.
-
-    Args:
-        model: with replaced layers.
-        weights: its state dict as it is saved, to which one tensor of one byte is added.
-    """
-    for name, module in model.named_modules():  # as its weights are named, and not cleaned as in a plan
-        if isinstance(module, OURS) and any(key.startswith(f"{name}.") for key in weights):
-            weights[f"{name}.{MARK}"] = torch.zeros(1, dtype=torch.uint8)
-            return
 
 
 def connections(model: nn.Module) -> list[Connection]:
