@@ -128,6 +128,22 @@ def test_a_llama_is_tuned(how, text):
         assert all("lora_" in name for name in trained)
 
 
+@packages("timm")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_of_timm_is_averaged():
+    metrics = script("timm_digits").main("resnet10t", 46).callback_metrics
+    assert {"val_acc", "ema/val_acc"} <= set(metrics)
+    assert metrics["train_loss"] < 1.5  # log(10) is a uniform guess; BatchNorm's statistics are not there so early
+
+
+def test_without_timm_its_script_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.delitem(sys.modules, "examples.scripts.timm_digits", raising=False)
+    with pytest.raises(ImportError, match=r"timm cannot be found\. It comes with: pip install timm"):
+        script("timm_digits")
+
+
 @pytest.mark.parametrize("package", ["transformers", "peft"])
 def test_a_missing_package_is_named(package, monkeypatch):
     for name in ("transformers", "peft"):
