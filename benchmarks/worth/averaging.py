@@ -11,7 +11,7 @@ as their rival, the mean of the live weights' last eight losses, which smooths t
 `checkpoint_sd`: the standard deviation about a straight line, mean over the seeds. `seed_sd`: that of the seeds, mean
 over the steps. `later_is_better`: how often the later of two checkpoints 100 steps apart has the lower loss.
 
-Rows go to benchmarks/results/worth_averaging.csv and worth_averaging_noise.csv.
+Rows go to benchmarks/results/worth_averaging.csv, worth_averaging_noise.csv and worth_averaging_curves.csv.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Averages:
 
 def compare() -> None:
     """Train each task once, with its branches."""
-    rows, noise = [], []
+    rows, noise, curves = [], [], []
     for name in TASKS:
         workload = replace(WORKLOADS[name], rate=best_rate(name))
         stack = Stack(workload, SEEDS, [partial(Fixed, math.inf)] * len(SEEDS), workload.rate)
@@ -101,9 +101,11 @@ def compare() -> None:
                     for kind, loss in zip(losses, (recent[-1], smoothed, *averaged), strict=True):
                         losses[kind].append(loss)
         noise += [{"task": name, "weights": kind, **_noise(torch.stack(each))} for kind, each in losses.items()]
+        curves += [row for kind, each in losses.items() for row in _curve(name, kind, each)]
         print(*rows[-16:], *noise[-4:], sep="\n", flush=True)
         write_rows("worth_averaging", rows)
         write_rows("worth_averaging_noise", noise)
+        write_rows("worth_averaging_curves", curves)
     show("Held-out loss", rows)
     show("Noise of evaluations", noise)
 
@@ -138,6 +140,15 @@ def _rows(name: str, step: int, stack: Stack, averages: Averages, decayed: Tenso
             "val_loss_by_seed": " ".join(f"{loss:.4f}" for loss in each.tolist()),
         }
         for arm, each in scores.items()
+    ]
+
+
+def _curve(name: str, kind: str, losses: list[Tensor]) -> list[dict[str, Any]]:
+    steps = range(STEPS - EVERY * (len(losses) - 1), STEPS + 1, EVERY)
+    return [
+        {"task": name, "weights": kind, "step": step, "seed": seed, "val_loss": round(loss, 4)}
+        for step, each in zip(steps, losses, strict=True)
+        for seed, loss in zip(SEEDS, each.tolist(), strict=True)
     ]
 
 
