@@ -275,7 +275,7 @@ def evaluation_noise() -> Any:
                 mine = [(int(row["step"]), float(row["val_loss"])) for row in found if row["seed"] == seed]
                 axis.plot(*zip(*mine, strict=True), color=color, linewidth=1, label=label if seed == "0" else None)
         spread = [float(row["checkpoint_sd"]) for row in noise if row["task"] == task and row["weights"] in kinds]
-        axis.set(title=f"{task}: scatter {spread[0]:.2g} and {spread[1]:.2g}", xlabel="step", yscale="log")
+        axis.set(title=f"{task}: scatter {spread[0]:.2g} and {spread[1]:.2g}", xlabel="step")
     axes[0].set_ylabel("held-out loss, three seeds")
     axes[0].legend(fontsize=8)
     return figure
