@@ -113,8 +113,8 @@ def _gpt(schedule: str, steps: int) -> Settling:
     return Settling(GPT(CONFIG), data, held_out, _next_byte, schedule, steps, _adamw(3e-3))
 
 
-def _tuned(schedule: str, steps: int, lora: bool, most: int | None = None) -> Settling:
-    """From a GPT that has read torch's modules to ``email``, ``most`` of its lines with those held out."""
+def _tuned(schedule: str, steps: int, lora: bool) -> Settling:
+    """From a GPT that has read torch's modules to the sources of ``email``."""
     path = LOGS / "grades_pretrained.pt"
     if not path.exists():
         begin(100)
@@ -126,7 +126,7 @@ def _tuned(schedule: str, steps: int, lora: bool, most: int | None = None) -> Se
     net.load_state_dict(torch.load(path, weights_only=True))
     if lora:
         add_lora(net)
-    data, held_out = _text(EMAIL, most)
+    data, held_out = _text(EMAIL)
     return Settling(net, data, held_out, _next_byte, schedule, steps, _adamw(3e-3 if lora else 1e-3))
 
 
@@ -140,7 +140,6 @@ RUNS: dict[str, tuple[Callable[[str, int], Settling], str, int]] = {
     "ViT, constant": (lambda *how: Settling(ViT(), *_digits(), _classify, *how, _adamw(1e-3)), "constant", 2400),
     "CNN, cosine": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "cosine", 2400),
     "CNN, constant": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "constant", 2400),
-    "GPT tuned by LoRA on 512 lines, linear": (lambda *how: _tuned(*how, lora=True, most=1024), "linear", 600),
 }
 """Name -> how the module is made anew from torch's random state, the schedule and the steps."""
 
