@@ -262,6 +262,25 @@ def memory() -> Any:
     return figure
 
 
+def evaluation_noise() -> Any:
+    """The held-out loss at every tenth step, of live weights and of their average, and how it scatters."""
+    noise = rows("worth_averaging_noise")
+    tasks = list(dict.fromkeys(row["task"] for row in noise))
+    figure, axes = panels(len(tasks), width=4.0, height=3.2)
+    kinds = {"constant rate": ("grey", "live weights"), "EMA, half-life 25": ("tab:blue", "EMA, half-life 25")}
+    for axis, task in zip(axes, tasks, strict=True):
+        for kind, (color, label) in kinds.items():
+            found = rows("worth_averaging_curves", task=task, weights=kind)
+            for seed in dict.fromkeys(row["seed"] for row in found):
+                mine = [(int(row["step"]), float(row["val_loss"])) for row in found if row["seed"] == seed]
+                axis.plot(*zip(*mine, strict=True), color=color, linewidth=1, label=label if seed == "0" else None)
+        spread = [float(row["checkpoint_sd"]) for row in noise if row["task"] == task and row["weights"] in kinds]
+        axis.set(title=f"{task}: scatter {spread[0]:.2g} and {spread[1]:.2g}", xlabel="step")
+    axes[0].set_ylabel("held-out loss, three seeds")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
 PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "step_time": (step_time, "compression_step_time.png"),
     "overhead": (overhead, "overhead.png"),
@@ -273,6 +292,7 @@ PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "regret": (regret, "zclip_regret.png"),
     "time_to_loss": (time_to_loss, "grades_time_to_loss.png"),
     "memory": (memory, "misa_memory_quality.png"),
+    "evaluation_noise": (evaluation_noise, "evaluation_noise.png"),
     **CARDS,
 }
 

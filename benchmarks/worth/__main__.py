@@ -8,12 +8,15 @@ import warnings
 
 import torch
 
-from benchmarks.worth import misa, zclip
+from benchmarks.worth import averaging, compression, grades, misa, zclip
 
 
 def main() -> None:
     """The part that the command names."""
     parts = {
+        "averaging": averaging.compare,
+        "compression": lambda: compression.compare(given.names),
+        "grades": lambda: grades.compare(given.names),
         "misa": misa.compare,
         "zclip": lambda: zclip.compare(given.names),
         "zclip-rates": zclip.rates,
