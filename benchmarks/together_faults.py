@@ -204,7 +204,7 @@ def _fault(run: ForkedRanks, kind: str, draw: random.Random, folder: Path) -> li
         os.kill(victim, signal.SIGTERM)
     elif kind == "SIGSTOP":
         os.kill(victim, signal.SIGSTOP)
-        return [(time.monotonic() + draw.uniform(0.2, 2.0), lambda: _continue(victim))]
+        return [(time.monotonic() + draw.uniform(0.2, 2.0), lambda: _continue(run, victim))]
     elif kind == "full disk":
         filler = folder / "filler"
         _fill(filler)
@@ -212,8 +212,9 @@ def _fault(run: ForkedRanks, kind: str, draw: random.Random, folder: Path) -> li
     return []
 
 
-def _continue(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
+def _continue(run: ForkedRanks, pid: int) -> None:
+    """Unless it has ended: its number may be another process's by now."""
+    if pid in [run.pids[rank] for rank in run.running()]:
         os.kill(pid, signal.SIGCONT)
 
 

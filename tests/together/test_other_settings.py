@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.together_runs import Settings, differences, train
+from benchmarks.together_runs import Settings, callbacks, differences, train
 from harness.pool import Pool
 from tests.together.saving import SaveBehind
 
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist"),  # also of a group of one
 ]
 
+NAMES = [type(each).__name__ for each in callbacks("single")]
 # Whoever of them is there, the run is the same.
 MONITORS = {
     "SpectralAlignmentMonitor",
@@ -54,6 +55,26 @@ def test_monitors_come_and_go(tmp_path):
     added, _ = run(tmp_path, "added", resume=with_none)
     for other in (without_any, removed, added):
         assert differences(without(whole, MONITORS), without(other, MONITORS)) == []
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> tuple[dict[str, Any], str]:
+    return run(tmp_path_factory.mktemp("unbroken"), "whole", saves=True, resume=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_one_comes_or_goes(name, unbroken, tmp_path):
+    whole, with_all = unbroken
+    less, with_less = run(tmp_path / "others", "without", saves=True, resume=None, without=(name,))
+    removed, _ = run(tmp_path, "removed", resume=with_all, without=(name,))
+    added, _ = run(tmp_path, "added", resume=with_less)
+    for outcome in (removed, added):
+        assert outcome["step"] == STEPS
+        assert all(bool(weight.isfinite().all()) for weight in outcome["parameters"].values())
+    if name in MONITORS:
+        assert differences(without(whole, {name}), without(removed, {name})) == []
+        assert differences(without(less, {name}), without(added, {name})) == []
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from lightning_eff.training.random_state import seed_host, set_random_state
 from lightning_eff.training.rank_state import KEY as RANK_STATE
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.state_version import check_version
-from lightning_eff.training.trainer import callbacks_of, sort_callbacks
+from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, sort_callbacks
 
 Randomness = Literal["stock", "seeded"]
 
@@ -205,6 +205,11 @@ class ExactResume(Callback):
         # Version 1 had them beside the place.
         self._generators.set(saved["place"].get("generators", saved.get("generators", {})))
         self._gradients.set(trainer, saved["gradients"])
+        if saved["gradients"] and replicas_are_equal(trainer.strategy):
+            rank_zero_warn(
+                "ExactResume: this checkpoint was saved within a window of accumulation, with the gradients of the "
+                "one replica that wrote it. If there were others, the step of this window is not equal to the bit"
+            )
         set_own_buffers(trainer, saved["buffers"])
         set_logged(trainer, saved["logged"])
         set_random_state(saved["place"]["random"], trainer.strategy.root_device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -252,6 +253,16 @@ def test_a_checkpoint_without_its_state_is_gone_on_from_as_lightning_does(tmp_pa
     with pytest.warns(UserWarning, match="saved without it"):
         events = run(loader, tmp_path, resume=path)[0].events
     assert [event[1] for event in events if event[0] == "epoch"] == [1, 2]
+
+
+def test_gradients_of_one_replica_for_all_are_said(tmp_path, monkeypatch):
+    saved = run(loader, tmp_path, hooks=BATCH_END, accumulate_grad_batches=2, max_epochs=1)[1].saved
+    monkeypatch.setattr("lightning_eff.callbacks.exact_resume.callback.replicas_are_equal", lambda strategy: True)
+    for (_, _, path), times in ((saved[0], 1), (saved[1], 0)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run(loader, tmp_path, resume=path, accumulate_grad_batches=2, max_epochs=1)
+        assert sum("gradients of the one replica" in str(each.message) for each in said) == times
 
 
 def test_what_keeps_no_place_can_be_refused(tmp_path):
