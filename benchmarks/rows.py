@@ -19,12 +19,16 @@ import lightning_eff
 RESULTS = Path(__file__).parent / "results"
 
 
-def __getattr__(name: str) -> Any:
-    if name != "CONSOLE":
-        raise AttributeError(name)
-    from rich.console import Console  # where it is asked for: rows are written without extras, too
+class _Console:
+    """Rich's, from its first use on: rows are written without extras, too."""
 
-    return Console()
+    def __getattr__(self, name: str) -> Any:
+        from rich.console import Console
+
+        return getattr(Console(), name)
+
+
+CONSOLE = _Console()
 
 
 def provenance() -> dict[str, str]:
