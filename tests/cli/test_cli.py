@@ -224,15 +224,17 @@ def test_without_the_cli_extra_training_names_it(tmp_path, module):
             "import examples.digits",
             "scikit-learn cannot be found. It comes with: pip install",
         ),
-        (
+        pytest.param(
             "rich",
             "import examples.gpt.demo",
             "rich cannot be found. It comes with: pip install",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "tensorboard",
             "import examples.gpt.demo",
             "tensorboard cannot be found. It comes with: pip install 'lightning-eff[examples]'",
+            marks=pytest.mark.slow,
         ),
         (
             "tensorboard",

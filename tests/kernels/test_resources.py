@@ -57,6 +57,7 @@ def test_the_measure_tells_a_naive_kernel_apart(tmp_path_factory: pytest.TempPat
     assert done.stdout.strip() == "0"
 
 
+@pytest.mark.slow
 def test_the_launchers_pass_what_the_kernels_take(tmp_path_factory: pytest.TempPathFactory) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("launched"))

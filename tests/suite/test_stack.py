@@ -80,7 +80,7 @@ def crash_and_resume(folder: Path, strategy: Strategy, model: str, without: type
 @pytest.mark.parametrize(
     ("strategy", "model", "without"),
     [
-        (SINGLE, "net", MISA),
+        pytest.param(SINGLE, "net", MISA, marks=pytest.mark.slow),
         pytest.param(SINGLE, "net", GradES, marks=pytest.mark.slow),
         pytest.param(SINGLE, "gan", MISA, marks=pytest.mark.slow),
         pytest.param(DDP, "net", MISA, marks=pytest.mark.slow),
