@@ -1,5 +1,6 @@
 """Code on the pages runs as it stands there."""
 
+import gc
 import re
 
 import pytest
@@ -9,6 +10,13 @@ from harness import REPOSITORY
 from lightning_eff.callbacks import GradES, TrainingGuard
 
 DOCS = REPOSITORY / "docs"
+
+
+@pytest.fixture(autouse=True)
+def _no_class_stays():
+    """The command line asks Lightning's classes for all their subclasses, and those of a page cannot be imported."""
+    yield
+    gc.collect()
 
 
 def run(page: str, without: str = "") -> dict:
