@@ -71,6 +71,7 @@ def branch(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.needs("jsonargparse")
 def test_it_is_the_run_that_decays(branch, tmp_path):
     status, out, err = branch("--steps", "6", "--curve", "cosine", "--least", "0.25")
     assert status == 0, err
@@ -89,6 +90,7 @@ def test_it_is_the_run_that_decays(branch, tmp_path):
     assert "out.ckpt exists; --overwrite replaces it" in err
 
 
+@pytest.mark.needs("jsonargparse")
 def test_a_rate_that_is_not_stable_is_said(branch):
     with pytest.warns(UserWarning, match=r"from 0.01 to 0.00531 between steps 4 and 7: the decay was multiplied"):
         assert branch("--steps", "3", falls=0.9)[0] == 0
