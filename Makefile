@@ -38,25 +38,19 @@ $(VENV)-oldest/.installed: pyproject.toml constraints-oldest.txt
 test-oldest: $(VENV)-oldest/.installed ## The test suite with the oldest Python, PyTorch and Lightning that are accepted
 	$(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-$(VENV)-architectures/.installed: pyproject.toml constraints-architectures.txt
-	test -x $(VENV)-architectures/bin/python || $(PYTHON) -m venv $(VENV)-architectures
-	$(VENV)-architectures/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+# Each has the extra of its name.
+OTHERS := $(VENV)-architectures/.installed $(VENV)-tutorials/.installed
+$(OTHERS): $(VENV)-%/.installed: pyproject.toml constraints-architectures.txt
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
 		torch torchvision
-	$(VENV)-architectures/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
-		-e '.[test,architectures]'
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
+		-e '.[test,$*]'
 	@touch $@
 
 test-architectures: $(VENV)-architectures/.installed ## The structure finder against eighty-eight models of other packages
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m tests.structure.test_architectures
 	HF_HUB_OFFLINE=1 $(VENV)-architectures/bin/python -m pytest tests/structure tests/layers/test_others.py $(ARGS)
-
-$(VENV)-tutorials/.installed: pyproject.toml constraints-architectures.txt
-	test -x $(VENV)-tutorials/bin/python || $(PYTHON) -m venv $(VENV)-tutorials
-	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
-		torch torchvision
-	$(VENV)-tutorials/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-architectures.txt \
-		-e '.[test,tutorials]'
-	@touch $@
 
 test-tutorials: $(VENV)-tutorials/.installed ## Every example, notebook and page with code, with the packages that they show
 	HF_HUB_OFFLINE=1 $(VENV)-tutorials/bin/python -m pytest -m 'slow or not slow' tests/examples tests/docs $(ARGS)

@@ -116,31 +116,6 @@ def frozen() -> Any:
     return figure
 
 
-def memory_and_quality() -> Any:
-    """Fine-tuning: the memory of weights, gradients and states, and the loss at each one's best rate."""
-    figure, axis = panels(height=3.6)
-    names = {"full AdamW": "full AdamW", "LoRA, rank 8": "LoRA", "LISA, 2 layers": "LISA", "MISA, 25 %": "MISA"}
-    for arm, name in names.items():
-        share = float(rows("misa_memory", model="10M", arm=arm)[0]["of_full"])
-        rates: dict[str, list[float]] = {}
-        for row in rows("misa_worth", arm=name):
-            rates.setdefault(row["lr"], []).append(float(row["val_loss"]))
-        losses = min((each for each in rates.values() if len(each) == 3), key=statistics.fmean)
-        color = OURS if name == "MISA" else OTHERS
-        axis.errorbar(
-            share,
-            statistics.fmean(losses),
-            [[statistics.fmean(losses) - min(losses)], [max(losses) - statistics.fmean(losses)]],
-            fmt="o",
-            color=color,
-        )
-        axis.annotate(arm, (share, statistics.fmean(losses)), (6, 4), textcoords="offset points")
-    axis.set(xlabel="memory without activations over full AdamW's (10 M GPT)", xlim=(0.2, 1.18))
-    axis.set(ylabel="validation loss (1 M GPT)", title="Fine-tuning, 140 steps, three seeds and their range")
-    axis.margins(y=0.15)
-    return figure
-
-
 def one_pass() -> Any:
     """Bytes that the gradients' statistics move."""
     figure, axis = panels(height=1.6)
@@ -303,7 +278,6 @@ CARDS: dict[str, tuple[Callable[[], Any], str]] = {
     "resume": (resume, "exact_resume.png"),
     "left_out": (left_out, "compression_error.png"),
     "frozen": (frozen, "grades_ceiling.png"),
-    "memory_and_quality": (memory_and_quality, "misa_memory.png"),
     "one_pass": (one_pass, "gradient_stats.png"),
     "ema_curve": (ema_curve, "ema.png"),
     "signals": (signals, "preemption.png"),

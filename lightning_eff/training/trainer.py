@@ -58,7 +58,7 @@ def loaded_checkpoint(trainer: Trainer) -> dict[str, Any]:
 
 def logs_now(trainer: Trainer) -> bool:
     """Whether the step of training in hand is one that Lightning logs (``log_every_n_steps``)."""
-    # As its ``should_update_logs``, which takes six times as long to find out that this is training.
+    # As its ``should_update_logs``, which asks through several properties whether this is training.
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and ((logger_step(trainer) + 1) % every == 0 or trainer.should_stop)
 

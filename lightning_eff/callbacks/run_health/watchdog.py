@@ -247,18 +247,17 @@ class Watchdog:
         self._judge_at, self._asking, self._answers = None, False, {}
         self.verdicts.append(verdict)
         waits = self.replicas and stacks.waits_for_replicas(stacks.main_stack())
-        ends = self.abort is not None and not waits
+        status = None if waits else self.abort
         # Whoever ends before the report is out may take the one with him who was to give it: an error in a collective.
-        if self.connections.rank == speaker or (ends and not self._is_told()):
+        if self.connections.rank == speaker or (status is not None and not self._is_told()):
             where = f"  the stacks of all ranks that answer are in {self.folder}"
             _say(f"{verdict.text}\n{where}")
-        if ends:
-            assert self.abort is not None
+        if status is not None:
             self.connections.send({"kind": "told"})
-            _say(f"RunHealth: rank {self.connections.rank} ends with exit status {self.abort}\n\n{stacks.all_stacks()}")
+            _say(f"RunHealth: rank {self.connections.rank} ends with exit status {status}\n\n{stacks.all_stacks()}")
             if self._writer is not None:
                 self._writer.join(_TO_WRITE)
-            os._exit(self.abort)
+            os._exit(status)
 
     def _is_told(self) -> bool:
         """Wait for the one who speaks."""

@@ -43,9 +43,14 @@ def copied_to(layout: Mapping[str, Charts]) -> dict[str, list[str]]:
     return runs
 
 
+def prefix_of(logger: TensorBoardLogger) -> str:
+    """What a logger puts in front of every tag."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+
+
 def as_logged(layout: Mapping[str, Charts], logger: TensorBoardLogger) -> dict[str, Charts]:
     """Write the tags as this logger does, with its prefix, and end every pattern where the tag ends."""
-    prefix = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+    prefix = prefix_of(logger)
 
     def whole(tags: Iterable[str], copied: str = "") -> list[str]:
         return [f"{re.escape(copied + prefix)}(?:{tag})$" for tag in tags]

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_eff.callbacks.tensorboard_layout.charts import COPIED, draws
+from lightning_eff.callbacks.tensorboard_layout.charts import COPIED, draws, prefix_of
 from lightning_eff.training.wrapping import Wrapper
 
 _SETTLED = 3  # times that a number has to be the same before its chart counts as flat
@@ -52,8 +52,7 @@ class Listener:
         if run not in self._writers:
             kind = type(self.logger.experiment)
             self._writers[run] = kind(log_dir=os.path.join(self.logger.log_dir, run))
-        prefix = f"{self.logger._prefix}{self.logger.LOGGER_JOIN_CHAR}" if self.logger._prefix else ""
-        self._writers[run].add_scalar(f"{COPIED}{prefix}{tag}", value, step)
+        self._writers[run].add_scalar(f"{COPIED}{prefix_of(self.logger)}{tag}", value, step)
         self._writers[run].flush()  # a validation's few numbers, which TensorBoard is to see now
 
     def is_flat(self, chart: list[Any]) -> bool:
