@@ -48,7 +48,7 @@ class SpectralAlignmentMonitor(Callback):
     Reads: the inputs and the weights of the layers, once every ``every_n_steps`` steps.
     Changes: nothing; with ``action="stop"`` or ``"rollback"`` the course of training.
     Collectives: one all-reduce of (32 + 6) numbers a layer on a step that observes, none on one device.
-    Host syncs: none with ``action="log"``, else one on a step that observes.
+    Host syncs: one on a step that is logged until a layer is armed; one on a step that observes but with ``"log"``.
     Strategies: one device, DDP and its kin, FSDP2 (``ModelParallelStrategy`` without tensor parallelism).
 
     On a step that observes, a model compiled by ``torch.compile`` runs without its compilation, since hooks added
