@@ -27,6 +27,9 @@ SIZES = {
     "0.85 M": GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128),
     "1 M": GPTConfig(block_size=256, n_layer=5, n_head=4, n_embd=128),  # of examples/gpt/configs
     "10.8 M": GPTConfig(block_size=64, n_layer=6, n_head=6, n_embd=384),
+    # As many modules and tensors, and a step so short that the difference can be told from its noise.
+    "1 M, narrow": GPTConfig(block_size=16, n_layer=5, n_head=4, n_embd=16),
+    "10.8 M, narrow": GPTConfig(block_size=16, n_layer=6, n_head=6, n_embd=24),
 }
 HANG = 3.0  # seconds
 AT = 40  # the step of a fault
