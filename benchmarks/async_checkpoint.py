@@ -35,7 +35,7 @@ from examples.gpt.model import GPTConfig
 from harness import REPOSITORY
 from harness.processes import environment, eventually
 from harness.runs import fit, quiet_lightning
-from harness.timing import seconds_of_a_copy
+from harness.timing import add_time_of, seconds_of_a_copy
 from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 from lightning_eff.training.rank_state import RankState, rank_state_files
@@ -48,10 +48,11 @@ VARIANTS = ("Lightning", "Lightning, AsyncCheckpointIO", "AsyncCheckpoint")
 
 
 class Times(L.Callback):
-    """Seconds of each save as the training sees it, and of each step."""
+    """Seconds of each save as the training sees it, with what a later step waits for its copies, and of each step."""
 
     def __init__(self) -> None:
         self.saves: list[float] = []
+        self.waits: list[float] = []
         self.cpu: list[float] = []
         self.steps: list[tuple[float, bool]] = []
         self.device_bytes = 0
@@ -69,10 +70,16 @@ class Times(L.Callback):
             inner(*args, **kwargs)
             self.saves.append(time.perf_counter() - wall)
             self.cpu.append(time.thread_time() - cpu)
+            self.waits.append(0.0)
             if torch.cuda.is_available():
                 self.device_bytes = max(self.device_bytes, torch.cuda.max_memory_allocated() - before)
 
         trainer.save_checkpoint = timed  # type: ignore[method-assign]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AsyncCheckpoint):  # what a step waits for the copies is of the save before it
+                clocks = (self.saves, time.perf_counter), (self.cpu, time.thread_time), (self.waits, time.perf_counter)
+                add_time_of(callback._io, "settle", *clocks)
+                add_time_of(callback._overlap, "time_is_over", *clocks)
 
     def _wait(self) -> None:
         if torch.cuda.is_available():
@@ -109,6 +116,7 @@ def stall_worker(settings: dict[str, Any]) -> None:
         "bytes": checkpoint.stat().st_size,
         "parameters": parameters(module),
         "saves": times.saves,
+        "waits": times.waits,
         "cpu": times.cpu,
         "writing": [seconds for seconds, writing in times.steps[1:] if writing],
         "idle": [seconds for seconds, writing in times.steps[1:] if not writing],
@@ -157,6 +165,9 @@ def stall(
                 "first_stall_ms": round(1e3 * statistics.median(run["saves"][0] for run in runs), 2),
                 "stall_ms": round(1e3 * statistics.median(later), 2),
                 "stall_ms_p99": round(1e3 * later[min(len(later) - 1, int(0.99 * len(later)))], 2),
+                "of_it_in_the_next_step_ms": round(
+                    1e3 * statistics.median(w for run in runs for w in run["waits"][1:]), 2
+                ),
                 "cpu_ms": round(1e3 * statistics.median(cpu for run in runs for cpu in run["cpu"][1:]), 2),
                 "step_ms": round(1e3 * statistics.median(step for run in runs for step in run["idle"]), 2),
                 "step_ms_while_writing": round(1e3 * statistics.median(s for run in runs for s in run["writing"]), 2),

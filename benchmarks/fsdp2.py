@@ -29,7 +29,7 @@ from benchmarks.rows import show, write_rows
 from examples.gpt.model import GPT, GPTConfig
 from harness.pool import Pool
 from harness.runs import fit, fsdp2, seed_everything
-from harness.timing import seconds_of_a_copy
+from harness.timing import add_time_of, seconds_of_a_copy
 from lightning_eff.callbacks import AsyncCheckpoint
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.strategies import FSDP2Strategy
@@ -119,14 +119,23 @@ class ByHand(Module):
 
 
 class Saves(L.Callback):
-    """How long and how much CPU time of the training thread each save takes, from the state dicts to its return."""
+    """How long and how much CPU time of the training thread each save takes, from the state dicts to its return, and
+    with it what the next step waits for its copies."""
 
     def __init__(self, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
         self.wall: list[float] = []
+        self.waits: list[float] = []
         self.cpu: list[float] = []
         self.steps: list[float] = []
         self._mark = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        saves = getattr(trainer.strategy, "sharded_saves", None)
+        if saves is not None:
+            clocks = (self.wall, time.perf_counter), (self.cpu, time.thread_time), (self.waits, time.perf_counter)
+            add_time_of(saves, "settle", *clocks)
+            add_time_of(saves.overlap, "time_is_over", *clocks)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._mark = time.perf_counter()
@@ -139,6 +148,7 @@ class Saves(L.Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
             self.wall.append(time.perf_counter() - wall)
             self.cpu.append(time.thread_time() - cpu)
+            self.waits.append(0.0)
 
 
 RUNS: dict[str, tuple[type[Module], Any, Any]] = {
@@ -162,6 +172,7 @@ def _saves(folder: Path, name: str, layers: int, width: int, saves: int, every: 
         "run": name, "ranks": RANKS, "megabytes": round(size / 1e6, 1), "saves": saves,
         "first_s": round(callback.wall[0], 4), "median_s": round(statistics.median(callback.wall[2:]), 4),
         "most_s": round(max(callback.wall[2:]), 4),
+        "of_it_in_the_next_step_s": round(statistics.median(callback.waits[2:]), 4),
         "median_cpu_s_of_the_thread": round(statistics.median(callback.cpu[2:]), 4),
         "median_step_s": round(statistics.median(callback.steps[1:]), 4), "run_s": round(took, 2),
         "bare_copy_s": round(copy, 4),

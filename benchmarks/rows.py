@@ -58,7 +58,8 @@ def _cpu_name() -> str:
 def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] = ()) -> Path:
     """Write ``benchmarks/results/<name>.csv``, with the provenance in every row.
 
-    An older file is replaced; with a ``key``, only its rows that agree with new ones in these columns are.
+    An older file is replaced; with a ``key``, only its rows that agree with new ones in these columns are. Those that
+    stay are empty in a column that they lack.
     """
     stamped: list[Mapping[str, Any]] = [{**row, **provenance()} for row in rows]
     RESULTS.mkdir(exist_ok=True)
@@ -67,8 +68,10 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str] 
         if key:
             groups = _grouped(read_rows(name), key) | _grouped(stamped, key)
             stamped = [row for group in groups.values() for row in group]
+        longest = max(stamped, key=len)
+        columns = list(dict.fromkeys(name for row in (longest, *stamped) for name in row))
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(stamped[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, fieldnames=columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(stamped)
     return path

@@ -37,3 +37,10 @@ def test_with_a_key_only_what_was_measured_again_is_replaced():
 
 def test_rows_that_are_not_there_are_none():
     assert rows.read_rows("never") == []
+
+
+def test_a_new_column_is_empty_in_rows_that_stay():
+    rows.write_rows("figures", [{"arm": arm, "loss": 1} for arm in "ab"], ("arm",))
+    rows.write_rows("figures", [{"arm": "b", "memory": 3, "loss": 2}], ("arm",))
+    found = {row["arm"]: (row["memory"], row["loss"]) for row in rows.read_rows("figures")}
+    assert found == {"a": ("", "1"), "b": ("3", "2")}

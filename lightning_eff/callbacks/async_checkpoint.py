@@ -12,14 +12,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_number, readable_size
 from lightning_eff.plugins.async_checkpoint import AsyncCheckpointIO
+from lightning_eff.plugins.async_checkpoint.overlap import (
+    BATCH,
+    LAST_VALIDATION,
+    VALIDATION,
+    Overlap,
+    before_updates,
+    owned_by,
+    what_follows,
+)
 from lightning_eff.plugins.sharded_saves import ShardedSaves
 from lightning_eff.plugins.sharded_strategy import SavesLater, saves_in_shards
 from lightning_eff.training.dtensor import local
@@ -58,19 +64,20 @@ class AsyncCheckpoint(Callback):
     when the newer one is on disk, and neither behind a save that failed. Everything is on disk when ``fit`` ends,
     fails, or is ended by ``Preemption``.
 
-    On a GPU weights and optimizer state are copied while the next forward and backward run, and are complete before
-    the next optimizer step; all else is copied at once. Whoever writes weights in between calls the hook
-    ``before_weights_change``, as the suite's callbacks do; before a validation and at the ends of an epoch this
-    callback waits by itself.
+    Weights and optimizer state are copied while the next forward and backward run, and are complete before the next
+    optimizer step; all else is copied at once. A fit's first save is copied at once too, and compared with the weights
+    before the next step: what others than optimizers have written by then is never copied late. Whoever writes weights
+    in between calls the hook ``before_weights_change``, as the suite's callbacks do; a save that meets such a write in
+    place all the same fails and says so, except for one through ``.data``, which nobody sees.
 
-    Runs in: in front of ``Trainer.save_checkpoint``; ``on_train_batch_end`` once, to get its memory;
-    ``on_before_optimizer_step``, ``on_validation_start``, ``on_train_epoch_start`` and ``on_train_epoch_end`` end a
-    copy; ``on_train_end``, ``on_fit_end``, ``on_exception`` flush.
+    Runs in: in front of ``Trainer.save_checkpoint`` and of every ``Optimizer.step``; ``on_train_batch_end`` once, to
+    get its memory; ``on_validation_start``, ``on_train_epoch_start`` and ``on_train_epoch_end`` end a copy;
+    ``on_train_end``, ``on_fit_end``, ``on_exception`` flush.
     Reads: what a checkpoint holds.
     Changes: nothing; how the strategy saves while ``fit`` runs.
     Collectives: one broadcast of a few bytes in each save and at the end of the fit; none in a step. Where ranks write
     shards one more in each save, and those of ``torch.distributed.checkpoint`` in threads, with groups of their own.
-    Host syncs: none in a step.
+    Host syncs: none in a step, but for those of the one comparison.
     Strategies: one device, DDP and its kin, compressed ones, ``ddp_ft``, and FSDP2 (``ModelParallelStrategy``), whose
     ranks write their shards so too; FSDP's sharded checkpoints and DeepSpeed are refused.
 
@@ -82,6 +89,8 @@ class AsyncCheckpoint(Callback):
         retries: how often a save that a disk refused is tried again, >= 0.
         retry_seconds: between two attempts, >= 0.
         check_loads: look at all checksums of a checkpoint before ``fit`` resumes from it, which reads it once more.
+        overlap: copy weights and optimizer state while training goes on. False: all of it within the save, for a run in
+            which somebody writes weights now and then by other means than an optimizer.
 
     Raises:
         ValueError: an argument out of its range.
@@ -106,12 +115,14 @@ class AsyncCheckpoint(Callback):
         retries: int = 2,
         retry_seconds: float = 1.0,
         check_loads: bool = True,
+        overlap: bool = True,
     ) -> None:
         check_choice("when_busy", when_busy, WhenBusy)
         check_choice("on_error", on_error, OnError)
         check_count("retries", retries, least=0)
         check_number("retry_seconds", retry_seconds, least=0)
         check_flag("check_loads", check_loads)
+        check_flag("overlap", overlap)
         self.when_busy: WhenBusy = when_busy
         self.on_error: OnError = on_error
         self.skipped = 0
@@ -120,6 +131,8 @@ class AsyncCheckpoint(Callback):
         self._shards = ShardedSaves(None, retries, retry_seconds)
         self._files.agreed = self._shards.agreed = True
         self._io: AsyncCheckpointIO | ShardedSaves = self._files  # which of them, from `setup` on
+        self.overlap = overlap
+        self._overlap: Overlap | None = None
         self._before: Any = None  # the strategy's own
         self._strategy: Strategy | None = None
         self._later: SavesLater | None = None
@@ -137,6 +150,12 @@ class AsyncCheckpoint(Callback):
         sort_callbacks(trainer)
         self.skipped, self._warm, self._there = 0, False, {}
         self._strategy = trainer.strategy
+        if self.overlap:
+            self._overlap = Overlap(
+                lambda: [*trainer.lightning_module.parameters(), *owned_by(trainer.optimizers)],
+                lambda: what_follows(trainer),
+            )
+        self._files.overlap = self._shards.overlap = self._overlap
         if saves_in_shards(trainer.strategy):
             self._io = self._shards
             self._shards.timeout = getattr(trainer.strategy, "_timeout", None)
@@ -144,7 +163,6 @@ class AsyncCheckpoint(Callback):
         else:
             self._io = self._files
             self._before, trainer.strategy.checkpoint_io = trainer.strategy.checkpoint_io, self._files
-            self._files.late = lambda: {storage.data_ptr() for storage in _storages(trainer, buffers=False)}
         self._wrappers = [
             Wrapper(trainer, "save_checkpoint", lambda *args, **kwargs: self._save(trainer, *args, **kwargs))
         ]
@@ -153,7 +171,7 @@ class AsyncCheckpoint(Callback):
             if is_a(callback, ModelCheckpoint):
                 self._wrappers.append(Wrapper(callback, "_link_checkpoint", self._link))
                 self._wrappers.append(Wrapper(callback, "file_exists", self._file_exists))
-        self._handle = register_optimizer_step_pre_hook(self._before_step)
+        self._handle = before_updates(lambda: self._settle(BATCH, VALIDATION))
 
     # --- in front of what saves -------------------------------------------------------------------------------------
 
@@ -201,28 +219,25 @@ class AsyncCheckpoint(Callback):
 
     def before_weights_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See ``hooks.ReadsWeights``."""
-        self._io.settle()
+        self._settle()
 
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def _settle(self, *kinds: str) -> None:
+        """What is copied late comes first; it has been waited for as long as ever for saves of these kinds."""
         self._io.settle()
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Of any optimizer of the process. A closure has forward and backward in it, and Lightning's hook as well."""
-        if not (args[1:] or kwargs.get("closure")):  # the first one is the optimizer
-            self._io.settle()
+        if self._overlap is not None:
+            self._overlap.time_is_over(*kinds)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._io.settle()
+        self._settle()
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._io.settle()
+        self._settle()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._io.settle()
+        self._settle(LAST_VALIDATION)
 
     @override
     def on_train_batch_end(
@@ -279,8 +294,10 @@ class AsyncCheckpoint(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """No rank waits for another. What is saved from now on is saved by Lightning, at once."""
         if self._strategy is not None:
-            self._io.flush()
-            self._detach()
+            try:
+                self._io.flush()
+            finally:
+                self._detach()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -293,7 +310,8 @@ class AsyncCheckpoint(Callback):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-        self._files.late = set
+        self._overlap = None
+        self._files.overlap = self._shards.overlap = None
         if self._strategy is None:
             return
         strategy, self._strategy = self._strategy, None
@@ -306,17 +324,14 @@ class AsyncCheckpoint(Callback):
             self._files.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = dict.fromkeys(("_handle", "_strategy", "_before", "_later"))
+        nothing = dict.fromkeys(("_handle", "_strategy", "_before", "_later", "_overlap"))
         return {**vars(self), **nothing, "_wrappers": [], "_io": self._files}
 
 
-def _storages(trainer: Trainer, buffers: bool = True) -> Iterator[torch.UntypedStorage]:
-    """Of the parameters and the optimizers' state, and of the buffers, each once."""
+def _storages(trainer: Trainer) -> Iterator[torch.UntypedStorage]:
+    """Of the parameters, the buffers and the optimizers' state, each once."""
     module = trainer.lightning_module
-    tensors = [local(tensor) for tensor in (*module.parameters(), *(module.buffers() if buffers else ()))]
-    for optimizer in trainer.optimizers:
-        for state in optimizer.state.values():
-            tensors += [local(value) for value in state.values() if isinstance(value, Tensor)]
+    tensors = map(local, (*module.parameters(), *module.buffers(), *owned_by(trainer.optimizers)))
     seen: set[int] = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()

@@ -19,12 +19,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 from typing_extensions import override
 
 from lightning_eff.arguments import check, check_count, check_number, check_path
 from lightning_eff.plugins.async_checkpoint.copies import Buffers, Turns
+from lightning_eff.plugins.async_checkpoint.overlap import Overlap
 from lightning_eff.plugins.async_checkpoint.writer import Save, Writer, link
 from lightning_eff.plugins.sharded_folder import REST
 
@@ -39,7 +42,8 @@ class ShardedSaveError(RuntimeError):
 class ShardedSaves:
     """Saves Lightning's checkpoints as a folder with a file for each rank, in the background.
 
-    ``save`` copies this rank's shards into one of two host buffers and returns; a thread writes them by
+    ``save`` copies this rank's shards into one of two host buffers, what ``overlap`` allows while the training goes on,
+    and returns; a thread writes them by
     ``torch.distributed.checkpoint``, with collectives on a gloo group of its own. The folder is what
     ``ModelParallelStrategy(save_distributed_checkpoint=True)`` writes, and loads with plain Lightning.
 
@@ -74,7 +78,10 @@ class ShardedSaves:
         self.timeout = timeout
         self.agreed = False
         """Whether somebody else asks for errors (``take_error``) and tells all ranks: then none is raised here."""
+        self.overlap: Overlap | None = None
+        """What nobody writes before ``settle`` is called."""
         self._groups: list[dist.ProcessGroup] = []
+        self._latest: Buffers | None = None  # which may still be filled
         self._turns = Turns()
         self._writer = Writer(retries, retry_seconds)
 
@@ -86,15 +93,17 @@ class ShardedSaves:
                 pickled. This checkpoint is not saved then.
         """
         check_path("path", path)
+        self.settle()
         buffers = self._turns.take()  # and by then the save but one before is written
         try:
             job = self._begin(checkpoint, path)
             shards = {"state_dict": checkpoint["state_dict"]}
             shards |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.get("optimizer_states", []))}
-            copied = buffers.copy(shards)
+            copied = buffers.copy(shards, self.overlap)
         except BaseException:
             self._turns.give_back(buffers)
             raise
+        self._latest = buffers
         self._writer.save(job.path, partial(self._write, job, buffers, copied))
         self._writer.submit(partial(self._turns.give_back, buffers))
 
@@ -115,6 +124,7 @@ class ShardedSaves:
         Raises:
             ShardedSaveError: a save has failed.
         """
+        self.settle()
         self._writer.flush()
         if not self.agreed and (error := self._writer.take_error()) is not None:
             raise ShardedSaveError(str(error)) from error
@@ -154,7 +164,10 @@ class ShardedSaves:
         return self._writer.take_error()
 
     def settle(self) -> None:
-        """Weights are about to be written: a save has copied them, or has it queued before that."""
+        """Weights or optimizer state are about to be written: what is still read of them comes first."""
+        if self._latest is not None:
+            self._latest.settle()
+            self._latest = None  # behind it: one that is interrupted is not settled
 
     def count(self) -> None:
         """A save begins, or is left out: every rank takes part and knows."""
@@ -215,9 +228,8 @@ class ShardedSaves:
 
     def _write(self, job: _Job, buffers: Buffers, shards: dict[str, Any]) -> None:
         """In the thread: on all ranks in the same order, and with the same end."""
-        buffers.wait()
         try:
-            save(shards, storage_writer=_Folder(job), process_group=self._groups[0])
+            save(shards, storage_writer=_Folder(job, buffers), process_group=self._groups[0])
         except CheckpointException as error:  # which is the same on all ranks, and no Exception to Python
             failures = [failure for failure, _ in error.failures.values()]
             kind = OSError if all(isinstance(failure, OSError) for failure in failures) else RuntimeError
@@ -258,9 +270,16 @@ class _Job(NamedTuple):
 class _Folder(FileSystemWriter):
     """A checkpoint's folder, which is named when all ranks have written."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, buffers: Buffers) -> None:
         super().__init__(job.part, per_thread_copy_ahead=0)  # all of it is in host memory
         self.job = job
+        self.buffers = buffers
+
+    @override
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """On each rank. An error of one is raised on all ranks."""
+        self.buffers.wait()
+        return super().write_data(plan, planner)
 
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

@@ -19,6 +19,7 @@ from lightning_eff.functional.momentum_tail import has_momentum_tail, momentum_t
 from lightning_eff.structure.select import listed
 from lightning_eff.training.dtensor import reshard
 from lightning_eff.training.heat_map import HeatMap, Scale
+from lightning_eff.training.hooks import ReadsWeights, tell
 from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.optimizer_state import check_release_support, release_state, state_bytes
 from lightning_eff.training.trainable import set_trainable, trainable_by_name
@@ -157,6 +158,7 @@ class Intervals:
         """Take what was measured into the importance, and train other units."""
         reshard(self.trainer.lightning_module)
         if self.settings.momentum_step and (self.settings.first_momentum_step or not self.sampler.waiting):
+            tell(self.trainer, ReadsWeights)
             momentum_tail_(self.optimizer, [p for members in self.units.tensors(self.active) for p in members])
         # Equal on all ranks as far as the reduction of gradients is; what follows from it has to be equal.
         means: list[float] = self.trainer.strategy.broadcast(self.measured.means())

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_eff.arguments import check_count, check_flag, check_number
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import check_whole
+from lightning_eff.plugins.async_checkpoint.overlap import Overlap
 from lightning_eff.plugins.async_checkpoint.staging import Stager
 from lightning_eff.plugins.async_checkpoint.writer import Save, Writer, link, write_staged
 
@@ -63,8 +64,8 @@ class AsyncCheckpointIO(CheckpointIO):
         self.retries = retries
         self.retry_seconds = retry_seconds
         self.check_loads = check_loads
-        self.late: Callable[[], set[int]] = set
-        """Addresses of storages on a GPU that nobody writes before ``settle`` is called."""
+        self.overlap: Overlap | None = None
+        """What nobody writes before ``settle`` is called."""
         self.agreed = False
         """Whether somebody calls ``advance``, once a save, on every rank."""
         self._begin()
@@ -82,7 +83,7 @@ class AsyncCheckpointIO(CheckpointIO):
             raise TypeError("AsyncCheckpointIO takes no storage_options, as Lightning's TorchCheckpointIO")
         if not self.agreed:
             self._raise_error()
-        staged = self._stager.stage(checkpoint, self.late)
+        staged = self._stager.stage(checkpoint, self.overlap)
         self._writer.save(str(path), partial(write_staged, staged, str(path)))
         self._writer.submit(partial(self._stager.release, staged))
 
@@ -197,7 +198,7 @@ class AsyncCheckpointIO(CheckpointIO):
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
         own = ("_base", "_stager", "_writer", "_elsewhere", "_saves")
-        return {name: value for name, value in vars(self).items() if name not in own}
+        return {name: value for name, value in vars(self).items() if name not in own} | {"overlap": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

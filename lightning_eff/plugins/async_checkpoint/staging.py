@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import take_apart
-from lightning_eff.plugins.async_checkpoint.copies import copy_all
+from lightning_eff.plugins.async_checkpoint.copies import Copies
+from lightning_eff.plugins.async_checkpoint.overlap import Overlap
 
 BUFFERS = 2
 _ALIGNMENT = 64
 _PIECE = 16 * 1024 * 1024
-_LATE_DEVICES = {"cuda"}
-
-Late = Callable[[], set[int]]
 
 
 class Arena:
@@ -64,31 +62,12 @@ class Arena:
         return self._memory[begin : begin + size]
 
 
-class LateCopy:
-    """Copies on a stream of their own, while the stream of the training goes on."""
-
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.device = pairs[0][1].device
-        stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for copy, source in pairs:
-                copy.copy_(source, non_blocking=True)
-        self._event = stream.record_event()
-
-    def settle(self) -> None:
-        """What the training's stream does from now on comes behind the copies; nothing waits on the host."""
-        torch.cuda.current_stream(self.device).wait_event(self._event)
-
-    def wait(self) -> None:
-        """On the host, until the copies are there."""
-        self._event.synchronize()
-
-
 class Staged:
     """One checkpoint, copied or about to be; its arena is free again after `release`."""
 
-    def __init__(self, pickled: bytes, storages: Sequence[UntypedStorage], arena: Arena, late: Late) -> None:
+    def __init__(
+        self, pickled: bytes, storages: Sequence[UntypedStorage], arena: Arena, overlap: Overlap | None
+    ) -> None:
         self.pickled = pickled
         self.size = sum(storage.nbytes() for storage in storages)
         self._arena = arena
@@ -100,50 +79,28 @@ class Staged:
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         self._offsets = offsets
         arena.reserve(end, pinned=any(storage.device.type == "cuda" for storage in storages))
-        self._late: LateCopy | None = None
-        self._events: list[Any] = []
-        self._copy(late() if any(storage.device.type in _LATE_DEVICES for storage in storages) else set())
-
-    @torch.no_grad()
-    def _copy(self, late: set[int]) -> None:
-        later, pairs = [], []
-        devices = set()
-        with torch.inference_mode(False):
-            for storage, offset, size in zip(self._sources, self._offsets, self._sizes, strict=True):
-                if size == 0:
-                    continue
-                source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-                copy = self._arena.part(offset, size)
-                if storage.device.type in _LATE_DEVICES and storage.data_ptr() in late:
-                    later.append((copy, source))
-                    continue
-                # From a GPU behind the work so far, and before all that comes.
-                pairs.append((copy, source))
-                if storage.device.type == "cuda":
-                    devices.add(storage.device)
-            copy_all(pairs)
-        self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
-        if later:
-            self._late = LateCopy(later)
+        with torch.no_grad(), torch.inference_mode(False):
+            places = zip(storages, offsets, self._sizes, strict=True)
+            self._copies = Copies([(arena.part(at, size), _whole(of)) for of, at, size in places if size], overlap)
 
     def settle(self) -> None:
         """The weights may be written after this."""
-        if self._late is not None:
-            self._late.settle()
+        self._copies.settle()
 
     def wait(self) -> None:
         """Until all of it is copied."""
-        for event in self._events:
-            event.synchronize()
-        if self._late is not None:
-            self._late.wait()
+        self._copies.wait()
         self._sources = ()
 
     def contents(self) -> list[memoryview]:
-        """The bytes of each storage; waits until they are there."""
-        self.wait()
+        """The bytes of each storage; waits until they are there, and raises where they are not of one moment."""
+        self._copies.check()
         parts = zip(self._offsets, self._sizes, strict=True)
         return [memoryview(_bytes(self._arena, offset, size)) for offset, size in parts]
+
+
+def _whole(storage: UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _bytes(arena: Arena, offset: int, size: int) -> Any:
@@ -167,12 +124,12 @@ class Stager:
         """Whether a save would have to wait until an earlier one is written."""
         return len(self._in_use) >= self._buffers
 
-    def stage(self, checkpoint: Any, late: Late = set) -> Staged:
+    def stage(self, checkpoint: Any, overlap: Overlap | None = None) -> Staged:
         """Copy a checkpoint.
 
         Args:
             checkpoint: anything that can be pickled.
-            late: gives the addresses of storages on a GPU that are left alone until `settle`, and copied meanwhile.
+            overlap: what is left alone until `settle`, and copied meanwhile.
         """
         self.settle()
         pickled, storages = take_apart(checkpoint)
@@ -180,7 +137,7 @@ class Stager:
             self._wanted.set()
         arena = self._free.get()
         try:
-            self._latest = staged = Staged(pickled, storages, arena, late)
+            self._latest = staged = Staged(pickled, storages, arena, overlap)
         except BaseException:
             self._free.put(arena)
             raise
@@ -189,9 +146,9 @@ class Stager:
 
     def settle(self) -> None:
         """Weights and optimizer state are about to be written."""
-        latest, self._latest = self._latest, None
-        if latest is not None:
-            latest.settle()
+        if self._latest is not None:
+            self._latest.settle()
+            self._latest = None  # behind it: one that is interrupted is not settled
 
     def release(self, staged: Staged) -> None:
         """Its bytes are not needed any more; they may not even have come, if its file could not be opened."""

@@ -14,9 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_eff.arguments import check, check_flag, check_globs, check_text
+from lightning_eff.plugins.async_checkpoint.overlap import BATCH, Overlap, before_updates, owned_by, what_follows
 from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
 from lightning_eff.plugins.sharded_strategy import sharded_optimizer_state, sharded_weights
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
@@ -65,11 +67,12 @@ class FSDP2(_Base):
         self.forward_methods = list(forward_methods or ())
         self.exclude = list(exclude or ())
         self.reshard_after_forward = reshard_after_forward
-        self.sharded_saves = ShardedSaves(timeout)
+        self._own_saves = self.sharded_saves = ShardedSaves(timeout)
         """By what it saves, if it ``saves_later``."""
         self.saves_later = save_distributed_checkpoint and async_save
         self._whole: WholeWeights | None = None
         self._has_buffers = False
+        self._handle: RemovableHandle | None = None
         allow_absent_states(self)
 
     # --- the module -------------------------------------------------------------------------------------------------
@@ -102,6 +105,11 @@ class FSDP2(_Base):
         if self._whole is not None:
             self._whole.before_step = self._share_buffers
         self._has_buffers = any(True for _ in module.buffers())
+        self._own_saves.overlap = Overlap(
+            lambda: [*module.parameters(), *owned_by(self.optimizers)],
+            lambda: BATCH if what_follows(trainer) == BATCH else None,  # a strategy does not see an epoch's end
+        )
+        self._handle = self._handle or before_updates(lambda: self._settle(BATCH))
         lacks = not overrides(module, "configure_model")
         if lacks:  # Lightning asks for one
             module.configure_model = _nothing  # type: ignore[method-assign]
@@ -175,6 +183,19 @@ class FSDP2(_Base):
             self.sharded_saves.save(checkpoint, filepath)
 
     @override
+    def on_validation_start(self) -> None:
+        self._settle()
+
+    def before_weights_change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See ``hooks.ReadsWeights``."""
+        self._settle()
+
+    def _settle(self, *kinds: str) -> None:
+        self._own_saves.settle()
+        if self._own_saves.overlap is not None:
+            self._own_saves.overlap.time_is_over(*kinds)
+
+    @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
         if self.saves_later:
             self.sharded_saves.remove(filepath)
@@ -195,6 +216,9 @@ class FSDP2(_Base):
     @override
     def teardown(self) -> None:
         failing = sys.exc_info()[1]
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._own_saves.overlap = None
         try:
             self.sharded_saves.close()
         except ShardedSaveError as error:

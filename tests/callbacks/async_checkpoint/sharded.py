@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from harness.runs import fit, fsdp2, quiet_trainer, seed_everything
 from lightning_eff.callbacks import EMA, AsyncCheckpoint
 from lightning_eff.strategies import FSDP2Strategy
+from lightning_eff.training.dtensor import local
 from tests.callbacks.async_checkpoint.ranks import Memory, incomplete
+from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, copied, copy_late
+from tests.suite.runs import differences
 
 OPTIONS: dict[str, Any] = {"devices": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0, "accelerator": "cpu"}
 STRATEGIES = {
@@ -136,6 +141,72 @@ def resumed(folder: Path, strategy: str, name: str = "last.ckpt") -> dict[str, A
     module, memory = Sharded(), Memory()
     fit(module, memory, strategy=STRATEGIES[strategy](), max_steps=6, ckpt_path=folder / name, **OPTIONS)
     return {"losses": module.losses, "loaded": memory.loaded}
+
+
+class SaveAndKeep(L.Callback):
+    """Saves in one hook, and keeps this rank's shards of that moment."""
+
+    def __init__(self, folder: Path, hook: str) -> None:
+        self.folder = folder
+        self.expected: dict[str, Any] = {}
+        setattr(self, hook, self._save)
+
+    def _save(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        name = f"{len(self.expected)}.ckpt"
+        weights = trainer.strategy.lightning_module_state_dict()  # buffers are those of rank zero by now
+        optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
+        self.expected[name] = copied({"state_dict": weights, "optimizer_0": optimizer})
+        trainer.save_checkpoint(self.folder / name)
+
+
+class WritesWeights(L.Callback):
+    """As no optimizer does, and without a word."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step >= self.first:
+            with torch.no_grad():
+                module.net[0].weight += 1
+
+
+def of_the_moment(folder: Path, ours: bool, hook: str, manual: Any = False, writes: int = 99) -> dict[str, Any]:
+    """Which saves of a run do not hold its state of their moment, where all is copied as late as is allowed."""
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
+    with pytest.MonkeyPatch.context() as patch:
+        copy_late(patch)
+        seed_everything(1)
+        saver = SaveAndKeep(folder, hook)
+        ema = EMA(decay=0.5, validate_with="average", save="none")
+        callbacks = [WritesWeights(writes), saver, ema, *([AsyncCheckpoint()] if ours else [])]
+        error = None
+        try:
+            fit(
+                Model(manual), *callbacks, strategy=FSDP2Strategy(), max_epochs=2, max_steps=-1, val_check_interval=2,
+                **{**OPTIONS, "limit_val_batches": 2},
+            )  # fmt: skip
+        except RuntimeError as raised:
+            error = str(raised)
+        late = LatestCopy.made
+    wrong = []
+    written = sorted(name for name in os.listdir(folder) if name in saver.expected)
+    for name in written:
+        found = copied(saver.expected[name])
+        dcp.load(found, checkpoint_id=folder / name)
+        wrong += [f"{name}: {where}" for where in differences(shards(found), shards(saver.expected[name]))]
+    torch.distributed.barrier()
+    saves = len(saver.expected), len(written)
+    return {"error": error, "wrong": wrong, "saves": saves, "late": late}
+
+
+def shards(value: Any) -> Any:
+    """This rank's part of nested containers of DTensors."""
+    if isinstance(value, dict):
+        return {key: shards(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [shards(entry) for entry in value]
+    return local(value) if isinstance(value, torch.Tensor) else value
 
 
 def damaged(folder: Path) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +24,7 @@ from harness.runs import fit
 from lightning_eff.callbacks import EMA, Alarm, AsyncCheckpoint, CheckpointAveraging, Preemption, TrainingGuard, sound
 from lightning_eff.callbacks.async_checkpoint import AsyncCheckpoint as Same
 from lightning_eff.plugins import AsyncCheckpointIO
+from lightning_eff.plugins.async_checkpoint import copies
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 from lightning_eff.training import hooks
 from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, SaveInHook, copy_late
@@ -63,7 +67,8 @@ def test_a_save_in_any_hook_holds_the_state_of_that_moment(tmp_path, monkeypatch
         found = _load(tmp_path / name)
         found.pop("lightning_eff_rank_state", None)
         assert differences(found, expected) == []
-    assert LatestCopy.made == (len(saver.expected) if late else 0)
+    # All but the first save of a kind, which is looked at, and those behind which anybody may write.
+    assert LatestCopy.made == ({"on_train_batch_end": 9, "on_validation_end": 2}.get(hook, 0) if late else 0)
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -81,19 +86,110 @@ def test_a_rollback_waits_for_what_is_still_copied(tmp_path, monkeypatch, hook):
         assert differences(found["optimizer_states"], expected["optimizer_states"]) == []
 
 
-def test_whoever_does_not_say_that_he_writes_is_seen_by_these_tests(tmp_path, monkeypatch):
-    copy_late(monkeypatch)
+class Writes(L.Callback):
+    """Weights, as no optimizer does, and without a word."""
 
-    class Writes(L.Callback):
-        def on_train_batch_start(self, trainer, module, *_):
+    def __init__(self, first, data):
+        self.first, self.data = first, data
+
+    def on_train_batch_start(self, trainer, module, *_):
+        weight = module.net[0].weight
+        if trainer.global_step >= self.first:
             with torch.no_grad():
-                module.net[0].weight += 1
+                (weight.data if self.data else weight).add_(1)
 
+
+def _saved_and_expected(saver):
+    for name, expected in saver.expected.items():
+        if (saver.folder / name).exists():
+            yield name, *(saved["state_dict"]["net.0.weight"] for saved in (_load(saver.folder / name), expected))
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_what_others_write_behind_the_first_save_is_copied_at_once(tmp_path, monkeypatch, data):
+    copy_late(monkeypatch)
     saver = SaveInHook(tmp_path, "on_train_batch_end")
-    _fit(tmp_path, saver, Writes(), AsyncCheckpoint())
-    weights = [_load(tmp_path / name)["state_dict"]["net.0.weight"] for name in saver.expected]
-    expected = [saved["state_dict"]["net.0.weight"] for saved in saver.expected.values()]
-    assert not all(map(torch.equal, weights, expected))
+    _fit(tmp_path, saver, Writes(0, data), AsyncCheckpoint())
+    assert LatestCopy.made == 9  # of the rest
+    assert all(torch.equal(saved, expected) for _, saved, expected in _saved_and_expected(saver))
+
+
+def test_a_copy_that_somebody_wrote_into_is_no_checkpoint(tmp_path, monkeypatch):
+    copy_late(monkeypatch)
+    saver = SaveInHook(tmp_path, "on_train_batch_end")
+    with pytest.warns(match="3.ckpt could not be written: RuntimeError: 1 tensors .* before_weights_change"):
+        _fit(tmp_path, saver, Writes(3, data=False), AsyncCheckpoint(on_error="warn"))
+    found = list(_saved_and_expected(saver))
+    assert [name for name in saver.expected if name not in {name for name, *_ in found}] == ["3.ckpt"]
+    assert all(torch.equal(saved, expected) for _, saved, expected in found)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_rare_write_past_torchs_count_asks_for_copies_at_once(tmp_path, monkeypatch, overlap):
+    """And so these tests see whoever does not say that he writes."""
+    copy_late(monkeypatch)
+    saver = SaveInHook(tmp_path, "on_train_batch_end")
+    _fit(tmp_path, saver, Writes(3, data=True), AsyncCheckpoint(overlap=overlap))
+    assert all(torch.equal(saved, expected) for _, saved, expected in _saved_and_expected(saver)) != overlap
+
+
+class Large(Model):
+    """Weights of 9 MB and more, which are copied in pieces by a thread."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 1500), torch.nn.Linear(1500, 1500), torch.nn.Linear(1500, 1))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_step_waits_for_the_thread_that_copies(tmp_path, monkeypatch, slow):
+    copyto, by = np.copyto, []
+
+    def copy(target, source):
+        by.append(threading.current_thread().name)
+        if slow:
+            time.sleep(0.05)
+        copyto(target, source)
+
+    monkeypatch.setattr(copies, "_PIECE", 2**20)
+    monkeypatch.setattr(copies.numpy, "copyto", copy)
+    saver = SaveInHook(tmp_path, "on_train_batch_end")
+    _fit(tmp_path, saver, AsyncCheckpoint(), model=Large(), limit_val_batches=0, max_epochs=1)
+    for name, expected in saver.expected.items():
+        assert differences(_load(tmp_path / name)["state_dict"], expected["state_dict"]) == []
+        assert differences(_load(tmp_path / name)["optimizer_states"], expected["optimizer_states"]) == []
+    assert "checkpoint-copy" in by
+    assert not slow or "MainThread" in by[by.index("checkpoint-copy") :]  # it helps
+
+
+def test_an_interrupt_within_a_late_copy_leaves_no_checkpoint(tmp_path, monkeypatch):
+    pieces = iter([KeyboardInterrupt])
+    copyto, gate = np.copyto, threading.Event()
+
+    def copy(target, source):
+        if threading.current_thread().name == "checkpoint-copy":
+            gate.wait(10)
+        elif threading.current_thread() is threading.main_thread() and started and (error := next(pieces, None)):
+            gate.set()
+            raise error
+        copyto(target, source)
+
+    started = []
+    monkeypatch.setattr(copies.numpy, "copyto", copy)
+    monkeypatch.setattr(copies, "_PIECE", 2**20)
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+            if trainer.global_step == 2:
+                started.append(True)
+
+    warnings.simplefilter("ignore")  # pytest puts the filters back
+    callback = AsyncCheckpoint(on_error="warn")
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        _fit(tmp_path, Save(), callback, model=Large(), limit_val_batches=0, max_epochs=1)
+    assert (tmp_path / "1.ckpt").exists()
+    assert not (tmp_path / "2.ckpt").exists()
 
 
 def _files(folder):

@@ -23,6 +23,38 @@ def test_shards_are_saved_later_and_lightning_resumes_from_them(pool, tmp_path, 
     assert [each["loaded"] for each in resumed] == [3.0, 103.0]  # of each rank its own
 
 
+@pytest.mark.parametrize("ours", [False, True], ids=["strategy", "callback"])
+@pytest.mark.parametrize(
+    ("hook", "manual"),
+    [
+        ("on_train_batch_end", False),
+        ("on_train_batch_end", "raw"),
+        pytest.param("on_train_batch_end", True, marks=pytest.mark.slow),
+        ("on_validation_end", False),
+        pytest.param("on_train_epoch_end", False, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_copied_while_training_goes_on_is_of_the_moment_of_the_save(pool, tmp_path, ours, hook, manual):
+    for found in pool.run(sharded.of_the_moment, tmp_path, ours, hook, manual):
+        assert (found["error"], found["wrong"]) == (None, [])
+        assert found["saves"][0] == found["saves"][1] >= 2
+        # All but the first save of a kind, which is looked at, and those behind which anybody may write.
+        assert found["late"] == {"on_train_batch_end": 3, "on_validation_end": int(ours)}.get(hook, 0)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["strategy", "callback"])
+def test_weights_that_others_write_are_copied_at_once_and_a_copy_that_met_one_is_no_checkpoint(pool, tmp_path, ours):
+    for folder, writes in ((tmp_path / "first", 0), (tmp_path / "later", 3)):
+        for found in pool.run(sharded.of_the_moment, folder, ours, "on_train_batch_end", writes=writes):
+            assert found["wrong"] == []
+            assert found["late"] > 0
+            if writes == 0:
+                assert found["error"] is None
+            else:
+                assert "3.ckpt could not be written" in found["error"]
+                assert "before_weights_change" in found["error"]
+
+
 @pytest.mark.parametrize("on_error", ["raise", pytest.param("warn", marks=pytest.mark.slow)])
 def test_all_ranks_hear_of_an_error_of_one(pool, tmp_path, on_error):
     found = pool.run(sharded.run, tmp_path, "by hand", failures=3, on_error=on_error, last=None, steps=4)

@@ -13,6 +13,7 @@ from lightning_eff.strategies.fault_tolerant.logged_values import LoggedValues
 from lightning_eff.strategies.fault_tolerant.manual.events import Event, Leave, OtherPathError, name_of
 from lightning_eff.strategies.fault_tolerant.manual.gradients import NewGradients
 from lightning_eff.strategies.fault_tolerant.manual.snapshot import StepSnapshot
+from lightning_eff.training.hooks import ReadsWeights, tell
 from lightning_eff.training.logged import accumulators, set_accumulators
 from lightning_eff.training.run_parts import set_group_values
 
@@ -130,6 +131,8 @@ class Replay:
                 f"way: it has come to {name_of(kind)}, and before to {name_of(event.kind)}. Steps may not depend on "
                 "the batch, nor on what training_step remembers outside of the module's attributes"
             )
+        if event.parameters:
+            tell(self.trainer, ReadsWeights)
         for parameter, value in event.parameters:
             parameter.data.copy_(value)
         for parameter, gradient in event.gradients:

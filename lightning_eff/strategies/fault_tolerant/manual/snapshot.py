@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_eff.structure import clean_named_parameters
+from lightning_eff.training.hooks import ReadsWeights, tell
 from lightning_eff.training.logged import hook_in_hand, set_hook_in_hand
 from lightning_eff.training.random_state import host_random_state, set_host_random_state
 from lightning_eff.training.run_parts import (
@@ -63,6 +64,8 @@ class StepSnapshot:
         for part, buffers in self._buffers:
             part._buffers.clear()
             part._buffers.update(buffers)
+        if self._contents:
+            tell(self.trainer, ReadsWeights)
         for tensor, content in self._contents:
             tensor.data.copy_(content)
         for parameter, trained, gradient in self._parameters:
