@@ -220,6 +220,19 @@ def test_decoding_with_the_selected_rows_is_the_layer(dtype, pattern, d_ff, toke
     torch.testing.assert_close(SelectedChannels(layer)(x), layer(x).detach(), **close)
 
 
+@pytest.mark.parametrize(("pattern", "d_ff"), [("global", 24), ("2:8", 24), ("2:8", 21)])
+def test_decoding_reads_the_selected_rows_only(pattern, d_ff):
+    torch.manual_seed(0)
+    layer, x = MoCFeedForward(16, d_ff, pattern=pattern), torch.randn(1, 1, 16)
+    decoder, wanted = SelectedChannels(layer), layer(x).detach()
+    channels = select_channels((x @ layer.gate.weight.T).view(1, d_ff), layer.k, pattern)[1]
+    others = torch.ones(d_ff, dtype=torch.bool).index_fill(0, channels.flatten(), False)
+    assert 0 < others.sum() == d_ff - layer.k
+    for rows in (decoder.up, decoder.down):
+        rows[others] = float("nan")
+    torch.testing.assert_close(decoder(x), wanted)
+
+
 def test_decoding_under_autocast_is_in_the_dtype_of_the_weights():
     torch.manual_seed(0)
     layer = MoCFeedForward(16, 24)
