@@ -224,7 +224,7 @@ def _quality(ours: Sequence[str], others: Sequence[str], title: str) -> Any:
             labels.append(f"{arm} ({int(found[0]['parameters']) / 1e6:.2f} M)")
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(-0.6, len(labels) - 0.4)
-        axis.set(xlabel=f"validation loss after {int(found[0]['tokens']) / 1e6:.2f} M tokens, a point for each seed")
+        axis.set(xlabel=f"loss after {int(found[0]['tokens']) / 1e6:.2f} M tokens, a point for each seed")
         axis.set(title=title.format(size[0]))
     return figure
 
