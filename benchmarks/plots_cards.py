@@ -183,7 +183,8 @@ def hangs() -> Any:
 def kept_bytes() -> Any:
     """What a feed-forward network keeps for its backward pass, and what its step takes."""
     figure, axis = panels(height=2.6)
-    steps = {row["variant"]: float(row["over_dense"]) for row in rows("layers_steps")}
+    (width,) = {row["d_model"] for row in rows("layers_bytes")}  # steps have been measured at another one, too
+    steps = {row["variant"]: float(row["over_dense"]) for row in rows("layers_steps", d_model=width)}
     kept = {
         f"{row['variant']}: step {steps[row['variant']]:.2f}": float(row["over_dense"])
         for row in rows("layers_bytes", dtype="bfloat16")
@@ -213,28 +214,30 @@ def cache() -> Any:
 
 def _quality(ours: Sequence[str], others: Sequence[str], title: str) -> Any:
     """Losses of small GPTs, a point for each seed."""
-    figure, axis = panels(height=0.9 + 0.3 * len([*ours, *others]))
-    labels = []
-    for place, arm in enumerate([*others[::-1], *ours[::-1]]):
-        found = rows("layers_quality", size="1m", arm=arm)
-        losses = [float(row["val_loss"]) for row in found]
-        axis.plot(losses, [place] * len(losses), "o", color=OURS if arm in ours else OTHERS)
-        labels.append(f"{arm} ({int(found[0]['parameters']) / 1e6:.2f} M)")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(-0.6, len(labels) - 0.4)
-    axis.set(xlabel="validation loss after 0.33 M tokens, a point for each seed", title=title)
+    figure, axes = panels(2, width=5.5, height=0.9 + 0.3 * len([*ours, *others]))
+    for axis, size in zip(axes, ("1m", "4m"), strict=True):
+        labels = []
+        for place, arm in enumerate([*others[::-1], *ours[::-1]]):
+            found = rows("layers_quality", size=size, arm=arm)
+            losses = [float(row["val_loss"]) for row in found]
+            axis.plot(losses, [place] * len(losses), "o", color=OURS if arm in ours else OTHERS)
+            labels.append(f"{arm} ({int(found[0]['parameters']) / 1e6:.2f} M)")
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_ylim(-0.6, len(labels) - 0.4)
+        axis.set(xlabel=f"loss after {int(found[0]['tokens']) / 1e6:.2f} M tokens, a point for each seed")
+        axis.set(title=title.format(size[0]))
     return figure
 
 
 def replaced_layers() -> Any:
     """Small GPTs with other layers: parameters and loss."""
     ours = ["moc, K = d/2", "moc 2:8", "skipv1", "skipv1, gqa", "cr-net, r = h/4"]
-    return _quality(ours, ["dense", "gqa", "smaller dense"], "A 1 M GPT with its layers replaced")
+    return _quality(ours, ["dense", "gqa", "smaller dense"], "A {} M GPT with its layers replaced")
 
 
 def low_rank() -> Any:
     """CR-Net beside dense networks of more and of as many parameters."""
-    return _quality(["cr-net, r = h/4"], ["dense", "smaller dense"], "CR-Net beside dense networks")
+    return _quality(["cr-net, r = h/4"], ["dense", "smaller dense"], "CR-Net beside dense networks, {} M")
 
 
 def step_of_ddp_ft() -> Any:

@@ -56,23 +56,45 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
     """
     if pattern == "global":
         return _largest(gates, k)
-    tokens, d_ff = gates.shape
+    d_ff = gates.shape[1]
     whole = d_ff // _GROUP * _GROUP
-    first = torch.arange(0, whole, _GROUP, device=gates.device)
-    local = gates[:, :whole].reshape(tokens, len(first), _GROUP).topk(_OF_GROUP, dim=-1).indices
-    channels = (local + first[:, None]).view(tokens, 2 * len(first))
+    channels = _pairs(gates[:, :whole])
     if whole < d_ff:
         tail = gates[:, whole:].topk(min(_OF_GROUP, d_ff - whole), dim=-1).indices + whole
         channels = torch.cat([channels, tail], dim=-1)
     return gates.gather(-1, channels), channels
 
 
-def _largest(gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The largest of each row and where they are, in any order."""
+def _by_numpy(gates: Tensor) -> bool:
+    """numpy's selection has vector instructions. Torch's has none on a CPU, and takes much of the step there."""
     full = gates.dtype in (torch.float32, torch.float64) and gates.device.type == "cpu" and type(gates) is Tensor
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if full and not traced:
-        # numpy's selection has vector instructions. Torch's has none on a CPU, and takes much of the step there.
+    return full and not traced
+
+
+def _pairs(gates: Tensor) -> Tensor:
+    """Where the two largest of each eight neighbours are, in any order."""
+    tokens, groups = len(gates), gates.shape[1] // _GROUP
+    if _by_numpy(gates):
+        values = gates.detach().numpy().reshape(tokens, groups, _GROUP)
+        columns = np.ascontiguousarray(values.transpose(2, 0, 1))
+        first, second = np.maximum(columns[0], columns[1]), np.minimum(columns[0], columns[1])
+        for column in columns[2:]:
+            second = np.maximum(second, np.minimum(column, first))
+            first = np.maximum(first, column)
+        chosen = np.flatnonzero(values >= second[..., None])
+        # Of equal ones there are more, and what is no number is equal to nothing.
+        if len(chosen) == second.size * _OF_GROUP and not np.isnan(second).any():
+            rows = gates.shape[1] * np.arange(tokens)[:, None]
+            return torch.from_numpy(chosen.reshape(tokens, groups * _OF_GROUP) - rows)
+    local = gates.reshape(tokens, groups, _GROUP).topk(_OF_GROUP, dim=-1).indices
+    channels: Tensor = local + torch.arange(0, gates.shape[1], _GROUP, device=gates.device)[:, None]
+    return channels.view(tokens, groups * _OF_GROUP)
+
+
+def _largest(gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The largest of each row and where they are, in any order."""
+    if _by_numpy(gates):
         channels = torch.from_numpy(np.argpartition(gates.detach().numpy(), -k, axis=-1))[:, -k:].contiguous()
         return gates.gather(-1, channels), channels
     values, channels = gates.topk(k, dim=-1, sorted=False)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_eff.arguments import check, check_count, check_instance, check_number
 from lightning_eff.layers.cr_net import CRFirst, CRLinear
 from lightning_eff.layers.cr_stack import Connection
 from lightning_eff.layers.moc import MoCFeedForward
+from lightning_eff.layers.recognise import PLAIN, as_linear, sides, swiglu, value_heads, value_projection
 from lightning_eff.layers.skipv1 import FirstValue, Relay, SkippedValue
 from lightning_eff.layers.specs import CR, MoC, SkipV1
 from lightning_eff.structure import Block, BlockParts, clean_named_modules, find_block_parts, find_blocks
@@ -22,15 +21,6 @@ from lightning_eff.structure.select import listed, select
 from lightning_eff.structure.tree import replace_module, unwrap
 
 OURS = (MoCFeedForward, FirstValue, SkippedValue, CRFirst, CRLinear)
-
-VALUES = ("v_proj", "value", "v", "wv", "to_v", "v_lin", "value_proj", "v_linear")
-"""Last parts of a value projection's name. Shapes cannot tell it from the key's."""
-
-_HEAD_COUNTS = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")
-_ALL_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "heads")
-
-PLAIN: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
-"""Where and in what is drawn, whatever the defaults are where the model is built."""
 
 _SPECS: dict[str, Callable[..., Any]] = {"feed_forward": MoC, "attention": SkipV1, "linear": CR}
 
@@ -47,7 +37,8 @@ def replace_layers(
     """Replace layers of a model in place, before it is wrapped, sharded, or given to an optimizer.
 
     Blocks, attentions and feed-forward networks are found by shape (`lightning_eff.structure`). Weights that stay are
-    the same parameters; new ones are drawn from a generator of their own, equal on all ranks.
+    the same parameters, but those of GPT-2's ``Conv1D``, which are transposed; new ones are drawn from a generator of
+    their own, equal on all ranks.
 
     Args:
         model: any module.
@@ -195,20 +186,20 @@ def _feed_forwards(root: nn.Module, spec: MoC, plan: dict[str, Any], generator: 
 
 def _moc(module: nn.Module, spec: MoC, generator: torch.Generator) -> MoCFeedForward | str:
     """What takes the network's place, or why nothing can."""
-    linears = [each for each in module.modules() if isinstance(each, nn.Linear)]
+    layers = [each for each in module.modules() if isinstance(each, nn.Linear) or sides(each) is not None]
     matrices = [parameter for parameter in module.parameters() if parameter.ndim >= 2]
-    if len(linears) != len(matrices):
-        return "its matrices are not those of nn.Linear"
+    if len(layers) != len(matrices):
+        return "its matrices are not those of linear layers"
     if any(isinstance(each, nn.Dropout) and each.p > 0 for each in module.modules()):
         return "it has a dropout, which would be lost"
-    if len(linears) == 3:
-        ordered = _swiglu(module, linears)
+    if len(layers) == 3:
+        ordered = swiglu(module, [as_linear(each) for each in layers])
         return ordered if isinstance(ordered, str) else _from(spec, [each.weight for each in ordered], module)
-    if len(linears) != 2:
-        return f"it has {len(linears)} matrices"
+    if len(layers) != 2:
+        return f"it has {len(layers)} matrices"
     if not spec.new_weights:
         return "it has no gate, and its weights cannot be kept: new_weights=True makes new ones"
-    first, last = linears
+    first, last = (as_linear(each) for each in layers)
     width, channels = first.in_features, max(8, round(first.out_features * 2 / 24) * 8)
     if (last.in_features, last.out_features) != (first.out_features, width):
         return "its two matrices do not go up and down again"
@@ -238,111 +229,78 @@ def _from(spec: MoC, weights: Sequence[Tensor], module: nn.Module) -> MoCFeedFor
     return layer.train(module.training)
 
 
-def _swiglu(module: nn.Module, linears: list[nn.Linear]) -> list[nn.Linear] | str:
-    """Gate, up and down of a SwiGLU, told by what it computes with random weights, or why it is none."""
-    if any(linear.bias is not None for linear in linears):
-        return "it has biases"
-    down = [each for each in linears if sum(each.in_features == other.out_features for other in linears) >= 2]
-    wide = [each for each in linears if each not in down]
-    if len(down) != 1 or {each.weight.shape for each in wide} != {down[0].weight.T.shape}:
-        return "its three matrices are not those of a gated network"
-    generator = torch.Generator().manual_seed(0)
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    drawn = {names[id(each.weight)]: torch.randn(each.weight.shape, generator=generator, **PLAIN) for each in linears}
-    others = {name: torch.ones(p.shape, **PLAIN) for name, p in module.named_parameters() if name not in drawn}
-    x = torch.randn(2, 3, wide[0].in_features, generator=generator, **PLAIN)
-    x = x / x.norm(dim=-1, keepdim=True)
-    training = module.training
-    try:
-        with torch.no_grad():
-            y = functional_call(module.eval(), drawn | others, (x,))
-    except Exception as error:
-        return f"it cannot be called with one tensor ({type(error).__name__})"
-    finally:
-        module.train(training)
-    W = [drawn[names[id(each.weight)]] for each in (*wide, down[0])]
-    for order in ((0, 1), (1, 0)):
-        gate, up = (W[index] for index in order)
-        expected = (F.silu(x @ gate.T) * (x @ up.T)) @ W[2].T
-        if isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-3, atol=1e-3):
-            return [wide[order[0]], wide[order[1]], down[0]]
-    return "it does not compute down(silu(gate(x)) * up(x))"
-
-
 # --- attentions ------------------------------------------------------------------------------------------------------
+
+
+class _Values(NamedTuple):
+    """A value projection, or one that ends with the values."""
+
+    path: str
+    module: nn.Module
+    heads: int
+    width: int
 
 
 def _attentions(root: nn.Module, spec: SkipV1, plan: dict[str, Any]) -> None:
     left: dict[str, str] = {}
-    stacks: dict[str, list[tuple[str, nn.Linear, int]]] = {}
+    stacks: dict[str, list[_Values]] = {}
     modules = clean_named_modules(root)
-    for family, path, holder in _value_projections(root, spec, left):
-        stacks.setdefault(family, []).extend(_value(path, modules[path], modules[holder], spec, left))
+    for family, path, holder, width in _value_projections(root, spec, left):
+        stacks.setdefault(family, []).extend(_value(path, modules[path], modules[holder], width, spec, left))
     replaced = {}
     for found in stacks.values():
-        shapes = {(linear.in_features, linear.out_features, heads) for _, linear, heads in found}
+        shapes = {(sides(each.module), each.heads, each.width) for each in found}
         if len(found) < 2 or len(shapes) > 1:
-            left |= {path: "there are not two layers or more of equal value projections" for path, _, _ in found}
+            left |= {each.path: "there are not two layers or more of equal value projections" for each in found}
             continue
         relay = Relay()
-        for index, (path, linear, heads) in enumerate(found):
-            new = SkippedValue(linear, relay, heads, spec.mean) if index else FirstValue(linear, relay)
-            replace_module(root, path, new.train(linear.training))
+        for index, (path, module, heads, width) in enumerate(found):
+            linear = as_linear(module)
+            new = SkippedValue(linear, relay, heads, spec.mean, width) if index else FirstValue(linear, relay, width)
+            replace_module(root, path, new.train(module.training))
             replaced[path] = f"SkippedValue, {heads // 2} of {heads} heads of its own" if index else "FirstValue"
     _finish(plan, "attention", replaced, left)
 
 
-def _value_projections(root: nn.Module, spec: SkipV1, left: dict[str, str]) -> list[tuple[str, str, str]]:
-    """The stack that it belongs to, its path, and that of the attention, of each value projection."""
+def _value_projections(root: nn.Module, spec: SkipV1, left: dict[str, str]) -> list[tuple[str, str, str, int | None]]:
+    """The stack that it belongs to, its path, that of the attention, and its values, of each value projection."""
     blocks = find_blocks(root)
     if spec.value is not None:
         named = select([name for name in clean_named_modules(root) if name], spec.value, "value", "module")
         owners = {path: next((b.family for b in blocks if path.startswith(f"{b.name}.")), "") for path in named}
-        return [(family, path, path.rpartition(".")[0]) for path, family in owners.items()]
+        return [(family, path, path.rpartition(".")[0], None) for path, family in owners.items()]
     found = []
     for parts in _parts(root, "attention"):
         if len(parts.attention) != 1:
             left[parts.name] = f"it has {len(parts.attention)} attentions"
             continue
         ((path, module),) = parts.attention.items()
-        inside = [name for name in clean_named_modules(module) if name.rpartition(".")[2] in VALUES]
-        if len(inside) == 1:
-            found.append((parts.name.rpartition(".")[0], f"{path}.{inside[0]}", path))
+        inside = value_projection(module)
+        if inside is None:
+            left[path] = "no value projection is found in it, by itself or fused: name one with value=['*.name']"
         else:
-            left[path] = "no value projection of a usual name by itself is in it: name it with value=['*.name']"
+            found.append((parts.name.rpartition(".")[0], f"{path}.{inside[0]}", path, inside[1]))
     return found
 
 
 def _value(
-    path: str, module: nn.Module, attention: nn.Module, spec: SkipV1, left: dict[str, str]
-) -> list[tuple[str, nn.Linear, int]]:
-    if type(module) is not nn.Linear:
+    path: str, module: nn.Module, attention: nn.Module, width: int | None, spec: SkipV1, left: dict[str, str]
+) -> list[_Values]:
+    shape = sides(module)
+    if shape is None:
         left[path] = f"it is a {type(module).__name__} and no nn.Linear"
         return []
-    heads = _heads(attention, module.out_features, spec.head_dim)
+    width = width or shape[1]
+    heads = value_heads(attention, width, spec.head_dim)
     if heads is None:
         left[path] = "the number of its heads is not known: give head_dim"
     elif heads == 0 or (spec.head_dim is not None and heads % 2):
-        left[path] = (
-            f"head_dim={spec.head_dim} does not make an even number of heads of its {module.out_features} channels"
-        )
-    elif heads % 2 or module.out_features % heads:
+        left[path] = f"head_dim={spec.head_dim} does not make an even number of heads of its {width} channels"
+    elif heads % 2 or width % heads:
         left[path] = f"it has {heads} value head{'s' * (heads != 1)}, and half of them are wanted"
     else:
-        return [(path, module, heads)]
+        return [_Values(path, module, heads, width)]
     return []
-
-
-def _heads(attention: nn.Module, rows: int, head_dim: int | None) -> int | None:
-    """Value heads, from an argument, from attributes, or from those of a config."""
-    holders = [attention, getattr(attention, "config", None)]
-
-    def known(*names: str) -> int | None:
-        values = (getattr(holder, name, None) for holder in holders for name in names)
-        return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-    size = head_dim or known("head_dim")
-    return rows // size if size is not None else (known(*_HEAD_COUNTS) or known(*_ALL_HEADS))
 
 
 # --- projections -----------------------------------------------------------------------------------------------------
@@ -357,30 +315,31 @@ def _linears(root: nn.Module, spec: CR, plan: dict[str, Any], generator: torch.G
     left: dict[str, str] = {}
     for blocks in families.values():
         inside = [_projections(block, modules, left) for block in blocks]
-        shapes = [{name: linear.weight.shape for name, linear in found.items()} for found in inside]
+        shapes = [{name: sides(layer) for name, layer in found.items()} for found in inside]
         if len(blocks) < 2 or not shapes[0] or any(each != shapes[0] for each in shapes):
             left |= {block.name: "there are not two blocks or more of equal projections" for block in blocks}
             continue
         for index, (block, found) in enumerate(zip(blocks, inside, strict=True)):
-            for name, linear in found.items():
+            for name, layer in found.items():
+                linear = as_linear(layer)
                 new = _cr(linear, spec, generator) if index else CRFirst(linear)
                 path = f"{block.name}.{name}"
-                replace_module(root, path, new.train(linear.training))
+                replace_module(root, path, new.train(layer.training))
                 replaced[path] = f"CRLinear of rank {new.rank}" if isinstance(new, CRLinear) else "CRFirst"
         Connection([modules[block.name] for block in blocks], spec.recompute, spec.max_growth)
     _finish(plan, "linear", replaced, left)
 
 
-def _projections(block: Block, modules: dict[str, nn.Module], left: dict[str, str]) -> dict[str, nn.Linear]:
+def _projections(block: Block, modules: dict[str, nn.Module], left: dict[str, str]) -> dict[str, nn.Module]:
     """The linear layers of a block's attention and feed-forward network, by their path in it."""
     found = {}
     for matrix in block.matrices:
         path = matrix.name.removesuffix(".weight")
-        linear = modules.get(path)
+        layer = modules.get(path)
         if matrix.role == "other":
             left[path] = "it is neither of an attention nor of a feed-forward network"
-        elif isinstance(linear, nn.Linear) and type(linear) is nn.Linear:
-            found[path.removeprefix(f"{block.name}.")] = linear
+        elif layer is not None and sides(layer) is not None:
+            found[path.removeprefix(f"{block.name}.")] = layer
         else:
             left[path] = "its matrix is not an nn.Linear's"
     return found

@@ -180,6 +180,7 @@ class SkipV1Attention(nn.Module):
             if v1 is not None:
                 raise ValueError(f"v1 of shape {tuple(v1.shape)} is not allowed: it must be None in the first layer")
             value, v1 = value.split(half, dim=-1)
+            v1 = v1.contiguous()  # a pipeline sends nothing else
         expected = (batch, time, half)
         if v1 is None or v1.shape != expected:
             shape = None if v1 is None else tuple(v1.shape)
@@ -303,28 +304,31 @@ class FirstValue(Marked, nn.Linear):
     Args:
         linear: the value projection whose weights it takes.
         relay: shared with the :class:`SkippedValue` of the later layers.
+        width: how many of its last outputs are values, where queries and keys come before them; None: all.
 
     Raises:
         ValueError: an argument that is not allowed.
     """
 
-    def __init__(self, linear: nn.Linear, relay: Relay) -> None:
+    def __init__(self, linear: nn.Linear, relay: Relay, width: int | None = None) -> None:
         check_instance("linear", linear, nn.Linear, "an nn.Linear")
         check_instance("relay", relay, Relay, "a Relay")
+        check_count("width", width, most=linear.out_features, optional=True)
         take_weights(self, linear)
         self.relay = relay
+        self.width = width or self.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         value = F.linear(x, self.weight, self.bias)
-        self.relay.give(value[..., self.out_features // 2 :])
+        self.relay.give(value[..., self.out_features - self.width // 2 :])
         return value
 
 
 class SkippedValue(Marked, nn.Linear):
     """The value projection of a later layer: its own half of the heads, then the first layer's second half.
 
-    ``weight`` (and ``bias``) have half of the rows that they had; the output is as wide as it was.
+    ``weight`` (and ``bias``) have half of the values' rows that they had; the output is as wide as it was.
 
     Args:
         linear: the value projection that it takes the place of.
@@ -332,23 +336,28 @@ class SkippedValue(Marked, nn.Linear):
         heads: value heads, even.
         mean: own heads begin as the mean of each two consecutive heads, for a model that has been trained; else as
             the first half of the heads, which are as they were initialised.
+        width: how many of its last outputs are values, where queries and keys come before them; None: all.
 
     Raises:
         ValueError: an argument that is not allowed.
     """
 
-    def __init__(self, linear: nn.Linear, relay: Relay, heads: int, mean: bool = False) -> None:
+    def __init__(
+        self, linear: nn.Linear, relay: Relay, heads: int, mean: bool = False, width: int | None = None
+    ) -> None:
         check_instance("linear", linear, nn.Linear, "an nn.Linear")
         check_instance("relay", relay, Relay, "a Relay")
-        check_count("heads", heads, most=linear.out_features)
+        check_count("width", width, most=linear.out_features, optional=True)
+        width = width or linear.out_features
+        check_count("heads", heads, most=width)
         check_heads("heads", heads)
-        check("heads", heads, linear.out_features % heads == 0, f"a divisor of the width, {linear.out_features}")
+        check("heads", heads, width % heads == 0, f"a divisor of the width, {width}")
         check_flag("mean", mean)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.relay = relay
-        self.weight = _halved(linear.weight, heads, mean)
-        self.bias = None if linear.bias is None else _halved(linear.bias, heads, mean)  # type: ignore[assignment]
+        self.weight = _halved(linear.weight, heads, mean, width)
+        self.bias = None if linear.bias is None else _halved(linear.bias, heads, mean, width)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -356,7 +365,9 @@ class SkippedValue(Marked, nn.Linear):
         return torch.cat([own, self.relay.take(x).to(own.dtype)], dim=-1)
 
 
-def _halved(parameter: Tensor, heads: int, mean: bool) -> nn.Parameter:
-    rows = parameter.detach().reshape(heads // 2, 2, -1, *parameter.shape[1:])
+def _halved(parameter: Tensor, heads: int, mean: bool, width: int) -> nn.Parameter:
+    """With half of the heads in the last rows, the values'."""
+    others, values = parameter.detach()[:-width], parameter.detach()[-width:]
+    rows = values.reshape(heads // 2, 2, -1, *parameter.shape[1:])
     own = rows.mean(1) if mean else rows.flatten(0, 1)[: heads // 2]
-    return nn.Parameter(own.flatten(0, 1).clone(), requires_grad=parameter.requires_grad)
+    return nn.Parameter(torch.cat([others, own.flatten(0, 1)]), requires_grad=parameter.requires_grad)

@@ -48,8 +48,8 @@ class SkipV1:
     Args:
         mean: for a model that has been trained: a layer's own heads begin as the mean of each two consecutive heads;
             else as the first half of the heads.
-        value: patterns of the value projections' names, in place of ``v_proj``, ``value`` and the like within what is
-            found to be an attention.
+        value: patterns of the value projections' names, in place of what is found in an attention: ``v_proj``,
+            ``value`` and the like, or a projection that ends with all values behind the queries and keys.
         head_dim: channels of a value head; None: as the attention's attributes or its ``config`` say.
 
     Raises:

@@ -54,6 +54,14 @@ def _shape(path: str, owner: nn.Module, attribute: str, parameter: nn.Parameter)
     return Shape(path, parameter.shape[-2], parameter.shape[-1], directed=False)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """The ``Conv1D`` of Hugging Face's GPT-2: a linear layer whose weight is (in, out)."""
+    weight, bias, outputs = (getattr(module, name, None) for name in ("weight", "bias", "nf"))
+    if not (isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and isinstance(outputs, int)):
+        return False
+    return weight.ndim == 2 and weight.shape[1] == outputs == len(bias)
+
+
 def factored(path: str, module: nn.Module) -> dict[str, Shape]:
     """The modules that are one linear layer in two factors, by path, with the shape of the whole.
 

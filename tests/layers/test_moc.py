@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.memory import kept_bytes
-from lightning_eff.layers import MoCFeedForward, SelectedChannels, moc_feed_forward
+from lightning_eff.layers import MoCFeedForward, SelectedChannels, moc, moc_feed_forward
 from lightning_eff.layers.moc import SHORT, select_channels
 from lightning_eff.structure import find_blocks
 
@@ -220,6 +220,19 @@ def test_decoding_with_the_selected_rows_is_the_layer(dtype, pattern, d_ff, toke
     torch.testing.assert_close(SelectedChannels(layer)(x), layer(x).detach(), **close)
 
 
+@pytest.mark.parametrize(("pattern", "d_ff"), [("global", 24), ("2:8", 24), ("2:8", 21)])
+def test_decoding_reads_the_selected_rows_only(pattern, d_ff):
+    torch.manual_seed(0)
+    layer, x = MoCFeedForward(16, d_ff, pattern=pattern), torch.randn(1, 1, 16)
+    decoder, wanted = SelectedChannels(layer), layer(x).detach()
+    channels = select_channels((x @ layer.gate.weight.T).view(1, d_ff), layer.k, pattern)[1]
+    others = torch.ones(d_ff, dtype=torch.bool).index_fill(0, channels.flatten(), False)
+    assert 0 < others.sum() == d_ff - layer.k
+    for rows in (decoder.up, decoder.down):
+        rows[others] = float("nan")
+    torch.testing.assert_close(decoder(x), wanted)
+
+
 def test_decoding_under_autocast_is_in_the_dtype_of_the_weights():
     torch.manual_seed(0)
     layer = MoCFeedForward(16, 24)
@@ -228,6 +241,24 @@ def test_decoding_under_autocast_is_in_the_dtype_of_the_weights():
         y = SelectedChannels(layer)(x.bfloat16())
     assert y.dtype is torch.bfloat16
     torch.testing.assert_close(y, layer(x.bfloat16().float()).detach().bfloat16())
+
+
+def test_two_of_eight_are_those_of_topk_where_there_are_ties_too(monkeypatch):
+    torch.manual_seed(0)
+    plain, ties = torch.randn(40, 37), torch.randint(3, (40, 37)).float()
+    mixed = torch.cat([plain, ties])
+    mixed[3, 5], mixed[4, :8], mixed[60, 9:11] = float("nan"), float("-inf"), float("inf")
+    # One group that has too many and one that has none: together as many as there should be.
+    evened = torch.cat([torch.tensor([[1.0] * 4 + [0.0] * 4]), torch.full((1, 8), float("nan"))], dim=1)
+    for gates in (plain, ties, mixed, evened):
+        fast, where = select_channels(gates, 0, "2:8")
+        with monkeypatch.context() as patch:
+            patch.setattr(moc, "_by_numpy", lambda gates: False)
+            slow, _ = select_channels(gates, 0, "2:8")
+        torch.testing.assert_close(fast.sort().values, slow.sort().values, rtol=0, atol=0, equal_nan=True)
+        pairs = (where[:, : where.shape[1] - (gates.shape[1] % 8 > 0) * 2] // 8).sort().values
+        assert torch.equal(pairs, torch.arange(gates.shape[1] // 8).repeat_interleave(2).expand_as(pairs))
+        assert all(len(set(row.tolist())) == len(row) for row in where)
 
 
 def test_ties_and_values_that_are_no_numbers_select_as_many_as_any():

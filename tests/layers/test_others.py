@@ -35,6 +35,15 @@ def gradients(model: Any) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
+def decodes_with_its_own_cache(model: Any) -> None:
+    model.eval()
+    with torch.no_grad():
+        whole = model(input_ids=IDS, use_cache=False).logits
+        first = model(input_ids=IDS[:, :5], use_cache=True)
+        rest = model(input_ids=IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
 @pytest.mark.parametrize(
     "settings",
@@ -47,12 +56,7 @@ def test_it_trains_and_decodes_with_its_own_cache(settings: Any, name: str) -> N
     assert len(plan["replaced"]) == (21 if "linear" in settings else 3)
     assert not plan["left"]
     assert all(grad is not None for grad in gradients(model))
-    model.eval()
-    with torch.no_grad():
-        whole = model(input_ids=IDS, use_cache=False).logits
-        first = model(input_ids=IDS[:, :5], use_cache=True)
-        rest = model(input_ids=IDS[:, 5:], past_key_values=first.past_key_values, use_cache=True).logits
-    torch.testing.assert_close(rest, whole[:, 5:], rtol=1e-3, atol=1e-4)
+    decodes_with_its_own_cache(model)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2"])
@@ -74,11 +78,47 @@ def test_its_own_activation_checkpointing_gives_the_same_gradients(settings: Any
         torch.testing.assert_close(got, right)
 
 
-@pytest.mark.parametrize("settings", [{"feed_forward": MoC()}, {"attention": SkipV1()}, {"linear": CR()}], ids=str)
-def test_gpt2_whose_matrices_are_no_linear_layers_is_left_with_the_reason(settings: Any) -> None:
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(ValueError, match=r"nothing can be replaced: transformer\.h\.0"):
-        replace_layers(model, **settings)
+def gpt2(**dropouts: float) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropouts))
+
+
+@pytest.mark.parametrize(
+    ("settings", "replaced"),
+    [
+        ({"feed_forward": MoC(new_weights=True)}, 3),
+        ({"attention": SkipV1(mean=True)}, 3),
+        ({"linear": CR(rank=0.25, recompute=True)}, 12),
+    ],
+    ids=["moc", "skipv1", "cr"],
+)
+def test_gpt2_whose_weights_are_transposed_and_whose_values_are_fused(settings: Any, replaced: int) -> None:
+    model: Any = gpt2(resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+    plan = replace_layers(model, **settings)
+    assert len(plan["replaced"]) == replaced
+    assert not plan["left"]
+    assert all(grad is not None for grad in gradients(model))
+    decodes_with_its_own_cache(model)
+
+
+def test_gpt2_as_it_comes_has_dropouts_that_a_new_network_would_lose() -> None:
+    with pytest.raises(ValueError, match=r"transformer\.h\.0\.mlp \(it has a dropout, which would be lost\)"):
+        replace_layers(gpt2(), feed_forward=MoC(new_weights=True))
+    assert len(replace_layers(gpt2(), attention=SkipV1())["replaced"]) == 3
+
+
+def test_a_gpt2s_first_block_is_what_it_was_and_later_ones_begin_with_the_means_of_their_values() -> None:
+    model: Any = gpt2().eval()
+    x, blocks = torch.randn(2, 5, 32), model.transformer.h
+    with torch.no_grad():
+        before = [block.attn.c_attn(x) for block in blocks]
+        replace_layers(model, attention=SkipV1(mean=True))
+        torch.testing.assert_close(blocks[0].attn.c_attn(x), before[0])
+        queries_and_keys, values = before[2].split([64, 32], dim=-1)
+        own = values.unflatten(-1, (2, 2, 8)).mean(-2).flatten(-2)
+        wanted = torch.cat([queries_and_keys, own, before[0][..., 80:]], dim=-1)
+        torch.testing.assert_close(blocks[2].attn.c_attn(x), wanted)
 
 
 def vit(**arguments: Any) -> nn.Module:
@@ -89,8 +129,12 @@ def vit(**arguments: Any) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("settings", "replaced"),
-    [({"feed_forward": MoC(new_weights=True)}, 3), ({"linear": CR(rank=0.25, recompute=True)}, 12)],
-    ids=["moc", "cr"],
+    [
+        ({"feed_forward": MoC(new_weights=True)}, 3),
+        ({"attention": SkipV1()}, 3),
+        ({"linear": CR(rank=0.25, recompute=True)}, 12),
+    ],
+    ids=["moc", "skipv1", "cr"],
 )
 def test_a_vit_that_has_not_been_trained_gets_new_networks_or_projections_and_learns(
     settings: Any, replaced: int
@@ -115,7 +159,6 @@ def test_a_vit_that_has_not_been_trained_gets_new_networks_or_projections_and_le
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
-        ({}, {"attention": SkipV1()}, r"blocks\.0\.attn \(no value projection of a usual name by itself"),
         ({}, {"feed_forward": MoC()}, r"blocks\.0\.mlp \(it has no gate"),
         ({"mlp_layer": timm.layers.SwiGLU}, {"feed_forward": MoC()}, r"blocks\.0\.mlp \(it has biases"),
     ],

@@ -26,14 +26,15 @@ def gpt() -> GPT:
 class Gated(nn.Module):
     """A gated network whose names tell nothing, and whose order is not the usual one."""
 
-    def __init__(self, activation=F.silu, bias: bool = False, dropout: float = 0.0) -> None:
+    def __init__(self, activation=F.silu, bias: bool = False, dropout: float = 0.0, scale: bool = False) -> None:
         super().__init__()
+        self.scale = nn.Parameter(torch.ones(16)) if scale else 1.0
         self.one, self.two = nn.Linear(16, 40, bias=bias), nn.Linear(16, 40, bias=bias)
         self.three = nn.Linear(40, 16, bias=bias)
         self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.three(self.one(x) * self.activation(self.two(x))))
+        return self.scale * self.dropout(self.three(self.one(x) * self.activation(self.two(x))))
 
 
 def swiglu(**arguments) -> GPT:
@@ -68,6 +69,7 @@ def test_a_swiglu_keeps_its_weights_and_is_told_by_what_it_computes():
         ({"activation": F.gelu}, "it does not compute down"),
         ({"activation": torch.sigmoid}, "it does not compute down"),
         ({"bias": True}, "it has biases"),
+        ({"scale": True}, "it does not compute down"),  # which would be lost
         ({"dropout": 0.5}, "it has a dropout"),
     ],
 )
@@ -114,6 +116,119 @@ def test_uptraining_begins_with_the_mean_of_each_two_heads():
     assert torch.equal(model.blocks[0].attn.value.weight, values[0])
     for block, value in list(zip(model.blocks, values, strict=True))[1:]:
         assert torch.equal(block.attn.value.weight, value.view(2, 8, 16).mean(0))
+
+
+# --- what GPT-2 has: transposed weights, and queries, keys and values in one projection -------------------------------
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2 in `transformers`: its weight is (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(0.3 * torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Fused(nn.Module):
+    """An attention with queries, keys and values in one projection: each after the other, or head by head."""
+
+    def __init__(self, linear=Conv1D, head_by_head: bool = False) -> None:
+        super().__init__()
+        self.n_head, self.head_by_head = 2, head_by_head
+        self.c_attn = Conv1D(48, 16) if linear is Conv1D else nn.Linear(16, 48)
+        self.c_proj = Conv1D(16, 16) if linear is Conv1D else nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, *_) -> Tensor:
+        joined = self.c_attn(x)
+        if self.head_by_head:
+            q, k, v = joined.unflatten(-1, (2, 24)).transpose(1, 2).chunk(3, dim=-1)
+        else:
+            q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in joined.chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(-2))
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = Conv1D(64, 16), Conv1D(16, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+def gpt2(**arguments) -> GPT:
+    model = gpt()
+    for block in model.blocks:
+        block.attn, block.mlp = Fused(**arguments), Network()
+    return model
+
+
+def trains(model: GPT) -> None:
+    model.loss(tokens()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("linear", [Conv1D, nn.Linear])
+def test_a_fused_projection_keeps_queries_and_keys_and_half_of_its_values(linear):
+    model = gpt2(linear=linear)
+    before = copy.deepcopy(model)
+    plan = replace_layers(model, attention=SkipV1(mean=True))
+    assert plan["replaced"]["blocks.0.attn.c_attn"] == "FirstValue"
+    assert plan["replaced"]["blocks.2.attn.c_attn"] == "SkippedValue, 1 of 2 heads of its own"
+    x = torch.randn(2, 5, 16)
+    first, later = (model.blocks[index].attn.c_attn for index in (0, 1))
+    plain = [before.blocks[index].attn.c_attn(x) for index in (0, 1)]
+    torch.testing.assert_close(first(x), plain[0])
+    queries_and_keys, own, other = plain[1].split([32, 8, 8], dim=-1)
+    wanted = torch.cat([queries_and_keys, (own + other) / 2, plain[0][..., 40:]], dim=-1)
+    torch.testing.assert_close(later(x), wanted)
+    assert later.weight.shape == (40, 16)
+    trains(model)
+
+
+def test_a_projection_that_is_fused_head_by_head_is_left_with_the_reason():
+    with pytest.raises(ValueError, match="no value projection is found in it, by itself or fused"):
+        replace_layers(gpt2(head_by_head=True), attention=SkipV1())
+
+
+def test_what_tells_a_fused_projection_leaves_the_model_as_it_was():
+    model = gpt2()
+    model.blocks[1].attn.c_attn.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    for block in model.blocks:
+        del block.attn.n_head
+    with pytest.raises(ValueError, match="give head_dim"):
+        replace_layers(model, attention=SkipV1())
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_transposed_weights_become_low_rank_differences_and_those_of_the_first_block_stay():
+    model = gpt2()
+    x = torch.randn(2, 5, 16)
+    wanted = model.blocks[0](x, None, None)
+    plan = replace_layers(model, linear=CR(rank=0.25, recompute=True))
+    assert len(plan["replaced"]) == 3 * 4
+    assert not plan["left"]
+    torch.testing.assert_close(model.blocks[0](x, None, None), wanted)
+    assert model.blocks[1].attn.c_attn.b.bias is not None
+    trains(model)
+
+
+def test_a_network_of_transposed_weights_gets_new_ones():
+    model = gpt2()
+    replace_layers(model, feed_forward=MoC(new_weights=True))
+    assert isinstance(model.blocks[0].mlp, MoCFeedForward)
+    assert model.blocks[0].mlp.gate.weight.shape == (40, 16)
+    assert model.blocks[0].mlp.gate.weight.std().item() == pytest.approx(0.3, rel=0.15)
+    trains(model)
 
 
 def test_heads_come_from_attributes_a_config_or_the_argument():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import pipelining
 from torch.utils.checkpoint import checkpoint
 
 from examples.gpt.model import rotary_angles, rotate
@@ -104,6 +106,53 @@ def test_checkpointed_with_v1_as_an_argument_gradients_are_the_same():
     y.square().sum().backward()
     for parameter, right in zip(layers.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, right, rtol=1e-12, atol=1e-12)
+
+
+class Blocks(nn.Module):
+    """One block or several; the first layer's values come out where they come from."""
+
+    def __init__(self, *layers: SkipV1Attention) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, v1: Tensor | None = None) -> Any:
+        given = v1
+        for layer in self.layers:
+            y, given = layer(x, given)
+            x = x + y
+        return (x, given) if v1 is None else x
+
+
+def _gradients_of_shards() -> list[Tensor]:
+    blocks = nn.ModuleList(Blocks(layer) for layer in stack(4, 2, dtype=torch.float32))
+    for block in blocks:
+        torch.distributed.fsdp.fully_shard(block)
+    x, v1 = blocks[0](torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1)))
+    for block in blocks[1:]:
+        x = block(x, v1)
+    x.square().sum().backward()
+    return [parameter.grad.full_tensor() for parameter in blocks.parameters()]
+
+
+def _gradients_of_stages() -> list[Tensor]:
+    rank, layers = torch.distributed.get_rank(), stack(4, 2, dtype=torch.float32)
+    stage = Blocks(layers[0]) if rank == 0 else Blocks(*layers[1:])
+    pipe = pipelining.PipelineStage(stage, rank, 2, torch.device("cpu"))
+    schedule = pipelining.ScheduleGPipe(pipe, 2, loss_fn=lambda y, _: y.square().sum(), scale_grads=False)
+    x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+    schedule.step(x) if rank == 0 else schedule.step(target=x)
+    return [parameter.grad for parameter in stage.parameters()]
+
+
+@pytest.mark.slow
+def test_sharded_and_in_a_pipeline_gradients_are_the_same(pool):
+    layers = stack(4, 2, dtype=torch.float32)
+    run(layers, torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+    wanted = [parameter.grad for parameter in layers.parameters()]
+    stages = pool.run(_gradients_of_stages)
+    for got in (*pool.run(_gradients_of_shards), [*stages[0], *stages[1]]):
+        for mine, right in zip(got, wanted, strict=True):
+            torch.testing.assert_close(mine, right)
 
 
 def test_gradients_of_all_layers_meet_in_the_first_ones_values():

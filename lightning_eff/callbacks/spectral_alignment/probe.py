@@ -17,6 +17,7 @@ from lightning_eff.functional.spectral_alignment import leading_singular_pair
 from lightning_eff.kernels.alignment import AlignmentStats, alignment_stats
 from lightning_eff.structure import clean_named_modules, select_matrices
 from lightning_eff.structure.select import listed, select
+from lightning_eff.structure.weights import is_transposed
 
 FIRST_ITERATIONS = 16
 """Power iterations from a random vector; later ones begin with the last vector."""
@@ -195,20 +196,12 @@ def obstacle(layer: nn.Module) -> str | None:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | _ConvNd) or _is_transposed(module)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """The ``Conv1D`` of Hugging Face's GPT-2: a linear layer whose weight is (in, out)."""
-    weight, bias, outputs = (getattr(module, name, None) for name in ("weight", "bias", "nf"))
-    if not (isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and isinstance(outputs, int)):
-        return False
-    return weight.ndim == 2 and weight.shape[1] == outputs == len(bias)
+    return isinstance(module, nn.Linear | _ConvNd) or is_transposed(module)
 
 
 def _out_in(layer: nn.Module, weight: Tensor) -> Tensor:
     """The weight as (out, in)."""
-    return weight.T if _is_transposed(layer) else weight.flatten(1)
+    return weight.T if is_transposed(layer) else weight.flatten(1)
 
 
 def _flat(stats: AlignmentStats) -> Tensor:
