@@ -110,7 +110,7 @@ def test_an_unknown_command_is_refused_with_a_guess(run, capsys):
 def test_the_installed_script_and_the_module_are_the_same():
     script = Path(sys.executable).with_name("lightning-eff")
     for command in [[str(script)], [sys.executable, "-m", "lightning_eff"]]:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=150, check=True)
         assert done.stdout == f"lightning-eff {__version__}\n"
 
 
@@ -176,7 +176,7 @@ def test_a_model_in_the_current_directory_can_be_named(tmp_path):
     )
     script = Path(sys.executable).with_name("lightning-eff")
     command = [str(script), "fit", "--model=my_models.Mine", "--print_config"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=True)
     assert yaml.safe_load(done.stdout)["model"]["class_path"] == "my_models.Mine"
 
 
