@@ -33,7 +33,7 @@ def test_it_is_a_workflow(path):
         assert job.get("needs", name) in workflow["jobs"]
         for step in job["steps"]:
             assert ("uses" in step) != ("run" in step)
-            assert set(step) <= {"uses", "run", "with"}
+            assert set(step) <= {"uses", "run", "with", "env"}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -53,7 +53,7 @@ def test_actions_are_pinned_and_commands_are_targets(path):
 
 def test_ci_has_its_jobs_for_every_python_that_is_claimed():
     jobs = read(REPOSITORY / ".github" / "workflows" / "ci.yml")["jobs"]
-    assert set(jobs) == {"lint", "test", "tutorials", "package"}
+    assert set(jobs) == {"lint", "test", "tutorials", "docs", "package"}
     project = (REPOSITORY / "pyproject.toml").read_text()
     claimed = re.findall(r"Python :: (3\.\d+)", project)
     tested = jobs["test"]["strategy"]["matrix"]["include"]
@@ -61,6 +61,13 @@ def test_ci_has_its_jobs_for_every_python_that_is_claimed():
     assert f'requires-python = ">={claimed[0]}"' in project
     for target in {each["target"] for each in tested}:
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)
+
+
+def test_a_release_is_built_with_its_address():
+    (step,) = [step for step in steps_of(read(REPOSITORY / ".github" / "workflows" / "release.yml")) if "env" in step]
+    assert step["run"].startswith("make test-package")
+    assert step["env"] == {"PROJECT_URL": "${{ github.server_url }}/${{ github.repository }}"}
+    assert "PROJECT_URL" in (REPOSITORY / "hatch_build.py").read_text()
 
 
 def test_only_uploads_can_prove_who_they_are_and_people_stand_before_them():

@@ -78,9 +78,10 @@ class ZClip(Callback):
         log_details: also log ``zclip/mean``, ``zclip/std``, ``zclip/spikes`` and ``zclip/relearned``.
 
     Logs, at the Trainer's ``log_every_n_steps`` (``zclip/<i>/...`` with several optimizers): ``zclip/grad_norm`` and
-    ``zclip/grad_norm_clipped``, of that step; ``zclip/threshold``, above which that step was clipped (infinite in a
-    warm-up without a cap); ``zclip/z_score``; ``zclip/clipped``, the fraction of steps clipped since the last log;
-    ``zclip/skipped``, the number of steps with a non-finite norm so far.
+    ``zclip/grad_norm_clipped``, of that step; ``zclip/threshold``, above which that step was clipped (from the end of
+    the warm-up where ``max_grad_norm`` is None, else from the second step at the latest); ``zclip/z_score``, from the
+    end of the warm-up; ``zclip/clipped``, the fraction of steps clipped since the last log; ``zclip/skipped``, the
+    number of steps with a non-finite norm so far.
 
     With a fused optimizer, ``nonfinite="skip"`` and no GradScaler, clip and skip are folded into the optimizer's own
     kernel (``optimizer.grad_scale``, ``optimizer.found_inf``): ``parameter.grad`` is scaled in the step, not before.
@@ -133,6 +134,7 @@ class ZClip(Callback):
         self.nonfinite: NonFinite = nonfinite
         self.log_details = log_details
         self._states: list[ZClipState] = []
+        self._norms: list[int] = []  # that each of them has seen, at most: known without asking the device
         self._folded: dict[int, RemovableHandle] = {}  # optimizer's index -> the hook that ends the folding
         self._warned_of_cap = False
         self._stepped = False  # in this fit
@@ -187,6 +189,7 @@ class ZClip(Callback):
                     stacklevel=2,
                 )
             self._states = [ZClipState(self.config) for _ in optimizers]
+            self._norms = [0] * len(optimizers)
         self._unhook(trainer)  # a replica that takes a peer's state begins once more
         if self.nonfinite == "skip" and gradient_scaler(trainer.strategy) is None:
             for index, optimizer in enumerate(optimizers):
@@ -208,6 +211,7 @@ class ZClip(Callback):
         # Under a GradScaler non-finite gradients must stay: the scaler looks for them, skips and lowers its scale.
         zero = self.nonfinite == "zero" and scaler is None
         coefficient = zclip_update(norm, state, on_nonfinite=0.0 if zero else 1.0)
+        self._norms[index] += 1
         if index in self._folded:
             # 32-bit copies, because the kernel reads them as such.
             optimizer.grad_scale = coefficient.reciprocal().float()  # type: ignore[attr-defined]
@@ -241,11 +245,15 @@ class ZClip(Callback):
         values = {
             "grad_norm": state["norm"],
             "grad_norm_clipped": state["norm_clipped"],
-            "threshold": state["threshold"],
-            "z_score": state["z_score"],
             "clipped": state["recent_clipped"] / state["recent_steps"],
             "skipped": state["nonfinite"],
         }
+        # No curve of what there is not yet: a z-score needs the statistics, and a threshold that too, or a cap.
+        warm, cap = self._norms[index] > self.config.warmup_steps, self.config.max_grad_norm
+        if warm:
+            values["z_score"] = state["z_score"]
+        if warm or (cap is not None and (cap != "auto" or self._norms[index] > 1)):
+            values["threshold"] = state["threshold"]
         if self.log_details:
             values |= {"mean": state["mean"], "std": state["var"].sqrt()}
             values |= {"spikes": state["spikes"], "relearned": state["relearned"]}
@@ -307,18 +315,19 @@ class ZClip(Callback):
         self._states = [ZClipState(self.config) for _ in state_dict["optimizers"]]
         for state, saved in zip(self._states, state_dict["optimizers"], strict=True):
             state.load_state_dict(saved)
+        self._norms = [int(state["count"]) for state in self._states]  # on the host until the next norm
 
     def run_state(self) -> dict[str, Any]:
-        """The statistics by reference, and whether a step has been made in this fit."""
+        """The statistics by reference, and what is known of them on the host."""
         tensors = [{"values": s.values, "norms": s.norms, "since": s.since} for s in self._states]
-        return {"optimizers": tensors, "stepped": self._stepped}
+        return {"optimizers": tensors, "norms": list(self._norms), "stepped": self._stepped}
 
     def load_run_state(
         self, trainer: Trainer, pl_module: LightningModule, state: dict[str, Any], *, within_step: bool
     ) -> None:
         """Go on from it; the tensors move to the gradients' device at the next norm."""
         self._states = [ZClipState(self.config, **tensors) for tensors in state["optimizers"]]
-        self._stepped = state["stepped"]
+        self._norms, self._stepped = list(state["norms"]), state["stepped"]
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""

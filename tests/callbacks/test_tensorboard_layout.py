@@ -1,5 +1,6 @@
 import logging
 import re
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -12,8 +13,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from harness.runs import quiet_trainer
 from lightning_eff.callbacks import TensorBoardLayout
-from lightning_eff.callbacks.tensorboard_layout.charts import FLAT
+from lightning_eff.callbacks.tensorboard_layout.charts import FLAT, check_charts, draws
 from lightning_eff.callbacks.tensorboard_layout.listener import Listener
+from lightning_eff.strategies import ArcTopK, CompressedDDPStrategy
+from tests.suite.probe import Probe
+from tests.suite.table import ROWS
 
 TAG = "custom_scalars__config__"
 
@@ -358,3 +362,25 @@ def test_not_a_number_is_one_value(tmp_path):
     assert not listener.is_flat(chart)
     listener.leave()
     listener.logger.finalize("success")
+
+
+NOT_DRAWN = "|".join(
+    (
+        r"zclip/(mean|std|spikes|relearned)",  # of `log_details`
+        r"gradients/max_abs",
+        r"gradients/\w+/(max_abs|zeros|nonfinite)",  # by role, where the whole model's are drawn
+        r"grades/frozen_params",  # the share of them is
+        r"spectral_alignment/worst_layer",  # an index is no curve
+    )
+)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.tags and row.callback is not Probe], ids=lambda row: row.id)
+def test_what_a_callback_of_the_suite_logs_has_a_chart(row):
+    trainer = SimpleNamespace(optimizers=[None], strategy=CompressedDDPStrategy(ArcTopK()))
+    charts = row.build().tensorboard_charts(trainer)
+    check_charts(charts, row.id)
+    for tag in row.tags:
+        assert any(draws(chart, tag) for chart in charts.values()) != bool(re.fullmatch(NOT_DRAWN, tag)), tag
+    for kind, tags in charts.values():  # curves of one run look alike: one a chart, or a bundle of a pattern
+        assert kind != "Multiline" or len(tags) == 1

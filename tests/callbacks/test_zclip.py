@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
@@ -370,8 +371,46 @@ def test_bad_nonfinite():
         ZClip(nonfinite="nan")
 
 
+class Curves(CSVLogger):
+    """At which steps each number of ZClip was logged."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.steps = {}
+
+    def log_metrics(self, metrics, step=None):
+        for key in metrics:
+            self.steps.setdefault(key.removeprefix("zclip/"), []).append(step)
+
+
+@pytest.mark.parametrize(
+    ("cap", "threshold_from"), [(None, 4), ("auto", 1), (1e3, 0)], ids=["no cap", "auto", "a number"]
+)
+def test_what_there_is_not_yet_has_no_curve(cap, threshold_from, tmp_path):
+    """The z-score of a warm-up, which is 0, and a threshold that is infinite."""
+    zclip, logger = ZClip(warmup_steps=4, max_grad_norm=cap), Curves(tmp_path)
+    fit(Model(), zclip, logger=logger, log_every_n_steps=1, max_steps=8)
+    assert logger.steps["z_score"] == [4, 5, 6, 7]
+    assert logger.steps["threshold"] == list(range(threshold_from, 8))
+    assert logger.steps["grad_norm"] == list(range(8))
+
+
+def test_the_curves_of_a_run_that_is_gone_on_from_begin_where_its_warm_up_ends(tmp_path):
+    saved, state = ZClip(warmup_steps=4), {}
+    fit(Model(), saved, max_steps=3)
+    for name, back in (("checkpoint", saved.state_dict()), ("rollback", saved.run_state())):
+        zclip, logger = ZClip(warmup_steps=4), Curves(tmp_path)
+        if name == "checkpoint":
+            zclip.load_state_dict(back)
+        else:
+            zclip.load_run_state(None, None, back, within_step=False)
+        fit(Model(), zclip, logger=logger, log_every_n_steps=1, max_steps=4)
+        state[name] = logger.steps["z_score"]
+    assert state == {"checkpoint": [1, 2, 3], "rollback": [1, 2, 3]}
+
+
 def test_charts_are_of_tags_that_are_logged():
-    zclip = ZClip(max_grad_norm=None)
+    zclip = ZClip(max_grad_norm=None, warmup_steps=1)
     trainer = fit(Model(), zclip, max_steps=2)
     tags = [tag for _, tags in zclip.tensorboard_charts(trainer).values() for tag in tags]
     assert set(tags) == {key for key in trainer.callback_metrics if key.startswith("zclip/")}

@@ -21,7 +21,7 @@ importlib.metadata.Distribution.from_name = from_name
 def run_without(modules, code, cwd):
     """Run Python code in a process of its own that lacks these packages: its exit status, stdout and stderr."""
     program = _WITHOUT.format(names=list(modules)) + code
-    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=150)
     # PyTorch 2.11 notes that it has found no Triton.
     err = "".join(line for line in done.stderr.splitlines(keepends=True) if "torch/utils/flop_counter.py" not in line)
     return done.returncode, done.stdout, err

@@ -9,7 +9,6 @@ import torch
 
 from lightning_eff import __version__, kernels
 from lightning_eff.cli import environment, main
-from tests.cli import run_without
 
 
 @pytest.fixture
@@ -221,15 +220,3 @@ def test_a_target_that_does_not_exist_is_refused_with_those_that_do(doctor, caps
     with pytest.raises(SystemExit, match="2"):
         doctor("--compile", "cuda:99")
     assert "cuda:99 is no target. Did you mean `cuda:90`? There are cuda:75, cuda:80" in capsys.readouterr().err
-
-
-def test_without_the_extras_it_still_reports_in_plain_text(tmp_path):
-    extras = ["triton", "torchft", "tensorboard", "jsonargparse", "docstring_parser", "rich"]
-    code = "from lightning_eff.cli import main; sys.exit(main(['doctor']))"
-    status, out, err = run_without(extras, code, tmp_path)
-    assert (status, err) == (0, "")
-    assert out.isascii()
-    (rich,) = [line.split() for line in out.splitlines() if line.startswith("rich ")]
-    assert rich[:4] == ["rich", "-", ">=13", "missing"]
-    assert "To get jsonargparse, rich: pip install 'lightning-eff[cli]'" in out
-    assert out.endswith("Everything that is required is there.\n")

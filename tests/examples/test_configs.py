@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import examples.digits  # noqa: F401  (scikit-learn sets environment variables as it is imported)
 from harness.leaks import REPOSITORY
 from lightning_eff.cli import main
 
 CONFIGS = sorted(path for path in (REPOSITORY / "examples").rglob("*.yaml") if path.parent.name != "clusters")
+
+OF_THEIR_OWN = ("arc_topk", "fault_tolerant", "fsdp2")
+"""Those whose run takes processes, which are started in `make test-all` alone."""
 
 SHORT = """
     --trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 2 --trainer.log_every_n_steps 1
@@ -46,7 +50,7 @@ def short(config: Path, folder: Path) -> list[str]:
 @pytest.mark.needs("jsonargparse")
 @pytest.mark.parametrize(
     "config",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "arc_topk")) for path in CONFIGS],
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in OF_THEIR_OWN)) for path in CONFIGS],
 )
 @pytest.mark.timeout(240)
 @pytest.mark.filterwarnings("ignore:SpectralAlignmentMonitor")  # two steps are too few for it, as it says
@@ -61,7 +65,7 @@ def test_the_printed_command_runs(config, tmp_path, monkeypatch):
         line = [sys.executable, "-m", "lightning_eff", *words, *short(config, tmp_path), *checkpoints]
         done = subprocess.run(line, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    elif config.stem in ("arc_topk", "fsdp2"):  # which make a process group
+    elif config.stem in OF_THEIR_OWN:  # which make a process group
         line = [sys.executable, "-m", "lightning_eff", *words, *short(config, tmp_path)]
         done = subprocess.run(line, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -71,3 +75,25 @@ def test_the_printed_command_runs(config, tmp_path, monkeypatch):
         assert main() == 0
     # A curve with a colour of its own is a folder of its own.
     assert any(b"train_loss" in events.read_bytes() for events in tmp_path.glob("**/events.out.tfevents.*"))
+
+
+@pytest.mark.needs("jsonargparse")
+@pytest.mark.parametrize("stem", OF_THEIR_OWN)
+def test_one_that_takes_processes_is_read(stem, tmp_path, monkeypatch, capsys):
+    """Every key of it, every class and every argument, as its command would read it."""
+    if stem == "fault_tolerant":
+        pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
+    (config,) = [path for path in CONFIGS if path.stem == stem]
+    words = command(config)
+    words = words[words.index("fit") :]  # behind `launch ... -m lightning_eff`
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["lightning-eff", *words, *short(config, tmp_path), "--print_config"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    read, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(config.read_text())
+    found, wanted = read["trainer"]["strategy"], written["trainer"]["strategy"]
+    assert found["class_path"].rpartition(".")[2] == wanted["class_path"].rpartition(".")[2]
+    for name, value in wanted["init_args"].items():
+        assert name == "compressor" or found["init_args"][name] == value

@@ -156,6 +156,10 @@ def _misa_tags() -> tuple[str, ...]:
     return tuple(f"misa/{name}" for name in ("active", "trainable", "used", "effective", "optimizer_bytes"))
 
 
+def _later(tags: tuple[str, ...], *names: str) -> tuple[str, ...]:
+    return tuple(tag for tag in tags if tag.rpartition("/")[2] in names)
+
+
 _ZCLIP = {"warmup_steps": 4, "z_thresh": 1.5, "alpha": 0.9}
 
 _GUARD_TAGS = tuple(f"training_guard/{name}" for name in ("alarms", "rollbacks", "undone_steps", "lr_factor"))
@@ -200,6 +204,7 @@ ROWS = (
         crash_steps=(2, 7),  # in the warm-up, and after it between two spikes
         tags=_zclip_tags("zclip"),
         tags_two_optimizers=_zclip_tags("zclip/0") + _zclip_tags("zclip/1"),
+        tags_later=_later(_zclip_tags("zclip") + _zclip_tags("zclip/0") + _zclip_tags("zclip/1"), "z_score"),
         bad_arguments=(
             {"alpha": 1.0},
             {"alpha": -0.1},
@@ -224,6 +229,7 @@ ROWS = (
         name="ZClip-skip",
         crash_steps=(6,),
         tags=(*_zclip_tags("zclip"), "zclip/mean", "zclip/std", "zclip/spikes", "zclip/relearned"),
+        tags_later=_later(_zclip_tags("zclip"), "z_score", "threshold"),
         exceptions={
             "waits_for_nothing": "without a fused optimizer an exact skip takes one read of the norm a step",
             "survives_overflow": "it warns that the setting has no effect under a GradScaler",
@@ -233,6 +239,7 @@ ROWS = (
         ZClip,
         {**_ZCLIP, "max_grad_norm": 1e3},
         name="ZClip-fixed-cap",
+        tags_later=_later(_zclip_tags("zclip"), "z_score"),
         syncs_per_log=8,  # six tags, and two to see whether the cap hides the statistics
         crash_steps=(2,),
         slow=True,

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from harness import REPOSITORY
 from harness.runs import quiet_trainer
 from tests.suite.device import OneCard, accelerator
 from tests.suite.models import Net
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_without_a_gpu_the_option_says_so():
-    command = [sys.executable, "-m", "pytest", "--device", "cuda", "tests/suite/test_device.py"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "--device cuda: torch finds no CUDA or HIP device here" in run.stderr
+def test_without_a_gpu_the_option_says_so(pytestconfig):
+    plugin = pytestconfig.pluginmanager.get_plugin(str(REPOSITORY / "conftest.py"))
+    with pytest.raises(pytest.UsageError, match="--device cuda: torch finds no CUDA or HIP device here"):
+        plugin.pytest_configure(SimpleNamespace(getoption={"--device": "cuda"}.get))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

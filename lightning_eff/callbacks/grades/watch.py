@@ -195,7 +195,8 @@ class UnitWatch:
             **{f"frozen_{role}": float(frozen[role]) for role in roles},
         }
         if each:
-            metric = self._state["metric"].float()
+            # NaN before a matrix was observed: no curve of what there is not yet.
+            metric = torch.where(self._state["count"] > 0, self._state["metric"].float(), torch.nan)
             for unit, name in enumerate(self.units.names):
                 values[f"metric/{name}"] = metric[unit]
                 values[f"metric_per_element/{name}"] = metric[unit] / self._elements[unit]

@@ -148,8 +148,11 @@ class Intervals:
         if device.type == "cuda":
             values["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
         if self.settings.log_details:
-            for name, value, probability in zip(units.names, sampler.importance, p, strict=True):
-                values |= {f"importance/{name}": value, f"probability/{name}": probability}
+            turned = (sampler.turns > 0).tolist()  # on the host
+            for name, value, probability, known in zip(units.names, sampler.importance, p, turned, strict=True):
+                values |= {f"probability/{name}": probability}
+                if known:  # no curve of what there is not yet
+                    values[f"importance/{name}"] = value
         return values
 
     # --- the end of an interval -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_eff.arguments import check_choice, check_count, check_flag, check_number, check_text
 from lightning_eff.callbacks.run_health.collector import Collector
 from lightning_eff.callbacks.run_health.connections import Connections
+from lightning_eff.callbacks.run_health.dashboard import charts, numbers
 from lightning_eff.callbacks.run_health.device_times import DeviceTimes
 from lightning_eff.callbacks.run_health.exchange import Exchange, Numbers
 from lightning_eff.callbacks.run_health.limits import Limits
@@ -262,7 +263,7 @@ class RunHealth(Callback):
         if self._stepped:
             self._collector.step(self._count + 1)
         if self._window is not None and logs_now(trainer):
-            log_values(pl_module, "run_health", self._values(self._window))
+            log_values(pl_module, "run_health", numbers(self._window, self.times() if self.log_details else {}))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -369,8 +370,7 @@ class RunHealth(Callback):
         if finding.rank is None:
             return f"no rank is slower than the others, and all wait longer than they used to, by {share}: the network"
         host = self._connections.peers[finding.rank].host if self._connections is not None else "?"
-        callbacks = callbacks_of(trainer)
-        what = finding.phase
+        callbacks, what = callbacks_of(trainer), finding.phase
         if finding.callback is not None and 0 <= finding.callback < len(callbacks):
             what = f"callbacks, mostly {type(callbacks[finding.callback]).__name__}"
         why = " by what other work has of its cores" if finding.crowded else ""
@@ -391,9 +391,9 @@ class RunHealth(Callback):
                 rank_zero_warn(f"RunHealth: {message}")
         self._weights_differ = bool(ranks)
 
-    def _values(self, window: Window) -> dict[str, float]:
-        details = self.times() if self.log_details else {}
-        return window.values() | {f"seconds/{name}": seconds for name, (seconds, _) in details.items()}
+    def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
+        """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
+        return charts(self.log_details)
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = {"_phases": Phases(), "_exchange": Exchange(), "_connections": None, "_watchdog": None}

@@ -66,6 +66,16 @@ class ReplicaLog(Callback):
         for writer in tensorboards(trainer):
             writer.add_text("ft/events", text, step)
 
+    def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
+        """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""
+        words = {
+            "replicas that take part": "participants",
+            "steps that were made again": "aborted_steps",
+            "shards that are taken over": "takeover_shards",
+            "from a loss to the next step (seconds)": "recovery_seconds",
+        }
+        return {title: ["Multiline", [f"ft/{name}"]] for title, name in words.items()}
+
     # Not `state_dict`: a resume restores callbacks before the strategy can add this one, and would warn of it.
 
     def held(self) -> dict[str, Any]:

@@ -463,6 +463,9 @@ def test_logs_of_every_module_and_heat_maps(tmp_path):
     assert [event.value for event in events.Scalars("misa/used")][-1] == 1.0
     last = [events.Scalars(f"misa/probability/{name}")[-1].value for name in MATRICES]
     assert sum(last) == pytest.approx(1.0, abs=1e-5)
+    curves = [[event.value for event in events.Scalars(f"misa/importance/{name}")] for name in MATRICES]
+    assert all(min(curve) > 0 for curve in curves)  # none is drawn, as 0, before its matrix had its first turn
+    assert len({len(curve) for curve in curves}) > 1
 
 
 def test_charts_are_of_tags_that_are_logged():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,6 +23,7 @@ from harness.runs import fit
 from lightning_eff.callbacks import RunHealth
 from lightning_eff.callbacks.run_health.delay import Delay
 from lightning_eff.callbacks.run_health.phases import BACKWARD, FORWARD, OTHER, PHASES, WAITING, Phases
+from lightning_eff.callbacks.tensorboard_layout.charts import draws
 
 SLEEP = 0.02
 
@@ -89,6 +93,26 @@ def test_every_phase_has_what_it_took(manual):
     assert health.times()["callbacks/Slow"][0] >= 2 * SLEEP
     assert times["waiting"] < SLEEP
     assert times["validation"] == times["saving"] == 0
+
+
+def test_what_it_logs_begins_with_the_first_window_and_has_one_chart(tmp_path):
+    health = RunHealth(every_n_steps=3, hang_seconds=None, log_details=True)
+    logger = CSVLogger(tmp_path)
+    fit(Sleepy(), health, Slow(), logger=logger, log_every_n_steps=1, max_steps=8, limit_val_batches=0)
+    (path,) = tmp_path.rglob("metrics.csv")
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("run_health/waiting")]
+    # The window of three steps is read two steps later, at the start of the sixth batch.
+    assert [int(row["step"]) for row in rows] == [5, 6, 7]
+    logged = {name: float(value) for name, value in rows[0].items() if name.startswith("run_health/")}
+    assert not [name for name, value in logged.items() if math.isnan(value)]
+    assert {"run_health/step_seconds", "run_health/seconds/forward", "run_health/seconds/callbacks/Slow"} <= set(logged)
+    charts = health.tensorboard_charts(None)
+    for name in logged:
+        assert sum(draws(chart, name) for chart in charts.values()) == 1, name
+    for title, chart in charts.items():
+        assert any(draws(chart, name) for name in logged), title
+    assert len(RunHealth().tensorboard_charts(None)) == 4
 
 
 def test_no_moment_is_counted_twice_or_left_out(tmp_path):

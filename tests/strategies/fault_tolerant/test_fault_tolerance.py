@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from harness import REPOSITORY
+from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
 from tests.strategies.fault_tolerant.replica_checks import REAL, STEPS, assert_same_run, check, killed, run_on_loopback
 from tests.strategies.fault_tolerant.replica_runs import Fault, Lighthouse, Outcome, Server, run
 
@@ -109,7 +110,11 @@ def test_the_writer_killed_while_it_saves(server: Server, undisturbed: Outcome, 
     for name in names:
         assert "state_dict" in torch.load(folder / name, weights_only=True)
     with next(tmp_path.glob("csv/**/metrics.csv")).open() as file:
-        logged = [int(row["ft/committed"].split(".")[0]) for row in csv.DictReader(file) if row.get("ft/committed")]
+        rows = csv.DictReader(file)
+        logged = [int(row["ft/committed"].split(".")[0]) for row in rows if row.get("ft/committed")]
+        tags = {name for name in rows.fieldnames or () if name.startswith("ft/")}
+    drawn = {tag for _, chart in ReplicaLog(None, shrinks=False).tensorboard_charts(None).values() for tag in chart}
+    assert drawn == tags - {"ft/committed"}
     assert logged == list(range(1, STEPS + 1))
     assert len(list(tmp_path.glob("csv/**/metrics.csv"))) == 1
     assert len({path.parent for path in tmp_path.glob("tensorboard/**/events*")}) == 1
