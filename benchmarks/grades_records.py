@@ -1,7 +1,7 @@
 """Runs that are long enough to settle, small enough for a minute, for rules of GradES to be tried on.
 
 A byte GPT, a ViT and a CNN at decaying and constant rates, and a GPT that is tuned: all parameters or LoRA pairs, on
-more text or over thirty epochs of less, or to tell packages of the standard library apart.
+more text or over twenty epochs of less, or to tell packages of the standard library apart.
 `record` trains one of them plainly and keeps, at every tenth step, what a rule could ask of each matrix, and the
 weights at every fiftieth of the run: what a rule would have frozen can be put together from these afterwards.
 """
@@ -107,16 +107,16 @@ def _digits() -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
-def _text(folder: Path, most: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def _text(folder: Path, most: int | None = None, held_out: int = 512) -> tuple[list[Tensor], list[Tensor]]:
     text = read_bytes(find_files(folder, "*.py"))
     lines = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1).long()
-    return _parts([lines[:most]], 512)
+    return _parts([lines[:most]], held_out)
 
 
 TORCH, EMAIL = Path(torch.__file__).parent / "nn" / "modules", Path(email.__file__).parent
 LIBRARY, LOGS = EMAIL.parent, Path("logs") / "benchmarks"
 PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
-SNIPPETS = (300, 128)  # of a package, to train on and held out
+SNIPPETS = (150, 64)  # of a package, to train on and held out
 
 
 def _snippets() -> tuple[list[Tensor], list[Tensor]]:
@@ -153,12 +153,12 @@ def _pretrained() -> GPT:
     return net
 
 
-def _tuned(schedule: str, steps: int, lora: bool, most: int | None = None) -> Settling:
-    """On the sources of ``email``, or on so many lines of them with those that are held out."""
+def _tuned(schedule: str, steps: int, lora: bool, **part: int) -> Settling:
+    """On the sources of ``email``, or a part of them."""
     net = _pretrained()
     if lora:
         add_lora(net)
-    data, held_out = _text(EMAIL, most)
+    data, held_out = _text(EMAIL, **part)
     return Settling(net, data, held_out, _next_byte, schedule, steps, _adamw(3e-3 if lora else 1e-3))
 
 
@@ -190,8 +190,8 @@ RUNS: dict[str, tuple[Callable[[str, int], Settling], str, int]] = {
     "ViT, constant": (lambda *how: Settling(ViT(), *_digits(), _classify, *how, _adamw(1e-3)), "constant", 2400),
     "CNN, cosine": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "cosine", 2400),
     "CNN, constant": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "constant", 2400),
-    "LoRA, 30 epochs, cosine": (lambda *how: _tuned(*how, lora=True, most=1536), "cosine", 1920),
-    "text classifier, cosine": (_classifier, "cosine", 1800),
+    "LoRA, 20 epochs, cosine": (lambda *how: _tuned(*how, lora=True, most=768, held_out=256), "cosine", 640),
+    "text classifier, cosine": (_classifier, "cosine", 750),
 }
 """Name -> how the module is made anew from torch's random state, the schedule and the steps."""
 

@@ -108,6 +108,7 @@ def short_cnn(monkeypatch):
     runs = grades_records.RUNS
     monkeypatch.setitem(runs, "CNN, cosine", (*runs["CNN, cosine"][:2], 40))
     monkeypatch.setattr(grades, "VALIDATIONS", 4)
+    monkeypatch.setattr(grades, "LOOK_EVERY", 5)
 
 
 @pytest.mark.parametrize("arm", grades.ARMS)
