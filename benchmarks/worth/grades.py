@@ -139,5 +139,5 @@ def compare(names: list[str]) -> None:
                 rows.append(train(name, seed, arm, wanted))
                 wanted = rows[-1]["accuracy"] if arm == PLAIN else wanted
                 print(rows[-1], flush=True)
-                write_rows("worth_grades", rows, key=("run",))
+                write_rows("worth_grades", rows, key=("run", "seed", "arm"))
     show("GradES beside EarlyStopping", rows)
