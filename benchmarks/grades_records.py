@@ -1,6 +1,7 @@
 """Runs that are long enough to settle, small enough for a minute, for rules of GradES to be tried on.
 
-A byte GPT, a ViT and a CNN at decaying and constant rates, and a GPT that is tuned: all parameters or LoRA pairs.
+A byte GPT, a ViT and a CNN at decaying and constant rates, and a GPT that is tuned: all parameters or LoRA pairs, on
+more text or over twenty epochs of less, or to tell packages of the standard library apart.
 `record` trains one of them plainly and keeps, at every tenth step, what a rule could ask of each matrix, and the
 weights at every fiftieth of the run: what a rule would have frozen can be put together from these afterwards.
 """
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.defaults_models import Task, ViT, cnn
 from benchmarks.fine_tuning import add_lora
-from examples.gpt.data import find_files, read_bytes
+from examples.gpt.data import find_files, is_validation, read_bytes
 from examples.gpt.model import GPT, GPTConfig
 from harness.runs import begin, quiet_trainer
 from lightning_eff.structure import select_matrices
@@ -31,6 +32,7 @@ from lightning_eff.structure import select_matrices
 LENGTH, BATCH, EVERY, SNAPSHOTS = 64, 16, 10, 50
 CONFIG = GPTConfig(block_size=LENGTH, n_layer=4, n_head=4, n_embd=64)
 Schedule = Callable[[float], float]
+Pairs = Callable[[nn.Module, list[Tensor]], tuple[Tensor, Tensor]]
 
 SCHEDULES: dict[str, Schedule] = {
     "cosine": lambda done: 0.5 + 0.5 * math.cos(math.pi * done),
@@ -42,12 +44,15 @@ WARM_UP = 0.05
 
 
 class Settling(Task):
-    """A task with held-out data and a learning rate by the part of the run that is done."""
+    """A task with held-out data and a learning rate by the part of the run that is done.
 
-    def __init__(self, net: nn.Module, data: list[Tensor], held_out: list[Tensor], loss: Any, schedule: str,
+    ``pairs`` gives logits and what they should be.
+    """
+
+    def __init__(self, net: nn.Module, data: list[Tensor], held_out: list[Tensor], pairs: Pairs, schedule: str,
                  steps: int, optimizer: Callable[..., Any]) -> None:  # fmt: skip
-        super().__init__(net, data, loss, optimizer)
-        self.held_out, self.schedule, self.steps = held_out, SCHEDULES[schedule], steps
+        super().__init__(net, data, lambda net, batch: F.cross_entropy(*pairs(net, batch)), optimizer)
+        self.held_out, self.pairs, self.schedule, self.steps = held_out, pairs, SCHEDULES[schedule], steps
 
     def train_dataloader(self) -> Any:
         return DataLoader(TensorDataset(*self.data), BATCH, shuffle=True, drop_last=True)
@@ -61,13 +66,17 @@ class Settling(Task):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("val_loss", self.loss(self.net, batch))
 
-    @torch.no_grad()
     def score(self) -> float:
         """The loss on the held-out data."""
+        return self.judge()[0]
+
+    @torch.no_grad()
+    def judge(self) -> tuple[float, float]:
+        """The loss on the held-out data, and the part of it that is told right."""
         self.eval()
-        loss = self.loss(self.net, self.held_out).item()
+        logits, wanted = self.pairs(self.net, self.held_out)
         self.train()
-        return loss
+        return F.cross_entropy(logits, wanted).item(), (logits.argmax(1) == wanted).float().mean().item()
 
 
 def _adamw(lr: float) -> Callable[..., Any]:
@@ -78,12 +87,12 @@ def _sgd(lr: float) -> Callable[..., Any]:
     return lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=5e-4)
 
 
-def _classify(net: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(net(batch[0]), batch[1])
+def _classify(net: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return net(batch[0]), batch[1]
 
 
-def _next_byte(net: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(net(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten())
+def _next_byte(net: nn.Module, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return net(batch[0][:, :-1]).flatten(0, 1), batch[0][:, 1:].flatten()
 
 
 def _parts(data: list[Tensor], held_out: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -98,14 +107,31 @@ def _digits() -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
-def _text(folder: Path, most: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+def _text(folder: Path, most: int | None = None, held_out: int = 512) -> tuple[list[Tensor], list[Tensor]]:
     text = read_bytes(find_files(folder, "*.py"))
     lines = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1).long()
-    return _parts([lines[:most]], 512)
+    return _parts([lines[:most]], held_out)
 
 
 TORCH, EMAIL = Path(torch.__file__).parent / "nn" / "modules", Path(email.__file__).parent
-LOGS = Path("logs") / "benchmarks"
+LIBRARY, LOGS = EMAIL.parent, Path("logs") / "benchmarks"
+PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "tkinter", "unittest", "xml")
+SNIPPETS = (150, 64)  # of a package, to train on and held out
+
+
+def _snippets() -> tuple[list[Tensor], list[Tensor]]:
+    """Pieces of text and the package that each is from; those that are held out are of other files."""
+    parts: tuple[list[list[Tensor]], ...] = ([], [])
+    for label, package in enumerate(PACKAGES):
+        files = find_files(LIBRARY / package, "*.py")
+        away = [is_validation(file.relative_to(LIBRARY).as_posix(), 0.2) for file in files]
+        for part, number, held_out in zip(parts, SNIPPETS, (False, True), strict=True):
+            text = read_bytes([file for file, each in zip(files, away, strict=True) if each == held_out])
+            pieces = text[: len(text) // LENGTH * LENGTH].reshape(-1, LENGTH).long()
+            chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:number]
+            part.append([pieces[chosen], torch.full((number,), label)])
+    train, held_out = ([torch.cat(each) for each in zip(*part, strict=True)] for part in parts)
+    return train, held_out
 
 
 def _gpt(schedule: str, steps: int) -> Settling:
@@ -113,8 +139,8 @@ def _gpt(schedule: str, steps: int) -> Settling:
     return Settling(GPT(CONFIG), data, held_out, _next_byte, schedule, steps, _adamw(3e-3))
 
 
-def _tuned(schedule: str, steps: int, lora: bool) -> Settling:
-    """From a GPT that has read torch's modules to the sources of ``email``."""
+def _pretrained() -> GPT:
+    """A GPT that has read torch's modules."""
     path = LOGS / "grades_pretrained.pt"
     if not path.exists():
         begin(100)
@@ -124,10 +150,34 @@ def _tuned(schedule: str, steps: int, lora: bool) -> Settling:
         torch.save(module.net.state_dict(), path)
     net = GPT(CONFIG)
     net.load_state_dict(torch.load(path, weights_only=True))
+    return net
+
+
+def _tuned(schedule: str, steps: int, lora: bool, **part: int) -> Settling:
+    """On the sources of ``email``, or a part of them."""
+    net = _pretrained()
     if lora:
         add_lora(net)
-    data, held_out = _text(EMAIL)
+    data, held_out = _text(EMAIL, **part)
     return Settling(net, data, held_out, _next_byte, schedule, steps, _adamw(3e-3 if lora else 1e-3))
+
+
+class Classifier(nn.Module):
+    """A GPT whose last states, over all bytes, say what a text is."""
+
+    def __init__(self, body: GPT, classes: int) -> None:
+        super().__init__()
+        body.head = nn.Identity()
+        self.body = body
+        self.head = nn.Linear(body.config.n_embd, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.body(tokens).mean(1))  # type: ignore[no-any-return]
+
+
+def _classifier(schedule: str, steps: int) -> Settling:
+    net = Classifier(_pretrained(), len(PACKAGES))
+    return Settling(net, *_snippets(), _classify, schedule, steps, _adamw(1e-3))
 
 
 RUNS: dict[str, tuple[Callable[[str, int], Settling], str, int]] = {
@@ -140,6 +190,8 @@ RUNS: dict[str, tuple[Callable[[str, int], Settling], str, int]] = {
     "ViT, constant": (lambda *how: Settling(ViT(), *_digits(), _classify, *how, _adamw(1e-3)), "constant", 2400),
     "CNN, cosine": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "cosine", 2400),
     "CNN, constant": (lambda *how: Settling(cnn(), *_digits(), _classify, *how, _sgd(0.05)), "constant", 2400),
+    "LoRA, 20 epochs, cosine": (lambda *how: _tuned(*how, lora=True, most=768, held_out=256), "cosine", 640),
+    "text classifier, cosine": (_classifier, "cosine", 750),
 }
 """Name -> how the module is made anew from torch's random state, the schedule and the steps."""
 

@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,14 +172,14 @@ def times(mode: str, steps: int, rounds: int) -> None:
     torch.set_num_threads(1)
     rows = []
     runs = trained(mode)
-    states = {frozenset(): 0} | {state: 0 for run in runs for _, state in _phases(run)}
+    states = {frozenset(): 0} | {state: 0 for run in runs for _, state in phases(run)}
     variants = _variants(mode, list(states), steps)
     figures = in_turn(variants, rounds)
     open_ms = statistics.median(figures["0"]) * 1e3
     relative = {state: ratio(figures, str(number), "0")[0] for number, state in enumerate(states)}
     validation = ratio(figures, "validation", "0")[0]
     for run in runs:
-        made = sum(count * relative[state] for count, state in _phases(run))
+        made = sum(count * relative[state] for count, state in phases(run))
         planned = int(run["planned_steps"])
         total = made + int(run["validations"]) * validation
         rows.append(
@@ -207,8 +207,7 @@ def losses() -> None:
     for mode in RATES:
         module = tuned_module(mode == "lora", RATES[mode])
         for run in trained(mode):
-            phases = [(count, flops(module, state)) for count, state in _phases(run)]
-            full, made = flops(module, frozenset()), sum(count * cost for count, cost in phases)
+            full, made = flops(module, frozenset()), sum(count * flops(module, state) for count, state in phases(run))
             steps = int(run["steps"])
             rows.append(
                 {
@@ -243,7 +242,7 @@ def _variants(mode: str, states: list[frozenset[str]], steps: int) -> dict[str, 
     return {**by_number, "validation": lambda: seconds_of(lambda: validation_loss(module, data))}
 
 
-def _phases(run: dict[str, Any]) -> list[tuple[int, frozenset[str]]]:
+def phases(run: Mapping[str, Any]) -> list[tuple[int, frozenset[str]]]:
     """How many steps were made with which units frozen."""
     since: dict[str, int] = run["frozen"]
     events = sorted({0, *since.values(), int(run["steps"])})

@@ -262,20 +262,43 @@ def memory() -> Any:
     return figure
 
 
+def time_to_accuracy() -> Any:
+    """CPU time until the end of a run and the held-out accuracy there, of GradES and EarlyStopping over plain."""
+    found = rows("worth_grades")
+    runs = list(dict.fromkeys(row["run"] for row in found))
+    figure, axes = panels(len(runs), width=3.4, height=3.2)
+    arms = {"plain": "grey", "EarlyStopping": "tab:orange", "GradES, goes on": "tab:green", "GradES()": "tab:blue"}
+    for axis, run in zip(axes, runs, strict=True):
+        whole = {row["seed"]: float(row["seconds"]) for row in rows("worth_grades", run=run, arm="plain")}
+        for arm, color in arms.items():
+            mine = [row for row in found if (row["run"], row["arm"]) == (run, arm)]  # not all arms are made of each
+            made = [float(row["seconds"]) / whole[row["seed"]] for row in mine]
+            axis.plot(made, [100 * float(row["accuracy"]) for row in mine], "o", color=color, label=arm, alpha=0.8)
+        axis.set(xlabel="CPU time over plain", title=run.removesuffix(", cosine"), xlim=(0, None))
+    axes[0].set_ylabel("held-out accuracy at the end, %")
+    axes[-1].legend(fontsize=8, loc="center left")
+    return figure
+
+
 def evaluation_noise() -> Any:
     """The held-out loss at every tenth step, of live weights and of their average, and how it scatters."""
-    noise = rows("worth_averaging_noise")
-    tasks = list(dict.fromkeys(row["task"] for row in noise))
+    steady, falling = "worth_averaging", "worth_averaging_decay"
+    kinds = {
+        (f"{steady}_noise", f"{steady}_curves", "constant rate"): ("grey", "constant rate, live weights"),
+        (f"{steady}_noise", f"{steady}_curves", "EMA, half-life 25"): ("tab:blue", "constant rate, EMA"),
+        (falling, f"{falling}_curves", "cosine"): ("tab:orange", "cosine, live weights"),
+    }
+    tasks = list(dict.fromkeys(row["task"] for row in rows(falling)))
     figure, axes = panels(len(tasks), width=4.0, height=3.2)
-    kinds = {"constant rate": ("grey", "live weights"), "EMA, half-life 25": ("tab:blue", "EMA, half-life 25")}
     for axis, task in zip(axes, tasks, strict=True):
-        for kind, (color, label) in kinds.items():
-            found = rows("worth_averaging_curves", task=task, weights=kind)
+        spread = []
+        for (noise, curves, kind), (color, label) in kinds.items():
+            spread.append(float(rows(noise, task=task, weights=kind)[0]["checkpoint_sd"]))
+            found = rows(curves, task=task, weights=kind)
             for seed in dict.fromkeys(row["seed"] for row in found):
                 mine = [(int(row["step"]), float(row["val_loss"])) for row in found if row["seed"] == seed]
                 axis.plot(*zip(*mine, strict=True), color=color, linewidth=1, label=label if seed == "0" else None)
-        spread = [float(row["checkpoint_sd"]) for row in noise if row["task"] == task and row["weights"] in kinds]
-        axis.set(title=f"{task}: scatter {spread[0]:.2g} and {spread[1]:.2g}", xlabel="step")
+        axis.set(title=f"{task}: scatter {', '.join(f'{each:.2g}' for each in spread)}", xlabel="step")
     axes[0].set_ylabel("held-out loss, three seeds")
     axes[0].legend(fontsize=8)
     return figure
@@ -291,6 +314,7 @@ PLOTS: dict[str, tuple[Callable[[], Any], str]] = {
     "detectors": (detectors, "detectors.png"),
     "regret": (regret, "zclip_regret.png"),
     "time_to_loss": (time_to_loss, "grades_time_to_loss.png"),
+    "time_to_accuracy": (time_to_accuracy, "grades_time_to_accuracy.png"),
     "memory": (memory, "misa_memory_quality.png"),
     "evaluation_noise": (evaluation_noise, "evaluation_noise.png"),
     **CARDS,

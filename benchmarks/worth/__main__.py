@@ -15,6 +15,7 @@ def main() -> None:
     """The part that the command names."""
     parts = {
         "averaging": averaging.compare,
+        "averaging-decay": averaging.compare_decay,
         "compression": lambda: compression.compare(given.names),
         "grades": lambda: grades.compare(given.names),
         "misa": misa.compare,

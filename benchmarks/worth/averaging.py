@@ -1,6 +1,7 @@
 """Averages of weights, widely spaced too, against decays that are really run; and how noisy evaluations are.
 
     python -m benchmarks.worth averaging
+    python -m benchmarks.worth averaging-decay
 
 A byte GPT, a ViT and a CNN (those of `workloads`) at a constant rate after a warm-up, three seeds. At a half and at the
 whole of 1,000 steps: the live weights; averages of eight snapshots that are 10, 20 or 40 steps apart; exponential
@@ -12,6 +13,9 @@ as their rival, the mean of the live weights' last eight losses, which smooths t
 over the steps. `later_is_better`: how often the later of two checkpoints 100 steps apart has the lower loss.
 
 Rows go to benchmarks/results/worth_averaging.csv, worth_averaging_noise.csv and worth_averaging_curves.csv.
+
+`averaging-decay` measures the noise alone, of the same runs at a rate that falls along a cosine to 0 from the warm-up
+on, into worth_averaging_decay.csv and worth_averaging_decay_curves.csv.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ STEPS, WARM_UP, SEEDS, EVERY, DECAY = 1000, 50, (0, 1, 2), 10, 0.2
 TASKS = ("byte GPT", "ViT", "CNN")
 HALF_LIVES = (25, 100)
 LIVE, DECAYED = "constant rate", "decay over the last 20 %"
-SMOOTHED = "constant rate, mean of its last 8 losses"
+SMOOTHED = "mean of its last 8 losses"
 
 Weights = dict[str, Tensor]
 
@@ -72,17 +76,49 @@ class Averages:
         return {name: sum(weight * shot[name] for weight, shot in pairs) for name in self.stack.parameters}  # type: ignore[misc]
 
 
+class Evaluations:
+    """The held-out losses of the last third of a run, of live weights and of averages, at every tenth step."""
+
+    def __init__(self, stack: Stack, averages: Averages, live: str = LIVE) -> None:
+        self.stack, self.averages = stack, averages
+        self.recent: deque[Tensor] = deque(maxlen=8)
+        kinds = (live, f"{live}, {SMOOTHED}", "EMA, half-life 25", "8 snapshots, 10 apart")
+        self.losses: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+
+    def look(self, step: int) -> None:
+        """After ``step`` updates."""
+        if step % EVERY:
+            return
+        self.recent.append(self.stack.score())
+        if step > STEPS * 2 // 3:
+            smoothed = torch.stack(list(self.recent)).mean(0)
+            averaged = [self.stack.score(weights) for weights in (self.averages.ema[25], self.averages.of(step))]
+            for each, loss in zip(self.losses.values(), (self.recent[-1], smoothed, *averaged), strict=True):
+                each.append(loss)
+
+    def noise(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a task."""
+        return [{"task": name, "weights": kind, **_noise(torch.stack(each))} for kind, each in self.losses.items()]
+
+    def curves(self, name: str) -> list[dict[str, Any]]:
+        """Every loss of a task."""
+        return [row for kind, each in self.losses.items() for row in _curve(name, kind, each)]
+
+
+def _begin(name: str) -> tuple[Stack, Averages, torch.optim.Optimizer]:
+    workload = replace(WORKLOADS[name], rate=best_rate(name))
+    stack = Stack(workload, SEEDS, [partial(Fixed, math.inf)] * len(SEEDS), workload.rate)
+    (optimizer,) = stack.optimizers.values()
+    return stack, Averages(stack), optimizer
+
+
 def compare() -> None:
     """Train each task once, with its branches."""
     rows, noise, curves = [], [], []
     for name in TASKS:
-        workload = replace(WORKLOADS[name], rate=best_rate(name))
-        stack = Stack(workload, SEEDS, [partial(Fixed, math.inf)] * len(SEEDS), workload.rate)
-        (optimizer,) = stack.optimizers.values()
+        stack, averages, optimizer = _begin(name)
         schedule = WSD(optimizer, ends=10 * STEPS, warmup_steps=WARM_UP)
-        averages = Averages(stack)
-        losses: dict[str, list[Tensor]] = {LIVE: [], SMOOTHED: [], "EMA, half-life 25": [], "8 snapshots, 10 apart": []}
-        recent: deque[Tensor] = deque(maxlen=8)
+        evaluations = Evaluations(stack, averages)
         branches = {round(end * (1 - DECAY)): end for end in (STEPS // 2, STEPS)}
         decayed: dict[int, Tensor] = {}
         for step in range(STEPS):
@@ -93,21 +129,35 @@ def compare() -> None:
             averages.update(step + 1)
             if step + 1 in branches.values():
                 rows += _rows(name, step + 1, stack, averages, decayed[step + 1])
-            if (step + 1) % EVERY == 0:
-                recent.append(stack.score())
-                if step + 1 > STEPS * 2 // 3:
-                    smoothed = torch.stack(list(recent)).mean(0)
-                    averaged = [stack.score(weights) for weights in (averages.ema[25], averages.of(step + 1))]
-                    for kind, loss in zip(losses, (recent[-1], smoothed, *averaged), strict=True):
-                        losses[kind].append(loss)
-        noise += [{"task": name, "weights": kind, **_noise(torch.stack(each))} for kind, each in losses.items()]
-        curves += [row for kind, each in losses.items() for row in _curve(name, kind, each)]
+            evaluations.look(step + 1)
+        noise += evaluations.noise(name)
+        curves += evaluations.curves(name)
         print(*rows[-16:], *noise[-4:], sep="\n", flush=True)
         write_rows("worth_averaging", rows)
         write_rows("worth_averaging_noise", noise)
         write_rows("worth_averaging_curves", curves)
     show("Held-out loss", rows)
     show("Noise of evaluations", noise)
+
+
+def compare_decay() -> None:
+    """The noise of each task at a rate that falls from the warm-up on."""
+    noise, curves = [], []
+    for name in TASKS:
+        stack, averages, optimizer = _begin(name)
+        schedule = WSD(optimizer, ends=STEPS, warmup_steps=WARM_UP, decay_steps=STEPS - WARM_UP, curve="cosine")
+        evaluations = Evaluations(stack, averages, "cosine")
+        for step in range(STEPS):
+            stack.step(step)
+            schedule.step()
+            averages.update(step + 1)
+            evaluations.look(step + 1)
+        noise += evaluations.noise(name)
+        curves += evaluations.curves(name)
+        print(*noise[-4:], sep="\n", flush=True)
+        write_rows("worth_averaging_decay", noise)
+        write_rows("worth_averaging_decay_curves", curves)
+    show("Noise of evaluations at a rate that falls", noise)
 
 
 def _decayed(stack: Stack, schedule: WSD, begin: int, end: int) -> Tensor:
