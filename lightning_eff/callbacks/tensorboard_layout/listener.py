@@ -19,7 +19,7 @@ _SETTLED = 3  # times that a number has to be the same before its chart counts a
 
 def writes_now() -> bool:
     """Whether loggers write here; with ``ddp_ft`` another replica may do so by now."""
-    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 class Listener:
