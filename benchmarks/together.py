@@ -2,18 +2,24 @@
 
 python -m benchmarks.together soak --strategy ddp --steps 2000 --save-every 20 --faults 20  # and a disk that is full
 python -m benchmarks.together soak --strategy ddp_ft --faults 12
+python -m benchmarks.together points --strategy fsdp2  # 20 crash points, each with a resume
+python -m benchmarks.together deaths  # how far ddp_ft without one replica is from the run with it, by precision
 python -m benchmarks.together cost --size 10m  # process CPU time a step, over plain Lightning
 python -m benchmarks.together cost --size many  # the same of 1,000 small tensors
+python -m benchmarks.together spent --size 10m --steps 100  # by callback
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import statistics
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,9 @@ from typing_extensions import override
 from benchmarks import gpt
 from benchmarks.many_tensors import Small
 from benchmarks.rows import CONSOLE, show, write_rows
-from benchmarks.together_faults import FAULTS, soak
+from benchmarks.together_faults import FAULTS, apart_by_weight, soak
+from benchmarks.together_hooks import surrounded
+from benchmarks.together_points import APART, POINTS, SAVE_EVERY, STEPS, crash, death, hooks, losses_apart
 from benchmarks.together_runs import RANKS, SAID, Settings, usual_callbacks
 from examples.gpt.model import GPTConfig
 from harness.memory import peak_resident
@@ -75,6 +83,54 @@ def soaks(arguments: argparse.Namespace) -> None:
     columns = ("strategy", "model", "steps", "faults", "lives", "equal_to_the_bit", "first_difference")
     show("A disturbed run beside one that was left alone", rows, columns)
     CONSOLE.print(write_rows("together_soak", rows, key=("strategy", "model", "steps", "workers", "seed")))
+
+
+def points(arguments: argparse.Namespace) -> None:
+    """Each bad batch is met by several lives."""
+    rows = []
+    for strategy in arguments.strategy:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Settings(
+                Path(folder), strategy, arguments.model, steps=STEPS, save_every=SAVE_EVERY, workers=arguments.workers,
+                bad=bad_batches(2 * STEPS, False),
+            )  # fmt: skip
+            found = crash(settings, POINTS)
+        rows.append(
+            {
+                **{"strategy": strategy, "ranks": RANKS[strategy], "model": arguments.model, "steps": STEPS},
+                **{"save_every": SAVE_EVERY, "workers": arguments.workers, "points": len(found.points)},
+                **{"hooks": hooks(found.points), "batches_made_again": found.again},
+                "equal_to_the_bit": not found.different,
+                "first_difference": next(iter(found.different), ""),
+            }
+        )
+        columns = ("strategy", "model", "points", "batches_made_again", "equal_to_the_bit", "first_difference")
+        show("A run that dies at points of its own choice", rows, columns)
+        CONSOLE.print(write_rows("together_points", rows[-1:], key=("strategy", "model", "workers")))
+
+
+PRECISIONS = ("64-true", "32-true", "bf16-mixed")
+
+
+def deaths(arguments: argparse.Namespace) -> None:
+    """Replicas that go on without one of them, in each precision: what is left of the difference is rounding."""
+    for precision in arguments.precision:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = Settings(Path(folder), "ddp_ft", "vit", steps=arguments.steps, precision=precision)
+            alone, other = death(settings)
+            gaps = apart_by_weight(alone, other)
+            losses = losses_apart(alone, other)
+        most = max(gaps, key=lambda name: gaps[name])
+        row = {
+            **{"precision": precision, "steps": arguments.steps, "dies_at_batch": APART},
+            "first_other_loss": next((batch for batch, gap in sorted(losses.items()) if gap), ""),
+            "largest_difference_of_a_loss": max(losses.values()),
+            "largest_difference_of_a_weight": gaps[most],
+            "of": most,
+            "without_biases_of_keys": max(gap for name, gap in gaps.items() if not name.endswith("of the keys")),
+        }
+        show("ddp_ft without one of three replicas, beside the run with it", [row])
+        CONSOLE.print(write_rows("together_deaths", [row], key=("precision", "steps")))
 
 
 class Watch(L.Callback):
@@ -155,6 +211,44 @@ def cost(arguments: argparse.Namespace) -> None:
     CONSOLE.print(write_rows("together_cost", rows, key=("size",)))
 
 
+def spent(arguments: argparse.Namespace) -> None:
+    """One run; the time of this thread, of which a hook that is called within another one is not the other one's."""
+    in_steps: Counter[str] = Counter()
+    besides: Counter[str] = Counter()
+    nested: list[float] = []  # for each hook in hand, what others have spent within it
+
+    @contextlib.contextmanager
+    def timed(call: tuple[str, str]) -> Iterator[None]:
+        hook, name = call
+        begun = time.thread_time()
+        nested.append(0.0)
+        try:
+            yield
+        finally:
+            whole = time.thread_time() - begun
+            each_step = any(word in hook for word in ("batch", "backward", "optimizer_step", "zero_grad"))
+            (in_steps if each_step else besides)[name] += whole - nested.pop()
+            if nested:
+                nested[-1] += whole
+
+    with surrounded(timed):
+        run = one_run("everything", arguments.size, arguments.steps, arguments.save_every)
+    in_steps["all"], besides["all"] = in_steps.total(), besides.total()
+    steps = arguments.steps + 4  # with the first three, and the last
+    rows = [
+        {
+            **{"size": arguments.size, "steps": arguments.steps, "callback": name},
+            "ms_a_step": round(1e3 * in_steps[name] / steps, 3),
+            "of_a_step": round(in_steps[name] / steps / run["cpu"], 5),
+            "ms_besides": round(1e3 * besides[name], 1),
+        }
+        for name in in_steps
+    ]
+    rows.sort(key=lambda row: -float(row["ms_a_step"]))
+    show("CPU time within the callbacks' hooks", rows, ("callback", "ms_a_step", "of_a_step", "ms_besides"))
+    CONSOLE.print(write_rows("together_spent", rows, key=("size", "callback")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -168,13 +262,22 @@ def main() -> None:
     soaking.add_argument("--workers", type=int, default=2, help="data workers")
     soaking.add_argument("--rollbacks", action="store_true", help="with NaNs in a row, from which the guard goes back")
     soaking.add_argument("--seed", type=int, default=0)
-    costs = parts.add_parser("cost")
-    costs.add_argument("--size", default="10m", choices=["10m", "1m", "tiny", "many"])
-    costs.add_argument("--steps", type=int, default=30, help="of a run, behind the first three")
-    costs.add_argument("--save-every", type=int, default=25, help="steps between two checkpoints")
-    costs.add_argument("--rounds", type=int, default=3)
+    crashing = parts.add_parser("points")
+    crashing.add_argument("--strategy", nargs="+", default=list(RANKS), choices=list(RANKS))
+    crashing.add_argument("--model", default="vit", choices=["gpt", "vit"])
+    crashing.add_argument("--workers", type=int, default=0, help="data workers")
+    dying = parts.add_parser("deaths")
+    dying.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    dying.add_argument("--steps", type=int, default=12)
+    for name in ("cost", "spent"):
+        costs = parts.add_parser(name)
+        costs.add_argument("--size", default="10m", choices=["10m", "1m", "tiny", "many"])
+        costs.add_argument("--steps", type=int, default=30, help="of a run, behind the first three")
+        costs.add_argument("--save-every", type=int, default=25, help="steps between two checkpoints")
+        if name == "cost":
+            costs.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    soaks(arguments) if arguments.part == "soak" else cost(arguments)
+    {"soak": soaks, "points": points, "deaths": deaths, "cost": cost, "spent": spent}[arguments.part](arguments)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from harness.processes import environment, free_port
 FAULTS = ("kill one", "kill all", "SIGTERM", "SIGSTOP", "full disk")
 GRACE = 20.0
 """Seconds in which ranks are to end behind one that has, before they are killed, as a launcher does."""
+HEARTBEAT = 8
+"""Seconds after which a silent replica counts as dead: more than one waits for a core on a busy machine."""
 
 
 def as_replica(lighthouse: str, function: Callable[..., Any], *arguments: Any) -> None:
@@ -41,8 +43,8 @@ def as_replica(lighthouse: str, function: Callable[..., Any], *arguments: Any) -
 class Replicas(ForkedRanks):
     """Processes of ``ddp_ft``, each of which can begin anew while the others go on."""
 
-    def __init__(self, ranks: int, folder: Path, settings: Settings, lighthouse: str) -> None:
-        self.arguments = (lighthouse, train, settings)
+    def __init__(self, ranks: int, folder: Path, lighthouse: str, settings: Settings, *others: Any) -> None:
+        self.arguments = (lighthouse, train, settings, *others)
         super().__init__(ranks, folder, as_replica, *self.arguments)
 
     def again(self, rank: int) -> None:
@@ -56,7 +58,8 @@ def lighthouse() -> Iterator[str]:
     """Where the replicas meet."""
     port = free_port()
     command = [sys.executable, "-m", "lightning_eff", "lighthouse", "--bind", f"127.0.0.1:{port}"]
-    process = subprocess.Popen([*command, "--heartbeat-timeout", "3"], stdout=subprocess.PIPE, env=environment())
+    command += ["--heartbeat-timeout", str(HEARTBEAT)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
     try:
         assert process.stdout is not None
         process.stdout.readline()
@@ -96,11 +99,11 @@ def undisturbed(settings: Settings, seconds: float = 3600.0) -> None:
     for folder in (settings.folder, settings.beside):
         folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        run = _life(settings, stack)
-        stack.enter_context(run)
+        run = stack.enter_context(life(settings, stack))
         status = run.wait(seconds)
         if any(status.values()):
-            raise RuntimeError(f"the run that was left alone has failed: {status}\n{run.text()[-6000:]}")
+            text = "\n".join(run.text(rank)[-3000:] for rank, code in status.items() if code)
+            raise RuntimeError(f"the run that was left alone has failed: {status}\n{text}")
 
 
 def disturbed(settings: Settings, faults: list[str], seed: int, most_lives: int = 0) -> Outcome:
@@ -119,7 +122,7 @@ def disturbed(settings: Settings, faults: list[str], seed: int, most_lives: int 
             if outcome.lives > (most_lives or len(faults) + 4):
                 raise RuntimeError(f"it does not come to its end: {outcome}\n{_text(settings.beside)}")
             with contextlib.ExitStack() as stack:
-                run = stack.enter_context(_life(settings, stack, house))
+                run = stack.enter_context(life(settings, stack, house))
                 _disturb(run, settings, plan, kinds, draw, outcome, stack)
                 if not any(run.status.values()):
                     return outcome
@@ -134,20 +137,31 @@ def compare(one: Settings, other: Settings) -> list[str]:
     return found
 
 
-def largest(one: Settings, other: Settings) -> float:
-    """Difference of a weight at their ends, on any rank."""
-    most = 0.0
-    for rank in range(RANKS[one.strategy]):
-        a, b = (torch.load(each.beside / f"final-{rank}.pt", weights_only=False)["parameters"] for each in (one, other))
-        most = max(most, *(float((a[name] - b[name]).abs().max()) for name in a))
-    return most
+def apart_by_weight(one: Settings, other: Settings) -> dict[str, float]:
+    """The largest difference of each parameter at their ends, on any rank that has come to the other's end.
+
+    The bias of an attention's keys has an entry of its own: softmax does not see it, so that its gradient is nothing
+    but rounding, of which AdamW makes steps as long as all others.
+    """
+    found: dict[str, float] = {}
+    for path in other.beside.glob("final-*.pt"):
+        a, b = (torch.load(each, weights_only=False)["parameters"] for each in (one.beside / path.name, path))
+        for name in a:
+            gap = (a[name].double() - b[name].double()).abs()
+            parts = {name: gap}
+            if name.endswith("in_proj_bias"):
+                query, keys, value = gap.chunk(3)
+                parts = {name: torch.cat([query, value]), f"{name} of the keys": keys}
+            found |= {part: max(found.get(part, 0.0), float(each.max())) for part, each in parts.items()}
+    return found
 
 
-def _life(settings: Settings, stack: contextlib.ExitStack, house: str = "") -> ForkedRanks:
+def life(settings: Settings, stack: contextlib.ExitStack, house: str = "", *others: Any) -> ForkedRanks:
+    """The processes of one life of a run, with other callbacks beside."""
     ranks = RANKS[settings.strategy]
     if settings.strategy == "ddp_ft":
-        return Replicas(ranks, settings.beside, settings, house or stack.enter_context(lighthouse()))
-    return ForkedRanks(ranks, settings.beside, train, settings)
+        return Replicas(ranks, settings.beside, house or stack.enter_context(lighthouse()), settings, *others)
+    return ForkedRanks(ranks, settings.beside, train, settings, *others)
 
 
 def _disturb(
@@ -250,5 +264,5 @@ def soak(settings: Settings, faults: list[str], seed: int) -> Outcome:
         undisturbed(alone)
         outcome = disturbed(other, faults, seed)
         outcome.different = compare(alone, other)
-        outcome.largest = largest(alone, other)
+        outcome.largest = max(apart_by_weight(alone, other).values())
     return outcome

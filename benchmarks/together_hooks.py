@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,22 +40,35 @@ Call = tuple[str, str]
 def recorded() -> Iterator[list[Call]]:
     """Notes each call of a hook that a callback has of its own: the hook and the callback, in their order."""
     calls: list[Call] = []
+
+    @contextlib.contextmanager
+    def noted(call: Call) -> Iterator[None]:
+        calls.append(call)
+        yield
+
+    with surrounded(noted):
+        yield calls
+
+
+@contextlib.contextmanager
+def surrounded(by: Callable[[Call], AbstractContextManager[None]]) -> Iterator[None]:
+    """Put a context around each call of a hook that a callback has of its own."""
     with contextlib.ExitStack() as stack:
         for kind in map(type, callbacks("single")):
             for hook in (*_LIGHTNINGS, *_OURS):
                 inner = getattr(kind, hook, None)
                 if inner is not None and inner is not getattr(L.Callback, hook, None):
                     stack.callback(_restore, kind, hook, vars(kind).get(hook))
-                    setattr(kind, hook, _noting(calls, hook, kind.__name__, inner))
-        yield calls
+                    setattr(kind, hook, _within(by, (hook, kind.__name__), inner))
+        yield
 
 
-def _noting(calls: list[Call], hook: str, name: str, inner: Any) -> Any:
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        calls.append((hook, name))
-        return inner(*args, **kwargs)
+def _within(by: Callable[[Call], AbstractContextManager[None]], call: Call, inner: Any) -> Any:
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with by(call):
+            return inner(*args, **kwargs)
 
-    return noted
+    return within
 
 
 def _restore(kind: type, hook: str, own: Any) -> None:

@@ -209,7 +209,8 @@ class Module(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         time.sleep(self.settings.pause)
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        loop = self.trainer.fit_loop.epoch_loop
+        number = loop.total_batch_idx - loop.batch_idx + batch_idx  # ddp_ft runs others of the epoch beside the loop's
         loss = self.loss(batch) * self.settings.bad.get(number, 1.0)
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=4, sync_dist=True)
         return loss

@@ -106,6 +106,8 @@ class GradientStats(Callback):
         self._group(pl_module, chosen)
         if len(self._counts) != len(trainer.optimizers):
             self._counts = [0] * len(trainer.optimizers)
+            self._measured = {}
+        self._measured = {n: copy for n, copy in self._measured.items() if len(copy.source) == len(self._groups)}
 
     def _group(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         """Which groups each parameter belongs to: a table, made once."""
@@ -175,12 +177,15 @@ class GradientStats(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"version": 1, "steps": list(self._counts)}
+        # Measured, and perhaps logged only behind the checkpoint.
+        measured = {index: copy.read().clone() for index, copy in self._measured.items()}
+        return {"version": 1, "steps": list(self._counts), "measured": measured}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version("GradientStats", state_dict, known=1)
         self._counts = list(state_dict["steps"])
+        self._measured = {index: HostCopy(found) for index, found in state_dict.get("measured", {}).items()}
 
     def tensorboard_charts(self, trainer: Trainer) -> dict[str, list[Any]]:
         """Charts for :class:`~lightning_eff.callbacks.TensorBoardLayout`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from harness.operators import OperatorCounter
@@ -87,6 +88,18 @@ def test_what_is_not_finite_stays_in_its_own_group():
     assert logged["gradients/attention/nonfinite"] == 0
     _check(logged, "gradients/attention", [g for n, g in gradients.items() if n.endswith(ROLES["attention"])])
     assert logged["gradients/attention/zeros"] > 0.05
+
+
+def test_what_is_measured_and_not_yet_logged_is_logged_by_the_resumed_run(tmp_path):
+    runs = []
+    for path in (None, tmp_path / "step=3.ckpt"):
+        keep, saver = Keep(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+        fit(Net(), GradientStats(every_n_steps=3), keep, saver, max_steps=4, limit_val_batches=0,
+            log_every_n_steps=2, ckpt_path=path)  # fmt: skip
+        runs.append(keep)
+    whole, resumed = runs
+    assert whole.logged[3]["gradients/norm"] > 0
+    assert whole.logged[3] == resumed.logged[0]
 
 
 def test_a_pattern_without_a_parameter_is_named():

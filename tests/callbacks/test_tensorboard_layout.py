@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -335,6 +336,17 @@ def test_a_resumed_run_knows_what_has_moved(tmp_path):
     before = written(tmp_path / "run")
     learn(tmp_path, Learner(moves_at=0), steps=12, ckpt_path=tmp_path / "a.ckpt")  # a 1 from now on
     assert written(tmp_path / "run") == before
+
+
+def test_another_replica_may_write_meanwhile(tmp_path, monkeypatch):
+    """With ddp_ft the one that wrote at first may come back as one that does not."""
+
+    class Hands(Learner):
+        def on_train_batch_start(self, batch, batch_idx):
+            monkeypatch.setattr(rank_zero_only, "rank", int(self.global_step < 4))
+
+    learn(tmp_path, Hands())
+    assert scalars(tmp_path / "run" / "validation", "dashboard/val_loss") == [(7, 8.5)]
 
 
 def test_the_logger_is_left_as_it_was(tmp_path):

@@ -86,7 +86,7 @@ def _noted(folder: Path, points: tuple[Any, ...], settings: dict[str, Any]) -> N
         ("single", "gpt", FAST),
         *(
             pytest.param(strategy, model, FAST, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
-            for strategy, model in (("single", "vit"), ("ddp", "vit"), ("ddp_arc_topk", "vit"))
+            for strategy, model in (("single", "vit"), ("ddp", "vit"), ("fsdp2", "gpt"), ("ddp_arc_topk", "vit"))
         ),
         *(
             pytest.param("single", model, ALL, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])

@@ -18,7 +18,7 @@ from lightning_eff.callbacks.tensorboard_layout.charts import (
     copied_to,
     write_layout,
 )
-from lightning_eff.callbacks.tensorboard_layout.listener import Listener
+from lightning_eff.callbacks.tensorboard_layout.listener import Listener, writes_now
 from lightning_eff.training.hooks import HasCharts
 from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
@@ -145,7 +145,7 @@ class TensorBoardLayout(Callback):
         return {**open_charts, FLAT: flat} if flat else open_charts
 
     def _write_again(self, trainer: "pl.Trainer") -> None:
-        if self._listeners and not trainer.sanity_checking:
+        if self._listeners and writes_now() and not trainer.sanity_checking:
             self._write(self.layout(trainer))
 
     @override

@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_eff.callbacks.tensorboard_layout.charts import COPIED, draws, prefix_of
 from lightning_eff.training.wrapping import Wrapper
 
 _SETTLED = 3  # times that a number has to be the same before its chart counts as flat
+
+
+def writes_now() -> bool:
+    """Whether loggers write here; with ``ddp_ft`` another replica may do so by now."""
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 class Listener:
@@ -49,6 +55,8 @@ class Listener:
                     self._copy(run, tag, value, step)
 
     def _copy(self, run: str, tag: str, value: float, step: int | None) -> None:
+        if not writes_now():
+            return
         if run not in self._writers:
             kind = type(self.logger.experiment)
             self._writers[run] = kind(log_dir=os.path.join(self.logger.log_dir, run))

@@ -40,7 +40,7 @@ from lightning_eff.strategies.fault_tolerant.start import (
     check_torchft,
     check_trainer,
 )
-from lightning_eff.strategies.fault_tolerant.writer import adopt_places, places
+from lightning_eff.strategies.fault_tolerant.writer import adopt_places, begin_at_saved_step, places
 from lightning_eff.training.trainer import callbacks_of, sort_callbacks
 
 OnFailure = Literal["takeover", "mecefo", "shrink"]
@@ -191,6 +191,7 @@ class FaultTolerantDDP(LivingReplicas):
     def on_train_start(self) -> None:
         """Before the first rendezvous: Lightning would set up the validation in the midst of them."""
         trainer = self._fit.trainer
+        begin_at_saved_step(trainer)
         if trainer.enable_validation:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.setup_data()

@@ -42,6 +42,16 @@ def adopt_places(trainer: Trainer, theirs: dict[str, list[Any]]) -> None:
         callback._last_global_step_saved = step
 
 
+def begin_at_saved_step(trainer: Trainer) -> None:
+    """A run that is resumed does not save the step that it begins at once more.
+
+    ModelCheckpoint does not know that this one is saved, and would save it behind the first micro-batch of the next
+    step, where a checkpoint has one replica's gradients and a resume gives them to all.
+    """
+    for callback in _checkpoints(trainer):
+        callback._last_global_step_saved = trainer.global_step
+
+
 def begin_to_write(trainer: Trainer) -> None:
     """This replica writes from now on. TensorBoard reads several files as one run; a CSV file is carried on."""
     for logger in trainer.loggers:

@@ -4,10 +4,12 @@ import csv
 import errno
 import os
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
@@ -96,3 +98,12 @@ def test_a_full_disk_does_not_end_the_run(strategy: FaultTolerantDDPStrategy, tm
     strategy.save_checkpoint({"global_step": 3}, third)
     strategy.remove_checkpoint(first)
     assert [path.name for path in tmp_path.iterdir()] == ["3.ckpt"]
+
+
+def test_a_resumed_run_does_not_save_within_its_first_window(strategy: FaultTolerantDDPStrategy) -> None:
+    """ModelCheckpoint would, with the gradients of one replica; a run begins at steps that are saved."""
+    saver = ModelCheckpoint(every_n_train_steps=2)
+    trainer: Any = SimpleNamespace(enable_validation=False, checkpoint_callbacks=[saver], global_step=6)
+    strategy._fitting = cast(Any, SimpleNamespace(trainer=trainer))
+    strategy.on_train_start()
+    assert saver._last_global_step_saved == 6
