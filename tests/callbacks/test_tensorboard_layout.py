@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -347,6 +348,18 @@ def test_another_replica_may_write_meanwhile(tmp_path, monkeypatch):
 
     learn(tmp_path, Hands())
     assert scalars(tmp_path / "run" / "validation", "dashboard/val_loss") == [(7, 8.5)]
+
+
+def test_a_replica_that_begins_to_write_later_writes_the_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(SingleDeviceStrategy, "is_global_zero", property(lambda self: rank_zero_only.rank == 0))
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+
+    class Takes(Learner):
+        def on_train_batch_start(self, batch, batch_idx):
+            monkeypatch.setattr(rank_zero_only, "rank", int(self.global_step < 2))
+
+    learn(tmp_path, Takes())
+    assert written(tmp_path / "run")
 
 
 def test_the_logger_is_left_as_it_was(tmp_path):

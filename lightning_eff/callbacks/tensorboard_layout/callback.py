@@ -85,6 +85,7 @@ class TensorBoardLayout(Callback):
         self._written: dict[str, dict[str, Charts]] = {}
         self._seen: dict[str, dict[str, list[Any]]] = {}
         self._listeners: list[Listener] = []
+        self._begun = False
 
     def layout(self, trainer: "pl.Trainer") -> dict[str, Charts]:
         """Collect the charts of this Trainer, ``{category: {chart title: chart}}``."""
@@ -105,15 +106,21 @@ class TensorBoardLayout(Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # Here and not earlier: the charts may depend on the optimizers and on state that was restored.
-        if not trainer.is_global_zero:
+        self._leave()
+        self._begun = False
+        self._begin(trainer)
+
+    def _begin(self, trainer: "pl.Trainer") -> None:
+        """Once, where the loggers write: with `ddp_ft` that may be here only when the one that wrote has died."""
+        if self._begun or not trainer.is_global_zero:
             return
+        self._begun = True
         loggers = [logger for logger in trainer.loggers if is_a(logger, TensorBoardLogger)]
         if not loggers:
             found = "" if find_spec("tensorboard") else ", which needs: pip install 'lightning-eff[tensorboard]'"
             rank_zero_info(f"TensorBoardLayout: the Trainer has no TensorBoardLogger{found}. No layout is written.")
             return
         layout = self.layout(trainer)
-        self._leave()
         for logger in loggers:
             self._listeners.append(Listener(logger, copied_to(layout), self._seen.get(logger.log_dir, {})))
         self._write(layout)
@@ -145,8 +152,12 @@ class TensorBoardLayout(Callback):
         return {**open_charts, FLAT: flat} if flat else open_charts
 
     def _write_again(self, trainer: "pl.Trainer") -> None:
-        if self._listeners and writes_now() and not trainer.sanity_checking:
+        if not writes_now() or trainer.sanity_checking:
+            return
+        if self._listeners:
             self._write(self.layout(trainer))
+        else:
+            self._begin(trainer)
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
