@@ -2,6 +2,7 @@
 
 python -m benchmarks.gpu smoke            # on the GPU
 GPU_SMALL=1 python -m benchmarks.gpu smoke
+python -m benchmarks.gpu rows FOLDER      # what a run left there, to benchmarks/results/; needs no GPU
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.faults import plant
 from benchmarks.gpu.report import OUT, SMALL, Report
+from benchmarks.gpu.rows import to_csv
 
 PARTS = {
     **dict.fromkeys(("environment", "smoke", "bench", "compile", "zclip", "big", "tiny"), "kernels"),
@@ -28,6 +31,9 @@ PARTS = {
 def main() -> int:
     """The part that the command names."""
     part = sys.argv[1]
+    if part == "rows":
+        print(*to_csv(Path(sys.argv[2])), sep="\n")
+        return 0
     if not SMALL and not torch.cuda.is_available():
         print("torch finds no GPU here; GPU_SMALL=1 runs the part small on the CPU")
         return 2
