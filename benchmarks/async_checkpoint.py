@@ -111,7 +111,8 @@ def stall_worker(settings: dict[str, Any]) -> None:
     )  # fmt: skip
     trainer.save_every = settings["every"]  # type: ignore[attr-defined]
     trainer.fit(module, data)
-    (checkpoint,) = Path(settings["folder"]).glob("*.ckpt")
+    # Lightning's own way may leave older ones, whose removal came before they were written.
+    checkpoint = max(Path(settings["folder"]).glob("*.ckpt"), key=os.path.getmtime)
     found = {
         "bytes": checkpoint.stat().st_size,
         "parameters": parameters(module),

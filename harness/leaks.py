@@ -27,7 +27,8 @@ _CACHES = {".git", ".venv", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruf
 _SEEDS = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS"}
 
 # pytest's own, and the one that torch.compile sets for the life of the process (torch 2.8 with any backend).
-_KNOWN_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"} | _SEEDS
+# The last one is set by Lightning where there is a GPU.
+_KNOWN_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "CUDA_DEVICE_ORDER"} | _SEEDS
 
 # Global switches of torch: name -> (read, write).
 _SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -161,7 +162,8 @@ def _children() -> set[int]:
     for task in tasks.iterdir() if tasks.exists() else ():
         with contextlib.suppress(OSError):  # the thread has ended, or the kernel does not keep this file
             children |= {int(pid) for pid in (task / "children").read_text().split()}
-    return {pid for pid in children if pid is not None} - known
+    # Where MPI is installed, Lightning's question whether it runs under it starts that daemon.
+    return {pid for pid in children if pid is not None and not _command(pid).startswith("orted ")} - known
 
 
 def _command(pid: int) -> str:

@@ -26,6 +26,12 @@ def local(tensor: Tensor) -> Tensor:
         return part.detach()  # in this order: to detach a DTensor goes through its dispatch
 
 
+def held(tensor: Tensor) -> Tensor:
+    """The same for one that nothing is computed of, where there are many: a DTensor's shard itself, else ``tensor``."""
+    part: Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
 def full(tensor: Tensor, like: Tensor) -> Tensor:
     """Put together what ``local`` has taken apart: ``tensor`` is this rank's part of one with the form of ``like``.
 

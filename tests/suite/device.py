@@ -33,9 +33,11 @@ class OneCard(CUDAAccelerator):
         super().setup_device(device)
 
 
-def accelerator(device: str = DEVICE) -> Any:
-    """The Trainer's."""
-    return "cpu" if device == "cpu" else OneCard()
+def accelerator(device: str = DEVICE, package: str = "lightning.pytorch") -> Any:
+    """The Trainer's. One of the other name knows no accelerator of this one's: it takes as many cards as ranks."""
+    if device == "cpu":
+        return "cpu"
+    return OneCard() if package == "lightning.pytorch" else "cuda"
 
 
 def generator_state() -> Tensor:

@@ -243,8 +243,9 @@ class Drawn(Net):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> STEP_OUTPUT:
         self.seen.append(batch.flatten().tolist())
-        indices, noise = batch[:, 0].long(), batch[:, 1, None, None]
-        return self._error(self.inputs[indices] + 0.1 * noise, self.targets[indices])
+        indices, noise = batch[:, 0].long().to(self.inputs.device), batch[:, 1, None, None]
+        inputs, targets = self.inputs[indices].to(batch.device), self.targets[indices].to(batch.device)
+        return self._error(inputs + 0.1 * noise, targets)
 
 
 class Draws(Dataset[Tensor]):

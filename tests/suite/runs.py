@@ -105,7 +105,7 @@ def build_trainer(
 ) -> L.Trainer:
     """A quiet Trainer. Validation runs every third batch, where the arguments do not say otherwise."""
     defaults = {
-        "accelerator": accelerator(),
+        "accelerator": accelerator(package=strategy.package),
         "strategy": strategy.build(module.optimizer_count),
         "devices": strategy.ranks,
         "max_steps": steps * module.optimizer_count,

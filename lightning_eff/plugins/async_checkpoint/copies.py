@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.plugins.async_checkpoint.overlap import Overlap, address, as_bytes, versions
-from lightning_eff.training.dtensor import local
+from lightning_eff.training.dtensor import held
 
 BUFFERS = 2
 _THREADS = 8
@@ -137,8 +137,8 @@ class ThreadCopy:
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.failed = False
         """Whether a piece may be missing."""
-        self._pieces = _pieces(pairs)
-        self._thread = threading.Thread(target=self._work, name="checkpoint-copy", daemon=True)
+        self._pieces: deque[tuple[Any, Any]] = deque()
+        self._thread = threading.Thread(target=self._work, args=(pairs,), name="checkpoint-copy", daemon=True)
         self._thread.start()
 
     def settle(self) -> None:
@@ -150,8 +150,9 @@ class ThreadCopy:
         """Until the copies are there."""
         self._thread.join()
 
-    def _work(self) -> None:
+    def _work(self, pairs: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         try:
+            self._pieces.extend(_pieces(pairs))
             _work(self._pieces)
         except BaseException:  # an interrupt, between taking a piece and its end
             self.failed = True
@@ -247,7 +248,7 @@ class Buffers:
             buffer = next(before, None)
             if buffer is None or _form(buffer) != _form(value):
                 buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
-            pairs.append((local(buffer), local(value)))
+            pairs.append((held(buffer), held(value)))
             self._kept.append(buffer)
             done[id(value)] = buffer
         return done[id(value)]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_eff.training.dtensor import local
+from lightning_eff.training.dtensor import held
 
 _PIECE = 1024 * 1024  # bytes, which stay in a cache with what comes of their comparison
 
@@ -48,7 +48,7 @@ class Overlap:
         found: dict[int, list[Tensor]] = {}
         if self._kind() is not None:
             for tensor in {id(tensor): tensor for tensor in self._tensors()}.values():
-                part = local(tensor)
+                part = held(tensor)
                 if type(part) in (Tensor, nn.Parameter) and part.layout is torch.strided and not part.is_inference():
                     found.setdefault(address(part), []).append(tensor)
         return {place: tensors for place, tensors in found.items() if place not in self._others}
@@ -74,7 +74,7 @@ class Overlap:
     def leave_out(self, seen: Iterable[tuple[Tensor, Versions]]) -> int:
         """From now on those that have been written since; how many."""
         written = [tensor for tensor, before in seen if _versions(tensor) != before]
-        self._others.update(address(local(tensor)) for tensor in written)
+        self._others.update(address(held(tensor)) for tensor in written)
         return len(written)
 
 
@@ -132,7 +132,7 @@ def versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Versions]]:
 
 
 def _versions(tensor: Tensor) -> Versions:
-    return tensor._version, local(tensor)._version  # of a sharded one either is counted, as it is written or its part
+    return tensor._version, held(tensor)._version  # of a sharded one either is counted, as it is written or its part
 
 
 def address(tensor: Tensor) -> int:

@@ -34,7 +34,7 @@ def waits_for_nothing(row: Row, place: Place) -> None:
 
     quiet = {"log_every_n_steps": 1000, "val_check_interval": None}
     per_step = (extra(STEPS, **quiet) - extra(STEPS // 2, **quiet)) / (STEPS - STEPS // 2)
-    assert per_step == 0, f"{per_step:g} host syncs in a step"
+    assert per_step <= 0, f"{per_step:g} host syncs in a step"
 
     logging = {"log_every_n_steps": 2, "val_check_interval": None, "logger": Discard()}
     more = extra(STEPS, **logging) - extra(STEPS // 2 + 1, **logging)
