@@ -13,6 +13,7 @@ from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.wrapping import Wrapper
 
 _ABSENT = object()
+_WRAPPERS = (".module.", "._orig_mod.", "._checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # in a weight's name
 
 
 def saves_in_shards(strategy: Strategy) -> bool:
@@ -80,7 +81,10 @@ def sharded_weights(model: Any) -> dict[str, Any]:
     """A module's state with each rank's shards where they are: the save copies them to the host, once."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    state: dict[str, Any] = get_model_state_dict(model)
+    state: dict[str, Any] = model.state_dict()
+    # Torch's own asks for the name of each weight without its wrappers, which takes most of what a save costs.
+    if any(wrapper in f".{name}" for name in state for wrapper in _WRAPPERS):
+        state = get_model_state_dict(model)
     return state
 
 

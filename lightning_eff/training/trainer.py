@@ -73,8 +73,10 @@ def log_values(pl_module: LightningModule, method: str, values: Mapping[str, Ten
     for name, value in values.items():
         # A copy: the state of a method may be written in place before the logger reads the value. What is known on the
         # host stays there: Lightning would send a float to the device, and wait for it twice.
-        known = not isinstance(value, Tensor)
-        number = torch.tensor(float(value), device="cpu") if known else value.detach().float().clone()
+        if isinstance(value, Tensor):
+            number = value.detach().float().clone()
+        else:
+            number = torch.tensor(float(value), device="cpu")
         pl_module.log(f"{method}/{name}", number, on_step=True, on_epoch=False, batch_size=1)
 
 
