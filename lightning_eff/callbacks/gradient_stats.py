@@ -178,7 +178,7 @@ class GradientStats(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         # Measured, and perhaps logged only behind the checkpoint.
-        measured = {index: copy.read().clone() for index, copy in self._measured.items()}
+        measured = {index: copy.source for index, copy in self._measured.items()}
         return {"version": 1, "steps": list(self._counts), "measured": measured}
 
     @override

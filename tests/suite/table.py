@@ -106,6 +106,9 @@ class Row:
     logs_from: int = 1
     """The first step, of those that Lightning logs, at which there is a number."""
 
+    hangs_on_rounding: tuple[str, ...] = ()
+    """Entries of its state that another order of summation changes by more than rounding, as a share of zeros."""
+
     syncs_per_log: int | None = None
     """Host syncs allowed on a step that Lightning logs; None: one for each tag."""
 
@@ -590,6 +593,7 @@ ROWS = (
         GradientStats,
         {"every_n_steps": 2},
         crash_steps=(3,),
+        hangs_on_rounding=("measured",),
         syncs_per_log=17,  # sixteen tags, and the copy that all of them are read from
         changes_training=False,
         tags=(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from harness.faults import InjectedError, fail_at
 from harness.operators import OperatorCounter
+from tests.suite.device import DEVICE
 from tests.suite.models import STEPS, Net
 from tests.suite.rules.registry import rule
 from tests.suite.runs import Place, build_trainer, differences, expect, fit, random_states
@@ -34,7 +35,8 @@ def waits_for_nothing(row: Row, place: Place) -> None:
 
     quiet = {"log_every_n_steps": 1000, "val_check_interval": None}
     per_step = (extra(STEPS, **quiet) - extra(STEPS // 2, **quiet)) / (STEPS - STEPS // 2)
-    assert per_step <= 0, f"{per_step:g} host syncs in a step"
+    fewer = DEVICE == "cuda" and per_step < 0  # a model whose layers were replaced asks less of a GPU
+    assert per_step == 0 or fewer, f"{per_step:g} host syncs in a step"
 
     logging = {"log_every_n_steps": 2, "val_check_interval": None, "logger": Discard()}
     more = extra(STEPS, **logging) - extra(STEPS // 2 + 1, **logging)

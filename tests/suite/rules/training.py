@@ -30,7 +30,7 @@ def accumulates(row: Row, place: Place) -> None:
         row, place.folder, model_arguments=_SGD | {"micro_batches": 2}, accumulate_grad_batches=2, val_check_interval=6
     )
     assert halves.trainer.global_step == whole.trainer.global_step == STEPS
-    wrong = differences(whole.outcome(), halves.outcome(), **_CLOSE)
+    wrong = differences(_rounded(row, whole.outcome()), _rounded(row, halves.outcome()), **_CLOSE)
     assert not wrong, wrong
 
 
@@ -42,8 +42,14 @@ def ranks_agree(row: Row, place: Place) -> None:
     assert not wrong, f"rank 0 against rank 1: {wrong}"
     if place.strategy.lossy:
         return
-    wrong = differences(_outcome(row, None, place.folder), one, **_CLOSE)
+    wrong = differences(_rounded(row, _outcome(row, None, place.folder)), _rounded(row, one), **_CLOSE)
     assert not wrong, f"one device against two ranks: {wrong}"
+
+
+def _rounded(row: Row, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Without what is close to itself in the same order of summation only."""
+    state = outcome["callback"] or {}
+    return outcome | {"callback": {name: value for name, value in state.items() if name not in row.hangs_on_rounding}}
 
 
 def _outcome(row: Row, strategy: Strategy | None, folder: Path) -> dict[str, Any]:
