@@ -23,8 +23,8 @@ from lightning_eff.plugins.async_checkpoint.overlap import (
     VALIDATION,
     Overlap,
     before_updates,
+    overlap_of,
     owned_by,
-    what_follows,
 )
 from lightning_eff.plugins.sharded_saves import ShardedSaves
 from lightning_eff.plugins.sharded_strategy import SavesLater, saves_in_shards
@@ -65,10 +65,11 @@ class AsyncCheckpoint(Callback):
     fails, or is ended by ``Preemption``.
 
     Weights and optimizer state are copied while the next forward and backward run, and are complete before the next
-    optimizer step; all else is copied at once. A fit's first save is copied at once too, and compared with the weights
-    before the next step: what others than optimizers have written by then is never copied late. Whoever writes weights
-    in between calls the hook ``before_weights_change``, as the suite's callbacks do; a save that meets such a write in
-    place all the same fails and says so, except for one through ``.data``, which nobody sees.
+    optimizer step; all else is copied at once. A fit's first save behind a batch, and the first behind a validation,
+    are copied at once too, and compared with the weights before the next step: what others than optimizers have written
+    by then is never copied late. Whoever writes weights in between calls the hook ``before_weights_change``, as the
+    suite's callbacks do; a save that meets such a write in place all the same fails and says so, except for one through
+    ``.data``, which nobody sees.
 
     Runs in: in front of ``Trainer.save_checkpoint`` and of every ``Optimizer.step``; ``on_train_batch_end`` once, to
     get its memory; ``on_validation_start``, ``on_train_epoch_start`` and ``on_train_epoch_end`` end a copy;
@@ -151,10 +152,7 @@ class AsyncCheckpoint(Callback):
         self.skipped, self._warm, self._there = 0, False, {}
         self._strategy = trainer.strategy
         if self.overlap:
-            self._overlap = Overlap(
-                lambda: [*trainer.lightning_module.parameters(), *owned_by(trainer.optimizers)],
-                lambda: what_follows(trainer),
-            )
+            self._overlap = overlap_of(trainer, BATCH, VALIDATION, LAST_VALIDATION)
         self._files.overlap = self._shards.overlap = self._overlap
         if saves_in_shards(trainer.strategy):
             self._io = self._shards
@@ -222,7 +220,7 @@ class AsyncCheckpoint(Callback):
         self._settle()
 
     def _settle(self, *kinds: str) -> None:
-        """What is copied late comes first; it has been waited for as long as ever for saves of these kinds."""
+        """End the late copy. For a save of one of these kinds this is the latest moment: see who has written by now."""
         self._io.settle()
         if self._overlap is not None:
             self._overlap.time_is_over(*kinds)

@@ -96,6 +96,19 @@ def what_follows(trainer: Trainer) -> str | None:
     return None
 
 
+def overlap_of(trainer: Trainer, *kinds: str) -> Overlap:
+    """Of a run's weights and its optimizers' state, for saves of these kinds."""
+
+    def tensors() -> list[Tensor]:
+        return [*trainer.lightning_module.parameters(), *owned_by(trainer.optimizers)]
+
+    def kind() -> str | None:
+        follows = what_follows(trainer)
+        return follows if follows in kinds else None
+
+    return Overlap(tensors, kind)
+
+
 def owned_by(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     """The weights that optimizers train, and their state."""
     tensors: list[Tensor] = []

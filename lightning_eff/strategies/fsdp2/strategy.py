@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_eff.arguments import check, check_flag, check_globs, check_text
-from lightning_eff.plugins.async_checkpoint.overlap import BATCH, Overlap, before_updates, owned_by, what_follows
+from lightning_eff.plugins.async_checkpoint.overlap import BATCH, before_updates, overlap_of
 from lightning_eff.plugins.sharded_saves import ShardedSaveError, ShardedSaves
 from lightning_eff.plugins.sharded_strategy import sharded_optimizer_state, sharded_weights
 from lightning_eff.strategies.fsdp2.sharding import broadcast_from_rank_zero, is_sharded, shard
@@ -105,10 +105,7 @@ class FSDP2(_Base):
         if self._whole is not None:
             self._whole.before_step = self._share_buffers
         self._has_buffers = any(True for _ in module.buffers())
-        self._own_saves.overlap = Overlap(
-            lambda: [*module.parameters(), *owned_by(self.optimizers)],
-            lambda: BATCH if what_follows(trainer) == BATCH else None,  # a strategy does not see an epoch's end
-        )
+        self._own_saves.overlap = overlap_of(trainer, BATCH)  # a strategy does not see an epoch's end
         self._handle = self._handle or before_updates(lambda: self._settle(BATCH))
         lacks = not overrides(module, "configure_model")
         if lacks:  # Lightning asks for one

@@ -64,6 +64,19 @@ class SaveInHook(Checkpoint):
         trainer.save_checkpoint(self.folder / name)
 
 
+class WritesWeights(L.Callback):
+    """As no optimizer does, and without a word; past torch's count of writes, if it is through ``data``."""
+
+    def __init__(self, first: int, data: bool = False) -> None:
+        self.first, self.data = first, data
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        weight = module.net[0].weight
+        if trainer.global_step >= self.first:
+            with torch.no_grad():
+                (weight.data if self.data else weight).add_(1)
+
+
 def copied(value: Any) -> Any:
     """Without a tensor of the original."""
     if isinstance(value, dict):

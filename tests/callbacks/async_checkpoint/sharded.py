@@ -23,7 +23,7 @@ from lightning_eff.callbacks import EMA, AsyncCheckpoint
 from lightning_eff.strategies import FSDP2Strategy
 from lightning_eff.training.dtensor import local
 from tests.callbacks.async_checkpoint.ranks import Memory, incomplete
-from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, copied, copy_late
+from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, WritesWeights, copied, copy_late
 from tests.suite.runs import differences
 
 OPTIONS: dict[str, Any] = {"devices": 2, "num_sanity_val_steps": 0, "limit_val_batches": 0, "accelerator": "cpu"}
@@ -157,18 +157,6 @@ class SaveAndKeep(L.Callback):
         optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
         self.expected[name] = copied({"state_dict": weights, "optimizer_0": optimizer})
         trainer.save_checkpoint(self.folder / name)
-
-
-class WritesWeights(L.Callback):
-    """As no optimizer does, and without a word."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        if trainer.global_step >= self.first:
-            with torch.no_grad():
-                module.net[0].weight += 1
 
 
 def of_the_moment(folder: Path, ours: bool, hook: str, manual: Any = False, writes: int = 99) -> dict[str, Any]:

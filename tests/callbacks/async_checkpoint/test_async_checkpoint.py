@@ -27,7 +27,7 @@ from lightning_eff.plugins import AsyncCheckpointIO
 from lightning_eff.plugins.async_checkpoint import copies
 from lightning_eff.plugins.async_checkpoint.checkpoint_file import damage
 from lightning_eff.training import hooks
-from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, SaveInHook, copy_late
+from tests.callbacks.async_checkpoint.runs import LatestCopy, Model, SaveInHook, WritesWeights, copy_late
 from tests.plugins.async_checkpoint.gate import Gate
 from tests.suite.runs import differences
 
@@ -86,19 +86,6 @@ def test_a_rollback_waits_for_what_is_still_copied(tmp_path, monkeypatch, hook):
         assert differences(found["optimizer_states"], expected["optimizer_states"]) == []
 
 
-class Writes(L.Callback):
-    """Weights, as no optimizer does, and without a word."""
-
-    def __init__(self, first, data):
-        self.first, self.data = first, data
-
-    def on_train_batch_start(self, trainer, module, *_):
-        weight = module.net[0].weight
-        if trainer.global_step >= self.first:
-            with torch.no_grad():
-                (weight.data if self.data else weight).add_(1)
-
-
 def _saved_and_expected(saver):
     for name, expected in saver.expected.items():
         if (saver.folder / name).exists():
@@ -109,7 +96,7 @@ def _saved_and_expected(saver):
 def test_what_others_write_behind_the_first_save_is_copied_at_once(tmp_path, monkeypatch, data):
     copy_late(monkeypatch)
     saver = SaveInHook(tmp_path, "on_train_batch_end")
-    _fit(tmp_path, saver, Writes(0, data), AsyncCheckpoint())
+    _fit(tmp_path, saver, WritesWeights(0, data), AsyncCheckpoint())
     assert LatestCopy.made == 9  # of the rest
     assert all(torch.equal(saved, expected) for _, saved, expected in _saved_and_expected(saver))
 
@@ -118,7 +105,7 @@ def test_a_copy_that_somebody_wrote_into_is_no_checkpoint(tmp_path, monkeypatch)
     copy_late(monkeypatch)
     saver = SaveInHook(tmp_path, "on_train_batch_end")
     with pytest.warns(match="3.ckpt could not be written: RuntimeError: 1 tensors .* before_weights_change"):
-        _fit(tmp_path, saver, Writes(3, data=False), AsyncCheckpoint(on_error="warn"))
+        _fit(tmp_path, saver, WritesWeights(3, data=False), AsyncCheckpoint(on_error="warn"))
     found = list(_saved_and_expected(saver))
     assert [name for name in saver.expected if name not in {name for name, *_ in found}] == ["3.ckpt"]
     assert all(torch.equal(saved, expected) for _, saved, expected in found)
@@ -129,7 +116,7 @@ def test_a_rare_write_past_torchs_count_asks_for_copies_at_once(tmp_path, monkey
     """And so these tests see whoever does not say that he writes."""
     copy_late(monkeypatch)
     saver = SaveInHook(tmp_path, "on_train_batch_end")
-    _fit(tmp_path, saver, Writes(3, data=True), AsyncCheckpoint(overlap=overlap))
+    _fit(tmp_path, saver, WritesWeights(3, data=True), AsyncCheckpoint(overlap=overlap))
     assert all(torch.equal(saved, expected) for _, saved, expected in _saved_and_expected(saver)) != overlap
 
 
