@@ -82,21 +82,31 @@ def _pairs(gates: Tensor) -> Tensor:
         for column in columns[2:]:
             second = np.maximum(second, np.minimum(column, first))
             first = np.maximum(first, column)
-        chosen = np.flatnonzero(values >= second[..., None])
-        # Of equal ones there are more, and what is no number is equal to nothing.
-        if len(chosen) == second.size * _OF_GROUP and not np.isnan(second).any():
-            rows = gates.shape[1] * np.arange(tokens)[:, None]
-            return torch.from_numpy(chosen.reshape(tokens, groups * _OF_GROUP) - rows)
+        if (found := _at_least(values, second[..., None], groups * _OF_GROUP)) is not None:
+            return found
     local = gates.reshape(tokens, groups, _GROUP).topk(_OF_GROUP, dim=-1).indices
     channels: Tensor = local + torch.arange(0, gates.shape[1], _GROUP, device=gates.device)[:, None]
     return channels.view(tokens, groups * _OF_GROUP)
 
 
+def _at_least(values: Any, least: Any, count: int) -> Tensor | None:
+    """Where the values of each token are at least so large, in order; None if these are not ``count`` of each."""
+    chosen, tokens = np.flatnonzero(values >= least), len(values)
+    # Of equal ones there are more, and what is no number is equal to nothing.
+    if len(chosen) != tokens * count or np.isnan(least).any():
+        return None
+    rows = (values.size // max(tokens, 1)) * np.arange(tokens)[:, None]
+    return torch.from_numpy(chosen.reshape(tokens, count) - rows)
+
+
 def _largest(gates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The largest of each row and where they are, in any order."""
     if _by_numpy(gates):
-        channels = torch.from_numpy(np.argpartition(gates.detach().numpy(), -k, axis=-1))[:, -k:].contiguous()
-        return gates.gather(-1, channels), channels
+        numbers = gates.detach().numpy()
+        found = _at_least(numbers, np.partition(numbers, -k, axis=-1)[:, -k, None], k)
+        if found is None:
+            found = torch.from_numpy(np.argpartition(numbers, -k, axis=-1))[:, -k:].contiguous()
+        return gates.gather(-1, found), found
     values, channels = gates.topk(k, dim=-1, sorted=False)
     return values, channels
 
