@@ -142,12 +142,12 @@ def loss_through_kills() -> Any:
 def lock_in() -> Any:
     """How many of 2,000 steps are clipped behind a jump of the gradients' level, by what is done about it."""
     figure, axes = panels(2, width=4.5, height=3.2, sharey=True)
-    for axis, relearn in zip(axes, ("", "100"), strict=True):
+    for axis, relearn in zip(axes, ("", "25"), strict=True):
         for option, width in {"adaptive_scaling": 5, "mean": 3, "skip_update": 1.5, "percentile": 1}.items():
             found = rows("zclip_lock_in", option=option, relearn_after=relearn)
             shares = [int(row["clipped_of_last_1000"]) / 10 for row in found]
             axis.plot([float(row["shift"]) for row in found], shares, marker="o", linewidth=width, label=option)
-        axis.set(xlabel="the level grows by a factor of", title="relearn_after=100" if relearn else "as in the paper")
+        axis.set(xlabel="the level grows by a factor of", title=f"relearn_after={relearn}" if relearn else "as in the paper")
     axes[0].set(ylabel="% clipped of the last 1,000 steps")
     axes[0].legend()
     return figure

@@ -180,7 +180,7 @@ def lock_in() -> None:
     options = {"adaptive_scaling": {}, "mean": dict(clip_option="mean"), "skip_update": dict(skip_update_on_spike=True)}
     for name, arguments in {**options, "percentile": dict(clip_option="percentile")}.items():
         for shift in (1.3, 1.5, 2.0, 4.0):
-            for relearn_after in (None, 100):
+            for relearn_after in (None, ZClipConfig.relearn_after):
                 generator = random.Random(0)
                 state = ZClipState(ZClipConfig(max_grad_norm=None, relearn_after=relearn_after, **arguments))
 

@@ -114,7 +114,7 @@ class ZClip(Callback):
         clip_option: ClipOption = "adaptive_scaling",
         clip_factor: float = 1.0,
         skip_update_on_spike: bool = False,
-        relearn_after: int | None = 100,
+        relearn_after: int | None = 25,
         nonfinite: NonFinite = "zero",
         log_details: bool = False,
     ) -> None:

@@ -138,7 +138,7 @@ class Gradients:
             coefficient: 0-d tensor.
             zero_nonfinite: the coefficient is 0 where an element is NaN or infinite, and the result is to be 0 and not
                 the NaN of ``inf * 0``. One more pass over the tensors; the kernel, which never reads them for a
-                coefficient of 0 nor at all for one of 1, needs none.
+                coefficient of 0 nor at all for one of 1, needs none, nor does a CPU.
         """
         for _, device, listed in self._parts:
             grad_norm.scale_(listed, coefficient.to(device), zero_nonfinite=zero_nonfinite)

@@ -101,7 +101,7 @@ class ZClipConfig:
     clip_option: ClipOption = "adaptive_scaling"
     clip_factor: float = 1.0
     skip_update_on_spike: bool = False
-    relearn_after: int | None = 100
+    relearn_after: int | None = 25
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, least=0, below=1)

@@ -163,6 +163,13 @@ def _chunks(device: torch.device, stream: int, sizes: tuple[int, ...], codes: tu
     )
 
 
+def value_at_hand(number: Tensor) -> float | None:
+    """Of a 0-d tensor in the host's memory; None where reading it would wait for a device, or there is no data."""
+    if number.device.type != "cpu" or type(number) is not Tensor or torch.compiler.is_compiling():
+        return None
+    return number.item()
+
+
 def to_device(values: Tensor | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copy numbers to ``device`` without waiting for it: from pinned memory, which the copy keeps until it is done."""
     host = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)

@@ -126,6 +126,19 @@ def test_one_leaves_every_bit(device: torch.device) -> None:
     assert torch.equal(values.view(torch.int32), before.view(torch.int32))
 
 
+def test_the_cpu_writes_only_where_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_EFF_KERNELS", "reference")
+    large, small = torch.full((5000,), 2.0), [torch.full((3,), 2.0) for _ in range(4)]
+    before = [tensor._version for tensor in (large, *small)]
+    grad_norm.scale_([large, *small], torch.ones((), dtype=torch.float64), zero_nonfinite=True)
+    assert [tensor._version for tensor in (large, *small)] == before
+    grad_norm.scale_([large, *small], torch.tensor(0.5), zero_nonfinite=True)
+    assert all((tensor == 1).all() for tensor in (large, *small))
+    large[5], small[1][0] = math.nan, math.inf
+    grad_norm.scale_([large, *small], torch.tensor(0.0), zero_nonfinite=True)
+    assert not any(tensor.any() for tensor in (large, *small))
+
+
 def test_permuted_memory_is_taken_and_gaps_are_refused(device: torch.device) -> None:
     image = random_like((2, 3, 5, 7), torch.float32, device).to(memory_format=torch.channels_last)
     assert grad_norm.sum_of_squares([image, image.mT]).item() == pytest.approx(2 * exact([image]), rel=1e-6)

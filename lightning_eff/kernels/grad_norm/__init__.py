@@ -66,14 +66,16 @@ def sum_of_squares(tensors: Sequence[Tensor] | TensorList) -> Tensor:
 def scale_(tensors: Sequence[Tensor] | TensorList, coefficient: Tensor, *, zero_nonfinite: bool = False) -> None:
     """Multiply every tensor of a list in place by a coefficient that stays on the device.
 
-    The product is taken in float32 and rounded once. The kernel reads and writes nothing for a coefficient of 1 (once
-    rounded to float32), and for 0 it writes zeros without reading, whatever the tensors hold.
+    The product is taken in float32 and rounded once. The kernel, and on a CPU the reference, read and write nothing for
+    a coefficient of 1 (once rounded to float32). For 0 the kernel writes zeros without reading, whatever the tensors
+    hold.
 
     Args:
         tensors: as for :func:`sum_of_squares`.
         coefficient: 0-d floating tensor on the same device.
         zero_nonfinite: the coefficient is 0 where an element is NaN or infinite, and the result is to be 0 and not
-            the NaN of ``inf * 0``. The reference takes one more pass for it; the kernel does so in any case.
+            the NaN of ``inf * 0``. The reference takes one more pass for it where it cannot know the coefficient, on
+            other devices than a CPU; the kernel does so in any case.
 
     Raises:
         TypeError: something in the list is no dense floating tensor, or the coefficient is no floating tensor.

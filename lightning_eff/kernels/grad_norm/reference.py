@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
+from lightning_eff.kernels import tables
+
 CPU_BLOCK = 2**15
 """Elements that the CPU sums into one float32 before the float64 sum over blocks: its norm adds one after the other,
 and over 16 million equal elements lost 1 %. On a GPU the reduction is a tree."""
@@ -38,6 +40,13 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor, zero_nonfinite: bool) -> None:
     """Multiply all tensors in place; see :func:`lightning_eff.kernels.grad_norm.scale_`."""
+    value = tables.value_at_hand(coefficient.float())
+    if value == 1:  # as mostly
+        return
+    if value == 0 and zero_nonfinite:
+        torch._foreach_zero_(list(tensors))
+        return
+    zero_nonfinite = zero_nonfinite and value is None  # another coefficient says that all are finite
     alike: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         alike[tensor.dtype, tensor.shape].append(tensor)
