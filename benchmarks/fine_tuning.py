@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -88,13 +89,33 @@ def pretrained(path: Path = WEIGHTS, steps: int = PRETRAIN_STEPS) -> dict[str, T
     return torch.load(path, weights_only=True)
 
 
-def tuned_module(lora: bool, lr: float, seed: int = 0, schedule: str = "cosine", warmup_steps: int = 20) -> GPTModule:
-    """The pre-trained GPT, to be tuned: all parameters, or low-rank pairs alone."""
-    module = GPTModule(GPT_1M, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=0.01, fused=True)
+class EightBits(GPTModule):
+    """With the AdamW of bitsandbytes, whose moments have eight bits; matrices below 4,096 elements keep 32."""
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ImportError("AdamW with a state of 8 bits is of bitsandbytes: pip install bitsandbytes") from error
+        found = super().configure_optimizers()
+        optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+        groups = [{key: group[key] for key in ("params", "weight_decay")} for group in optimizer.param_groups]
+        found["optimizer"] = bitsandbytes.optim.AdamW8bit(groups, lr=self.lr, betas=self.betas)
+        rates = torch.optim.lr_scheduler.LambdaLR(found["optimizer"], schedule.lr_lambdas)
+        found["lr_scheduler"]["scheduler"] = rates
+        return found
+
+
+def tuned_module(
+    rank: int, lr: float, seed: int = 0, schedule: str = "cosine", warmup_steps: int = 20, eight_bits: bool = False
+) -> GPTModule:
+    """The pre-trained GPT, to be tuned: low-rank pairs of this rank alone, or with 0 all parameters."""
+    build = EightBits if eight_bits else GPTModule
+    module = build(GPT_1M, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=0.01, fused=not eight_bits)
     module.model.load_state_dict(pretrained())
-    if lora:
+    if rank:
         torch.manual_seed(seed)
-        add_lora(module.model)
+        add_lora(module.model, rank)
     return module
 
 
@@ -103,7 +124,7 @@ def main() -> None:
     quiet_lightning()
     torch.set_num_threads(1)
     for name, graphical in (("the part that it was trained on", False), ("the graphical packages", True)):
-        loss = validation_loss(tuned_module(lora=False, lr=0.0), PartOfLibrary(graphical))
+        loss = validation_loss(tuned_module(0, lr=0.0), PartOfLibrary(graphical))
         CONSOLE.print(f"validation loss on {name}: {loss:.4f} nats a byte")
 
 

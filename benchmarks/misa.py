@@ -24,11 +24,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fine_tuning import PartOfLibrary, add_lora, tuned_module
+from benchmarks.fine_tuning import EightBits, PartOfLibrary, add_lora, tuned_module
 from benchmarks.gpt import GPT_1M, GPT_10M, constant, mean_loss, parameters, step_times, text, train
 from benchmarks.rows import CONSOLE, publish, read_rows, write_rows
 from examples.gpt.data import TextDataModule
-from examples.gpt.model import GPTConfig
+from examples.gpt.model import GPT, GPTConfig
 from examples.gpt.module import GPTModule
 from harness.pool import Pool
 from harness.runs import begin, quiet_lightning
@@ -56,6 +56,24 @@ def badam(interval: int = 14, **arguments: Any) -> MISA:
     """BAdam: one layer after the other."""
     settings = dict(granularity="layer", sampling="cyclic", momentum_step=False)
     return MISA(units=1, every_n_steps=interval, **settings, **arguments)
+
+
+EIGHT_BITS, OF_THIS_MEMORY = "AdamW, 8 bits", "LoRA of MISA's memory"
+
+
+def rank_of(arm: str) -> int:
+    """Of the low-rank pairs: 8, or as high as the bytes of MISA at 25 % allow; 0 where all weights are trained."""
+    if arm != OF_THIS_MEMORY:
+        return 8 * (arm == "LoRA")
+    with torch.device("meta"):
+        total, pairs = parameters(GPT(GPT_1M)), GPT(GPT_1M)
+        add_lora(pairs, 1)
+    of_one = parameters(pairs) - total
+    return int(12 * 0.25 * total / (16 * of_one))  # a pair is a weight too: 16 bytes; in a matrix of the model 12
+
+
+def tuning(arm: str, lr: float, seed: int = 0) -> GPTModule:
+    return tuned_module(rank_of(arm), lr, seed, schedule="constant", eight_bits=arm == EIGHT_BITS)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -150,7 +168,9 @@ def memory(steps: int) -> None:
 
 SPEED: dict[str, Callable[[], MISA | None]] = {
     "full AdamW": lambda: None,
+    EIGHT_BITS: lambda: None,
     "LoRA": lambda: None,
+    OF_THIS_MEMORY: lambda: None,
     "LISA": lambda: lisa(1, 1000),
     "BAdam": lambda: badam(1000),
     "MISA, 25 %": lambda: MISA(budget=0.25, every_n_steps=1000, eta=0.0),
@@ -178,15 +198,15 @@ def speed(steps: int, rounds: int) -> None:
     """Median step time of every arm, in turn (twice as many steps of the 1 M GPT), and the end of an interval."""
     rows, seeds = [], Seeds()
     for name, config, batch, length, arms in (
-        ("1M", GPT_1M, 16, 2 * steps, ("full AdamW", "LoRA", "LISA", "BAdam", "MISA, 25 %")),
+        ("1M", GPT_1M, 16, 2 * steps, tuple(arm for arm in SPEED if arm != "MISA, 3 %")),
         ("10M", GPT_10M, 4, steps, ("full AdamW", "LoRA", "LISA", "MISA, 25 %", "MISA, 3 %")),
     ):
         data = text(config, batch)
 
         def run(arm: str, config: GPTConfig = config, data: Any = data, length: int = length) -> float:
-            module = constant(config)
-            if arm == "LoRA":
-                add_lora(module.model)
+            module = EightBits(config, schedule="constant") if arm == EIGHT_BITS else constant(config)
+            if rank_of(arm):
+                add_lora(module.model, rank_of(arm))
             misa = seeds(SPEED[arm]())
             return step_times(module, data, length, *([misa] if misa else [])).median
 
@@ -250,7 +270,9 @@ def _changes_under_ddp() -> float:
 STEPS, EVERY, INTERVAL, ETA = 140, 14, 14, 1e6
 WORTH: dict[str, tuple[Callable[[int], MISA | None], tuple[float, ...]]] = {
     "full AdamW": (lambda seed: None, (3e-4, 1e-3)),
-    "LoRA": (lambda seed: None, (1e-3, 3e-3)),
+    EIGHT_BITS: (lambda seed: None, (3e-4, 1e-3)),
+    "LoRA": (lambda seed: None, (1e-3, 3e-3, 1e-2)),
+    OF_THIS_MEMORY: (lambda seed: None, (1e-3, 3e-3, 1e-2)),
     "LISA": (lambda seed: lisa(1, INTERVAL, seed=seed), (1e-3, 3e-3)),
     "BAdam": (lambda seed: badam(INTERVAL), ()),
     "MISA without momentum step": (
@@ -268,14 +290,15 @@ RUNS = Path("logs") / "benchmarks" / "misa"
 
 
 class Validates(L.Callback):
-    """The validation loss every `EVERY` steps."""
+    """The validation loss every `EVERY` steps, and the bytes of the optimizer's state."""
 
     def __init__(self, data: TextDataModule) -> None:
-        self.data, self.losses = data, []
+        self.data, self.losses, self.state = data, [], 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: GPTModule, outputs: Any, batch: Any, index: int) -> None:
         if trainer.global_step % EVERY == 0:
             self.losses.append(round(mean_loss(module.model, self.data), 4))
+            self.state = state_bytes(trainer.optimizers)
 
 
 def _path(arm: str, lr: float, seed: int, steps: int) -> Path:
@@ -292,10 +315,11 @@ def tune(arm: str, lr: float, seed: int, steps: int) -> None:
     begin(seed, *UNSAID)
     data = PartOfLibrary(graphical=True, seed=seed)
     data.setup("fit")
-    module = tuned_module(arm == "LoRA", lr, seed, schedule="constant")
+    module = tuning(arm, lr, seed)
     misa, validates = WORTH[arm][0](seed), Validates(data)
     train(module, data, *([misa] if misa else []), validates, max_steps=steps, gradient_clip_val=1.0)
     row = {"arm": arm, "lr": lr, "seed": seed, "steps": steps, "val_loss": validates.losses[-1]}
+    row |= {"rank": rank_of(arm) or "", "state_bytes": validates.state}
     CONSOLE.print(row)
     if misa is not None:
         row |= {"importance": misa.importance}
@@ -327,7 +351,7 @@ def report(steps: int) -> None:
     for run in runs:
         factor = times.get(run["arm"], times["MISA, 25 %"])
         at = min(steps, int(0.75 * steps / factor) // EVERY * EVERY)
-        row = {key: run[key] for key in ("arm", "lr", "seed", "steps", "val_loss")}
+        row = {key: run[key] for key in ("arm", "rank", "state_bytes", "lr", "seed", "steps", "val_loss")}
         rows.append(row | {"steps_at_equal_time": at, "val_loss_at_equal_time": run["curve"][at // EVERY - 1]})
         about = {key: run[key] for key in ("arm", "lr", "seed")}
         curves += [{**about, "step": EVERY * (i + 1), "val_loss": loss} for i, loss in enumerate(run["curve"])]
@@ -372,7 +396,7 @@ def variance(steps: int) -> None:
     """
     begin(0, *UNSAID)
     data = PartOfLibrary(graphical=True)
-    module = tuned_module(False, 1e-3, schedule="constant")
+    module = tuning("MISA", 1e-3)
     names = [matrix.name for matrix in select_matrices(module)]
     misa = MISA(budget=0.25, every_n_steps=INTERVAL, eta=ETA)
     watch = FullGradients(misa, names, PartOfLibrary(graphical=True, seed=99))

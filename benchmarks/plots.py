@@ -54,8 +54,6 @@ def _crossover(axis: Any, dense: list[float], others: list[list[float]]) -> None
 
 
 _COSTS = [  # file, column of the name, its value, columns of median and quartiles, label
-    ("zclip_cost", "clip", "zclip", "over_none", "ZClip"),
-    ("zclip_cost", "clip", "lightning norm", "over_none", "Lightning's clip_grad_norm"),
     ("checkpoint_averaging_cost", "callback", "CheckpointAveraging, every 10", "over_none", "CheckpointAveraging"),
     ("checkpoint_averaging_cost", "callback", "EMA, every step", "over_none", "EMA, every step"),
     ("checkpoint_averaging_cost", "callback", "Lightning EMAWeightAveraging", "over_none", "Lightning's EMA"),
@@ -70,7 +68,12 @@ def overhead() -> Any:
     Left where it matters; right every one of them, where Python's work for each tensor would show.
     """
     figure, axes = panels(2, width=6.0, height=4.4)
+    clips = {"zclip": "ZClip", "lightning norm": "Lightning's clip_grad_norm"}
     large = [
+        (label, *(1 + float(row[f"clip_ms{end}"]) / float(row["step_ms"]) for end in ("_q1", "", "_q3")))
+        for label, row in ((label, rows("zclip_cost", clip=clip)[0]) for clip, label in clips.items())
+    ]
+    large += [
         (label, *(float(rows(name, **{column: value})[0][f"{ratio}{end}"]) for end in ("_q1", "", "_q3")))
         for name, column, value, ratio, label in _COSTS
     ]
@@ -147,7 +150,9 @@ def lock_in() -> Any:
             found = rows("zclip_lock_in", option=option, relearn_after=relearn)
             shares = [int(row["clipped_of_last_1000"]) / 10 for row in found]
             axis.plot([float(row["shift"]) for row in found], shares, marker="o", linewidth=width, label=option)
-        axis.set(xlabel="the level grows by a factor of", title=f"relearn_after={relearn}" if relearn else "as in the paper")
+        axis.set(
+            xlabel="the level grows by a factor of", title=f"relearn_after={relearn}" if relearn else "as in the paper"
+        )
     axes[0].set(ylabel="% clipped of the last 1,000 steps")
     axes[0].legend()
     return figure

@@ -4,7 +4,7 @@ python -m benchmarks.together soak --strategy ddp --steps 2000 --save-every 20 -
 python -m benchmarks.together soak --strategy ddp_ft --faults 12
 python -m benchmarks.together points --strategy fsdp2  # 20 crash points, each with a resume
 python -m benchmarks.together deaths  # how far ddp_ft without one replica is from the run with it, by precision
-python -m benchmarks.together cost --size 10m  # process CPU time a step, over plain Lightning
+python -m benchmarks.together cost --size 10m  # process CPU time a step, over plain Lightning; quiet
 python -m benchmarks.together cost --size many  # the same of 1,000 small tensors
 python -m benchmarks.together spent --size 10m --steps 100  # by callback
 """
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import math
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from benchmarks.together_hooks import surrounded
 from benchmarks.together_points import APART, POINTS, SAVE_EVERY, STEPS, crash, death, hooks, losses_apart
 from benchmarks.together_runs import RANKS, SAID, Settings, usual_callbacks
 from examples.gpt.model import GPTConfig
+from harness.alternating import COLUMNS, Alternating, cost_row
 from harness.memory import peak_resident
 from harness.processes import apart
 from harness.runs import begin, quiet_trainer
@@ -133,86 +134,125 @@ def deaths(arguments: argparse.Namespace) -> None:
         CONSOLE.print(write_rows("together_deaths", [row], key=("precision", "steps")))
 
 
-class Watch(L.Callback):
-    """The CPU time of the process and the time of day when each batch began."""
+WARM = 5
+"""Steps of a run before the first that counts."""
+
+
+class Marks(L.Callback):
+    """The CPU time of the process when each batch began."""
 
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float]] = []
+        self.seconds: list[float] = []
 
     @override
     def on_train_batch_start(self, *_: Any) -> None:
-        self.marks.append((time.process_time(), time.perf_counter()))
+        self.seconds.append(time.process_time())
 
 
-def one_run(arm: str, size: str, steps: int, every: int) -> dict[str, float]:
-    """In a process of its own."""
-    begin(0, *SAID)
+def model_and_data(size: str) -> tuple[L.LightningModule, Any]:
+    """What is trained."""
     config = {"10m": gpt.GPT_10M, "1m": gpt.GPT_1M, "tiny": GPTConfig(32, 2, 2, 32)}.get(size)
-    data: Any
-    if config is None:
-        module: L.LightningModule = Small(250)
-        data = torch.utils.data.DataLoader([torch.randn(1, 4)] * 10_000, batch_size=None)  # type: ignore[arg-type]
-    else:
-        module, data = gpt.constant(config), gpt.text(config, 4)
-    warmup = 3
-    last = warmup + steps + 1  # whose begin is the end of the one before
-    watch = Watch()
+    if config is not None:
+        return gpt.constant(config), gpt.text(config, 4)
+    data = [torch.randn(1, 4)] * 10_000
+    return Small(250), torch.utils.data.DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+
+
+def trainer_for(folder: str, steps: int, *callbacks: L.Callback, clip: float | None = None) -> L.Trainer:
+    """Of a run with one checkpoint, at its end."""
+    return quiet_trainer(
+        *callbacks, ModelCheckpoint(folder, every_n_train_steps=steps), accelerator="cpu", devices=1, max_steps=steps,
+        log_every_n_steps=50, limit_val_batches=0, num_sanity_val_steps=0, logger=TensorBoardLogger(folder),
+        default_root_dir=folder, gradient_clip_val=clip,
+    )  # fmt: skip
+
+
+def one_run(arm: str, size: str) -> dict[str, float]:
+    """What is not of a step, of a short run in a process of its own."""
+    begin(0, *SAID)
+    module, data = model_and_data(size)
+    marks = Marks()
     with tempfile.TemporaryDirectory() as folder:
-        saver = ModelCheckpoint(folder, every_n_train_steps=min(every, last))
         callbacks = usual_callbacks() if arm == "everything" else []
+        begun = time.process_time()
         clip = 1.0 if arm == "clipping" else None  # what ZClip stands in for
-        start = time.process_time()
-        trainer = quiet_trainer(
-            *callbacks, watch, saver, accelerator="cpu", devices=1, max_steps=last, log_every_n_steps=50,
-            limit_val_batches=0, num_sanity_val_steps=0, logger=TensorBoardLogger(folder), default_root_dir=folder,
-            gradient_clip_val=clip,
-        )  # fmt: skip
-        trainer.fit(module, data)
+        trainer_for(folder, WARM, *callbacks, marks, clip=clip).fit(module, data)
         files = [path for path in Path(folder).rglob("*") if path.is_file() and "events.out" not in path.name]
         size_on_disk = sum(path.stat().st_size for path in files if not path.name.endswith(("yaml", "json")))
-    cpu = [mark[0] for mark in watch.marks[warmup:]]
-    wall = [mark[1] for mark in watch.marks[warmup:]]
-    steps_cpu = [after - before for before, after in itertools.pairwise(cpu)]
     return {
-        "cpu": (cpu[-1] - cpu[0]) / steps,
-        "cpu_of_the_median_step": statistics.median(steps_cpu),
-        "wall": (wall[-1] - wall[0]) / steps,
-        "cpu_of_the_start": watch.marks[0][0] - start,
+        "cpu_of_the_start": marks.seconds[0] - begun,
         "memory": peak_resident(),
         "checkpoint": float(size_on_disk),
     }
 
 
+def steps_in_turn(size: str, block: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of a step under each arm, in one run: two runs of the same differ by more than what is looked for.
+
+    The callbacks are taken out of the Trainer and put back. What they leave in place without their hooks (the loader
+    that ExactResume has wrapped, RunHealth's thread) is there in all arms.
+    """
+    begin(0, *SAID)
+    module, data = model_and_data(size)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = usual_callbacks()
+        suite: list[L.Callback] = []
+
+        def enter(trainer: Any, clip: float | None, whole: bool) -> None:
+            trainer.gradient_clip_val = clip
+            trainer.callbacks = suite if whole else [each for each in suite if each not in ours]
+
+        arms = {
+            "everything": partial(enter, clip=None, whole=True),
+            "plain": partial(enter, clip=None, whole=False),
+            "clipping": partial(enter, clip=1.0, whole=False),
+        }
+        alternating = Alternating(arms, block, WARM)
+        trainer = trainer_for(folder, WARM + block * len(arms) * rounds + 1, *ours, alternating)
+        suite = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.fit(module, data)
+    return alternating.figures()
+
+
 def cost(arguments: argparse.Namespace) -> None:
-    """All in turn, each run in a process of its own; ratios round by round."""
-    found: dict[str, list[dict[str, float]]] = {"plain": [], "clipping": [], "everything": []}
+    """A step within one run, block by block; what is not of a step in runs of their own, in turn."""
+    whole = apart(steps_in_turn, arguments.size, arguments.block, arguments.rounds)
+    about = {"size": arguments.size, "steps_in_a_block": arguments.block}
+    mean = {arm: statistics.fmean(blocks) for arm, blocks in whole["cpu"].items()}  # with what comes every 50 steps
+    rows: list[dict[str, Any]] = [
+        {
+            **{**about, "over": arm, **cost_row([whole], "everything", arm)},
+            "cpu_ratio_of_the_means": round(mean["everything"] / mean[arm], 4),
+        }
+        for arm in ("plain", "clipping")
+    ]
+    show("A step with the whole suite", rows, ("over", *COLUMNS, "cpu_ratio_of_the_means", "wall_ratio"))
+    CONSOLE.print(write_rows("together_step", rows, key=("size", "over")))
+    figures: dict[str, list[dict[str, float]]] = {"plain": [], "clipping": [], "everything": []}
 
     def run(arm: str) -> float:
-        found[arm].append(apart(one_run, arm, arguments.size, arguments.steps, arguments.save_every))
-        return found[arm][-1]["cpu"]
+        figures[arm].append(apart(one_run, arm, arguments.size))
+        return figures[arm][-1]["memory"]
 
-    in_turn({arm: lambda arm=arm: run(arm) for arm in found}, arguments.rounds)
+    in_turn({arm: partial(run, arm) for arm in figures}, arguments.runs)
     rows = []
-    for quantity, unit, scale in (
-        *(("cpu", "ms a step", 1e3), ("cpu_of_the_median_step", "ms a step", 1e3), ("wall", "ms a step", 1e3)),
-        *(("cpu_of_the_start", "s", 1.0), ("memory", "MB", 1e-6), ("checkpoint", "MB", 1e-6)),
-    ):
-        figures = {arm: [scale * each[quantity] for each in runs] for arm, runs in found.items()}
+    for quantity, unit, scale in (("cpu_of_the_start", "s", 1.0), ("memory", "MB", 1e-6), ("checkpoint", "MB", 1e-6)):
+        each = {arm: [scale * run[quantity] for run in runs] for arm, runs in figures.items()}
         rows.append(
             {
-                **{"size": arguments.size, "steps": arguments.steps, "rounds": arguments.rounds},
-                **{"quantity": quantity, "unit": unit},
-                **{arm: round(statistics.median(each), 3) for arm, each in figures.items()},
-                **over(figures, "everything", "plain", "over_plain"),
-                **over(figures, "everything", "clipping", "over_clipping"),
+                **{"size": arguments.size, "runs": arguments.runs, "quantity": quantity, "unit": unit},
+                **{arm: round(statistics.median(values), 3) for arm, values in each.items()},
+                **over(each, "everything", "plain", "over_plain"),
             }
         )
-    show("The whole suite over plain Lightning", rows, ("quantity", "unit", *found, "over_plain", "over_clipping"))
+    show("The whole suite over plain Lightning", rows, ("quantity", "unit", *figures, "over_plain"))
     CONSOLE.print(write_rows("together_cost", rows, key=("size",)))
 
 
 def spent(arguments: argparse.Namespace) -> None:
     """One run; the time of this thread, of which a hook that is called within another one is not the other one's."""
+    begin(0, *SAID)
+    module, data = model_and_data(arguments.size)
     in_steps: Counter[str] = Counter()
     besides: Counter[str] = Counter()
     nested: list[float] = []  # for each hook in hand, what others have spent within it
@@ -231,15 +271,16 @@ def spent(arguments: argparse.Namespace) -> None:
             if nested:
                 nested[-1] += whole
 
-    with surrounded(timed):
-        run = one_run("everything", arguments.size, arguments.steps, arguments.save_every)
+    marks = Marks()
+    with tempfile.TemporaryDirectory() as folder, surrounded(timed):
+        trainer_for(folder, arguments.steps, *usual_callbacks(), marks).fit(module, data)
+    step = (marks.seconds[-1] - marks.seconds[0]) / (len(marks.seconds) - 1)
     in_steps["all"], besides["all"] = in_steps.total(), besides.total()
-    steps = arguments.steps + 4  # with the first three, and the last
     rows = [
         {
             **{"size": arguments.size, "steps": arguments.steps, "callback": name},
-            "ms_a_step": round(1e3 * in_steps[name] / steps, 3),
-            "of_a_step": round(in_steps[name] / steps / run["cpu"], 5),
+            "ms_a_step": round(1e3 * in_steps[name] / arguments.steps, 3),
+            "of_a_step": round(in_steps[name] / arguments.steps / step, 5),
             "ms_besides": round(1e3 * besides[name], 1),
         }
         for name in in_steps
@@ -272,10 +313,12 @@ def main() -> None:
     for name in ("cost", "spent"):
         costs = parts.add_parser(name)
         costs.add_argument("--size", default="10m", choices=["10m", "1m", "tiny", "many"])
-        costs.add_argument("--steps", type=int, default=30, help="of a run, behind the first three")
-        costs.add_argument("--save-every", type=int, default=25, help="steps between two checkpoints")
-        if name == "cost":
-            costs.add_argument("--rounds", type=int, default=3)
+        if name == "spent":
+            costs.add_argument("--steps", type=int, default=100)
+            continue
+        costs.add_argument("--block", type=int, default=1, help="steps in a row under one arm")
+        costs.add_argument("--rounds", type=int, default=170, help="blocks of each arm")
+        costs.add_argument("--runs", type=int, default=3, help="of each arm, two at least, for what is not of a step")
     arguments = parser.parse_args()
     {"soak": soaks, "points": points, "deaths": deaths, "cost": cost, "spent": spent}[arguments.part](arguments)
 

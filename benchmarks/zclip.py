@@ -1,6 +1,6 @@
 """What ZClip costs, and what it is worth.
 
-    python -m benchmarks.zclip cost     # step time against Lightning's clipping and none, side by side
+    python -m benchmarks.zclip cost     # what it takes of a step, beside Lightning's clipping
     python -m benchmarks.zclip worth    # training at a rate at which the example GPT spikes, three seeds
     python -m benchmarks.zclip plot     # the curves of the last `worth`, as docs/images/zclip_worth.png
     python -m benchmarks.zclip lock-in  # the streams of norms on which the authors' code clips every step
@@ -13,22 +13,24 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 
-from benchmarks.gpt import GPT_1M, GPT_10M, constant, parameters, text, train, validation_loss
+from benchmarks.gpt import GPT_1M, GPT_10M, constant, text, train, validation_loss
 from benchmarks.rows import CONSOLE, publish, read_rows, write_rows
 from examples.gpt.model import GPTConfig
 from examples.gpt.module import GPTModule
+from harness.alternating import Alternating
 from harness.operators import OperatorCounter
 from harness.plots import IMAGES, by_step, mean_and_range, panels, save
 from harness.processes import spawned
 from harness.recorders import Losses
 from harness.runs import begin, quiet_lightning
-from harness.timing import StepTimes, in_turn, over
 from lightning_eff.callbacks import ZClip
 from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
 
@@ -38,49 +40,64 @@ from lightning_eff.functional.zclip import ZClipConfig, ZClipState, zclip_update
 def train_with(clip: str, model: GPTModule, data: Any, *callbacks: L.Callback, **arguments: Any) -> None:
     """Train with one way to clip."""
     if clip.startswith("zclip"):
-        # With the cap at 1.0 as Lightning's clip; "skip" folds the clip into a fused optimizer's step.
-        callbacks = (*callbacks, ZClip(max_grad_norm=1.0, nonfinite="skip" if clip == "zclip, folded" else "zero"))
+        # "skip" folds the clip into a fused optimizer's step.
+        callbacks = (*callbacks, ZClip(nonfinite="skip" if clip == "zclip, folded" else "zero"))
     if clip.startswith("lightning"):
         arguments |= dict(gradient_clip_val=1.0, gradient_clip_algorithm=clip.split()[1])
     train(model, data, *callbacks, **arguments)
 
 
-def cost(steps: int, rounds: int, batch_size: int) -> None:
-    """Median step time of the 10 M GPT under each way to clip, in turn; operator calls and host syncs of a step."""
+def cost(rounds: int, batch_size: int) -> None:
+    """What clipping takes of a step of the 10 M GPT; operator calls and host syncs of a step."""
     data = text(GPT_10M, batch_size)
     rows = []
-    for fused, clips in {
-        False: ("none", "lightning norm", "zclip"),
-        True: ("none", "lightning norm", "zclip", "zclip, folded"),
-    }.items():
-        model = constant(GPT_10M, fused)
+    for fused, ours in ((False, "zclip"), (True, "zclip"), (True, "zclip, folded")):
+        arms = ("none", "lightning norm", ours)
+        step, seconds = in_one_run(constant(GPT_10M, fused), data, arms, rounds)
+        calls = {clip: operators(clip, fused) for clip in arms}
+        for clip in arms[1:]:
+            low, middle, high = statistics.quantiles([1e3 * each for each in seconds[clip]], n=4)
+            rows.append(
+                {
+                    **{"tokens_per_step": batch_size * GPT_10M.block_size, "beside": ours, "clip": clip},
+                    **{"optimizer": "AdamW fused" if fused else "AdamW foreach", "steps": len(seconds[clip])},
+                    **{"clip_ms": round(middle, 2), "clip_ms_q1": round(low, 2), "clip_ms_q3": round(high, 2)},
+                    **{"step_ms": round(1e3 * step, 1), "of_a_step": round(middle / 1e3 / step, 4)},
+                    "host_syncs_per_step": calls[clip][0] - calls["none"][0],
+                    "operator_calls_per_step": calls[clip][1] - calls["none"][1],
+                }
+            )
+    publish("Cost of clipping", "zclip_cost", rows)
 
-        def run(clip: str, model: GPTModule = model) -> float:
-            times = StepTimes()
-            train_with(clip, model, data, times, max_steps=steps + 1)
-            return times.median
 
-        figures = in_turn({clip: lambda clip=clip: run(clip) for clip in clips}, rounds)
-        calls = {clip: operators(clip, fused) for clip in clips}
-        for clip in clips:
-            row = {
-                "parameters": parameters(model),
-                "tokens_per_step": batch_size * GPT_10M.block_size,
-                "optimizer": "AdamW fused" if fused else "AdamW foreach",
-                "clip": clip,
-                "rounds": rounds,
-                "steps_per_round": steps,
-                "step_ms": round(statistics.median(figures[clip]) * 1e3, 2),
-            }
-            for other in ("lightning norm", "none"):
-                row |= over(figures, clip, other, f"over_{other.split()[0]}")
-            syncs, operator_calls = calls[clip]
-            row |= {
-                "host_syncs_per_step": syncs - calls["none"][0],
-                "operator_calls_per_step": operator_calls - calls["none"][1],
-            }
-            rows.append(row)
-    publish("Cost of clipping: step time, side by side", "zclip_cost", rows)
+def in_one_run(model: GPTModule, data: Any, arms: tuple[str, ...], rounds: int) -> tuple[float, dict[str, list[float]]]:
+    """CPU seconds of a step without a clip, the median, and of each clip of the run, which takes turns with the others.
+
+    Two steps without differ by more than a clip takes, so the clips' own calls are timed.
+    """
+    zclip = ZClip(nonfinite="skip" if arms[-1] == "zclip, folded" else "zero")
+    seconds: dict[str, list[float]] = {arms[1]: [], arms[-1]: []}
+
+    def enter(trainer: Any, clip: str) -> None:
+        trainer.gradient_clip_val = 1.0 if clip.startswith("lightning") else None
+        others = [callback for callback in trainer.callbacks if callback is not zclip]
+        trainer.callbacks = [zclip, *others] if clip.startswith("zclip") else others
+
+    def timed(call: Callable[..., Any], clip: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **more: Any) -> Any:
+            begun = time.process_time()
+            call(*arguments, **more)
+            if alternating.arm == clip:
+                seconds[clip].append(time.process_time() - begun)
+
+        return run
+
+    order = (arms[-1], *arms[:-1])  # it begins as it is built
+    alternating = Alternating({clip: partial(enter, clip=clip) for clip in order}, block=1, warm=2)
+    zclip.on_before_optimizer_step = timed(zclip.on_before_optimizer_step, arms[-1])  # type: ignore[method-assign]
+    model.configure_gradient_clipping = timed(model.configure_gradient_clipping, arms[1])  # type: ignore[method-assign]
+    train(model, data, zclip, alternating, max_steps=3 + len(arms) * rounds)
+    return statistics.median(alternating.figures()["cpu"]["none"]), seconds
 
 
 def operators(clip: str, fused: bool) -> tuple[float, float]:
@@ -208,8 +225,8 @@ def lock_in() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("cost", "worth", "plot", "lock-in"))
-    parser.add_argument("--steps", type=int, help="training steps of a run (cost: 5, worth: 300)")
-    parser.add_argument("--rounds", type=int, default=9, help="cost: how often each variant is measured")
+    parser.add_argument("--steps", type=int, help="training steps of a run of worth (300)")
+    parser.add_argument("--rounds", type=int, default=20, help="cost: steps of each variant")
     parser.add_argument("--batch-size", type=int, default=4, help="cost: sequences of 256 bytes a step")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.1, 0.3], help="worth: learning rates")
     parser.add_argument("--seeds", type=int, default=3, help="worth: number of seeds")
@@ -217,7 +234,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_lightning("the mean gradient norm")
     if arguments.part == "cost":
-        cost(arguments.steps or 5, arguments.rounds, arguments.batch_size)
+        cost(arguments.rounds, arguments.batch_size)
     elif arguments.part == "worth":
         worth(arguments.steps or 300, arguments.rates, arguments.seeds, arguments.workers)
     elif arguments.part == "plot":

@@ -20,7 +20,7 @@ COLUMNS = ["rounds", "cpu_ms_a_step", "cpu_us_more", "cpu_ratio", "cpu_ratio_low
 
 
 class Alternating(L.Callback):
-    """Times blocks of steps, each under another arm; pass it as the last callback.
+    """Times blocks of steps, each under another `arm`; pass it as the last callback.
 
     The arms come once a round, in an order that rotates, on all ranks alike. What is done to go from one to the next
     is not timed.
@@ -39,7 +39,7 @@ class Alternating(L.Callback):
         self._cpu: dict[str, list[float]] = {name: [] for name in arms}
         self._wall: dict[str, list[float]] = {name: [] for name in arms}
         self._steps = 0
-        self._arm = next(iter(arms))
+        self.arm = next(iter(arms))
         self._since = (0.0, 0.0)
 
     @override
@@ -50,15 +50,15 @@ class Alternating(L.Callback):
         if blocks < 0 or within:
             return
         if blocks:
-            self._cpu[self._arm].append((cpu - self._since[0]) / self.block)
-            self._wall[self._arm].append((wall - self._since[1]) / self.block)
+            self._cpu[self.arm].append((cpu - self._since[0]) / self.block)
+            self._wall[self.arm].append((wall - self._since[1]) / self.block)
         names = list(self.arms)
         turn, place = divmod(blocks, len(names))
         self._enter(trainer, names[(turn + place) % len(names)])
 
     def _enter(self, trainer: L.Trainer, arm: str) -> None:
-        if arm != self._arm:
-            self._arm = arm
+        if arm != self.arm:
+            self.arm = arm
             self.arms[arm](trainer)
         self._since = time.process_time(), time.perf_counter()
 

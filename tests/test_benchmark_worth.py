@@ -68,3 +68,13 @@ def test_one_batch_in_a_hundred_is_bad(fault):
         assert any(not torch.equal(*pair) for pair in pairs), name
         assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs), name
         assert all(torch.equal(*pair) for pair in zip(healthy(0), faulty(0), strict=True)), name
+
+
+def test_lora_of_misa_s_memory_takes_as_much_as_there_is():
+    from benchmarks.gpt import GPT_1M
+    from benchmarks.misa import OF_THIS_MEMORY, rank_of
+    from benchmarks.worth.misa import sizes
+
+    held, rank = {arm: size for arm, (_, size) in sizes(GPT_1M).items()}, rank_of(OF_THIS_MEMORY)
+    of_a_rank = (held[OF_THIS_MEMORY] - held["LoRA, rank 8"]) / (rank - 8)
+    assert held[OF_THIS_MEMORY] <= held["MISA, 25 %"] < held[OF_THIS_MEMORY] + of_a_rank

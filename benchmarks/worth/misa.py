@@ -4,8 +4,8 @@
 
 Bytes are those of weights, gradients and AdamW's state in float32, 4 N + 12 n for N parameters of which n are in
 training, which `benchmarks.misa memory` has found to be exact; activations are not in them. Qualities are those that
-`benchmarks.misa worth` has measured by fine-tuning the 1 M GPT. AdamW with a state of 8 bits is counted (2 bytes a
-parameter in place of 8) and was not run: none of the packages here has one.
+`benchmarks.misa worth` has measured by fine-tuning the 1 M GPT. AdamW with a state of 8 bits is of bitsandbytes; its
+state was measured there; here it is counted as 2 bytes a parameter and 8 for each block of 256.
 
 The largest model: the example GPT with a width of 2,048 and as many blocks as fit, on the meta device.
 
@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.fine_tuning import add_lora
 from benchmarks.gpt import GPT_1M, parameters
+from benchmarks.misa import EIGHT_BITS, OF_THIS_MEMORY, rank_of
 from benchmarks.rows import publish, read_rows
 from examples.gpt.model import GPT, GPTConfig
 from lightning_eff.structure import select_matrices
@@ -61,7 +62,9 @@ COUNTS: dict[str, Count] = {
 }
 QUALITIES = {  # arm of misa_worth -> whose bytes it takes
     "full AdamW": "full AdamW",
+    EIGHT_BITS: EIGHT_BITS,
     "LoRA": "LoRA, rank 8",
+    OF_THIS_MEMORY: OF_THIS_MEMORY,
     "LISA": "LISA, one layer and both ends",
     "BAdam": "BAdam, one layer",
     "MISA": "MISA, 25 %",
@@ -76,10 +79,11 @@ def sizes(config: GPTConfig) -> dict[str, tuple[int, int]]:
         model = GPT(config)
         total = parameters(model)
         found = {arm: 4 * total + 12 * count(model) for arm, count in COUNTS.items()}
-        found["AdamW, 8 bits (counted)"] = (4 + 4 + 2) * total
-        add_lora(model)
+        found[EIGHT_BITS] = round((4 + 4 + 2 + 8 / 256) * total)
+        add_lora(model, 1)
         pairs = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        found["LoRA, rank 8"] = 4 * (total + pairs) + 12 * pairs
+        for arm, rank in (("LoRA, rank 8", 8), (OF_THIS_MEMORY, rank_of(OF_THIS_MEMORY))):
+            found[arm] = 4 * total + 16 * rank * pairs
     return {arm: (total, size) for arm, size in found.items()}
 
 
@@ -99,6 +103,8 @@ def quality() -> None:
                 by_rate.setdefault(run["lr"], []).append(float(run["val_loss"]))
         losses = max(by_rate.values(), key=len)  # the rate that all seeds have
         total, size_of = held[size]
+        if arm == EIGHT_BITS:  # vectors have 32, and each tensor has tables
+            size_of = 8 * total + max(int(run["state_bytes"]) for run in runs if run["arm"] == arm)
         rows.append(
             {
                 "arm": arm,
@@ -118,7 +124,7 @@ def largest() -> list[dict[str, Any]]:
     """Rows: for each arm and memory the deepest GPT that fits."""
     one, two = (sizes(GPTConfig(block_size=2048, n_layer=n, n_head=16, n_embd=WIDTH)) for n in (100, 200))
     rows = []
-    for arm in one:
+    for arm in (name for name in one if name != OF_THIS_MEMORY):  # whose rank is that of the small model
         # Bytes are linear in the number of blocks.
         slope = (two[arm][1] - one[arm][1]) / 100
         base = one[arm][1] - 100 * slope

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_eff.kernels.tensor_stats import tensor_stats
+from lightning_eff.kernels.tensor_stats import reference, tensor_stats
 from tests.kernels.memory import Poisoned, random_like
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -132,3 +132,26 @@ def test_bad_input_is_named(device: torch.device) -> None:
 
 def test_an_empty_list_has_no_numbers() -> None:
     assert [len(row) for row in tensor_stats([], []) if row is not None] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("odd", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_reference_takes_a_large_tensor_in_blocks(monkeypatch, dtype, odd):
+    monkeypatch.setenv("LIGHTNING_EFF_KERNELS", "reference")
+    size = 2 * reference.BLOCK + 4099
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[::7] = 0
+    values[-1] = -9.0
+    if odd:
+        values[5], values[reference.BLOCK + 1] = float("nan"), float("-inf")
+    exact = values.double()
+    stats = tensor_stats([values, values[:10]], extremes=True)
+    assert stats.zeros[0] == (exact == 0).sum()
+    assert stats.nonfinite[0] == 2 * odd
+    assert stats.largest[0] == (float("inf") if odd else 9.0)
+    if odd:
+        assert stats.l1[0].isnan()
+        assert stats.squared_l2[0].isnan()
+    else:
+        assert stats.l1[0].item() == pytest.approx(exact.abs().sum().item(), rel=3e-6)
+        assert stats.squared_l2[0].item() == pytest.approx(exact.square().sum().item(), rel=3e-6)

@@ -35,7 +35,7 @@ def test_killed_and_begun_anew(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["gpt", "vit"])
-@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize("strategy", [name for name in RANKS if name != "ddp_ft"])
 def test_signals_at_random(strategy, model, tmp_path):
     settings = {"strategy": strategy, "model": model, "steps": 60, "workers": 2, "bad": bad_batches(120, False)}
     outcome = disturbed(tmp_path, 2 * SIGNALS, **settings)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from lightning_eff.kernels import tables
+
+BLOCK = 2**16
+"""Elements that a CPU takes at a time of a larger tensor: they fit into its cache."""
+
 SMALL = 2**12
 """Tensors of one size of up to so many elements become the rows of one: that costs less than calls for each of them."""
 
@@ -27,6 +32,10 @@ def tensor_stats(
     order: list[int] = []
     for members in _alike(tensors):
         group = [tensors[index] for index in members]
+        order += members
+        if copies is None and len(group) == 1 and device.type == "cpu" and group[0].numel() > SMALL:
+            columns.append(_in_blocks(group[0], extremes)[:, None])
+            continue
         rows = _rows(group)
         values = rows.to(torch.promote_types(rows.dtype, torch.float32))
         change = torch.zeros(len(group), dtype=values.dtype, device=device)
@@ -46,12 +55,32 @@ def tensor_stats(
             found.append(numbers.amax(1) if rows.shape[1] else change)
             found += [(values == 0).sum(1), (~sizes.isfinite()).sum(1)]
         columns.append(torch.stack([number.to(total) for number in found]))
-        order += members
     table = torch.cat(columns, dim=1)
     if order == list(range(len(order))):
         return table
     places = torch.tensor(order).argsort().to(device, non_blocking=True)
     return table.index_select(1, places)
+
+
+def _in_blocks(tensor: Tensor, extremes: bool) -> Tensor:
+    """The column of a large tensor. What is made of a block stays in the cache, and none has a tensor of booleans."""
+    blocks = []
+    for block in torch.split(tensor.reshape(-1), BLOCK):
+        values = block.to(torch.promote_types(block.dtype, torch.float32))
+        sizes = values.abs()
+        found = [sizes.sum(), values.dot(values), values.new_zeros(())]
+        if extremes:
+            truth = torch.empty_like(values)  # 0 or 1, whose sum has vector instructions
+            zeros = torch.eq(values, 0, out=truth).sum()
+            nonfinite = torch.ne(values - values, 0, out=truth).sum()
+            numbers = sizes if tables.value_at_hand(nonfinite) == 0 else torch.where(sizes.isnan(), 0.0, sizes)
+            found += [numbers.amax(), zeros, nonfinite]
+        blocks.append(torch.stack(found))
+    table = torch.stack(blocks).to(torch.float64)
+    sums = table.sum(0)
+    if extremes:
+        sums[3] = table[:, 3].amax()
+    return sums
 
 
 def _alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
