@@ -42,6 +42,7 @@ from harness.memory import peak_resident
 from harness.processes import apart
 from harness.runs import begin, quiet_trainer
 from harness.timing import in_turn, over
+from lightning_eff.callbacks import CheckpointAveraging, TrainingGuard
 
 
 def bad_batches(batches: int, rollbacks: bool) -> dict[int, float]:
@@ -70,6 +71,7 @@ def soaks(arguments: argparse.Namespace) -> None:
                 "ranks": RANKS[strategy],
                 "model": arguments.model,
                 "steps": arguments.steps,
+                "steps_made": outcome.steps,
                 "save_every": arguments.save_every,
                 "workers": arguments.workers,
                 "bad_batches": len(settings.bad),
@@ -81,7 +83,7 @@ def soaks(arguments: argparse.Namespace) -> None:
                 "first_difference": next(iter(outcome.different), ""),
             }
         )
-    columns = ("strategy", "model", "steps", "faults", "lives", "equal_to_the_bit", "first_difference")
+    columns = ("strategy", "model", "steps_made", "faults", "lives", "equal_to_the_bit", "first_difference")
     show("A disturbed run beside one that was left alone", rows, columns)
     CONSOLE.print(write_rows("together_soak", rows, key=("strategy", "model", "steps", "workers", "seed")))
 
@@ -174,9 +176,15 @@ def one_run(arm: str, size: str) -> dict[str, float]:
     marks = Marks()
     with tempfile.TemporaryDirectory() as folder:
         callbacks = usual_callbacks() if arm == "everything" else []
+        # All that they keep in a long run is there: six snapshots of weights, and three of everything, one of them new.
+        sooner = {
+            "CheckpointAveraging": CheckpointAveraging(every_n_steps=4),
+            "TrainingGuard": TrainingGuard(every_n_steps=4, margin=2, read_every_n_steps=1),
+        }
+        callbacks = [sooner.get(type(each).__name__, each) for each in callbacks]
         begun = time.process_time()
         clip = 1.0 if arm == "clipping" else None  # what ZClip stands in for
-        trainer_for(folder, WARM, *callbacks, marks, clip=clip).fit(module, data)
+        trainer_for(folder, 40 if callbacks else WARM, *callbacks, marks, clip=clip).fit(module, data)
         files = [path for path in Path(folder).rglob("*") if path.is_file() and "events.out" not in path.name]
         size_on_disk = sum(path.stat().st_size for path in files if not path.name.endswith(("yaml", "json")))
     return {

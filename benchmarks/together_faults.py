@@ -92,6 +92,8 @@ class Outcome:
     """Where it ended otherwise than the run that was left alone."""
     largest: float = 0.0
     """Difference of a weight."""
+    steps: int = 0
+    """Made by the run that was left alone: fewer than were asked for where GradES has ended it."""
 
 
 def undisturbed(settings: Settings, seconds: float = 3600.0) -> None:
@@ -265,4 +267,5 @@ def soak(settings: Settings, faults: list[str], seed: int) -> Outcome:
         outcome = disturbed(other, faults, seed)
         outcome.different = compare(alone, other)
         outcome.largest = max(apart_by_weight(alone, other).values())
+        outcome.steps = torch.load(alone.beside / "final-0.pt", weights_only=False)["step"]
     return outcome
