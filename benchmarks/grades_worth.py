@@ -58,6 +58,7 @@ ARMS: dict[str, Callable[[], list[Callback]]] = {
     "GradES()": lambda: [Watched(heat_map=True)],
 }
 RATES = {"full": 1e-3, "lora": 5e-3}
+RANKS = {"full": 0, "lora": 8}
 
 
 class Curve(Callback):
@@ -90,7 +91,7 @@ class Curve(Callback):
 def tune(mode: str, arm: str, seed: int, steps: int, timed: bool) -> Iterator[dict[str, Any]]:
     """One fine-tuning: its row; the plain one also gives the row of EarlyStopping, which is a part of the same run."""
     begin(seed)
-    module = tuned_module(8 * (mode == "lora"), RATES[mode], seed)
+    module = tuned_module(RANKS[mode], RATES[mode], seed)
     data = PartOfLibrary(graphical=True, seed=seed)
     curve, callbacks = Curve(), ARMS[arm]()
     watched = arm == "plain"
@@ -205,7 +206,7 @@ def losses() -> None:
     """The trainings, and their FLOPs over those of plain training: what freezing saves and what stopping saves."""
     rows = []
     for mode in RATES:
-        module = tuned_module(8 * (mode == "lora"), RATES[mode])
+        module = tuned_module(RANKS[mode], RATES[mode])
         for run in trained(mode):
             full, made = flops(module, frozenset()), sum(count * flops(module, state) for count, state in phases(run))
             steps = int(run["steps"])
@@ -233,7 +234,7 @@ def flops(module: L.LightningModule, frozen: frozenset[str]) -> int:
 
 
 def _variants(mode: str, states: list[frozenset[str]], steps: int) -> dict[str, Callable[[], float]]:
-    module, data = tuned_module(8 * (mode == "lora"), RATES[mode]), PartOfLibrary(graphical=True)
+    module, data = tuned_module(RANKS[mode], RATES[mode]), PartOfLibrary(graphical=True)
 
     def step(state: frozenset[str]) -> float:
         return step_times(module, data, steps, FreezeNames(set(state))).median

@@ -37,12 +37,12 @@ def _mask(layer: MoCFeedForward, x: Tensor) -> Tensor:
     return (groups >= groups.topk(2).values[..., -1:]).flatten(-2)
 
 
-def _swiglu(layer: MoCFeedForward, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+def swiglu(layer: MoCFeedForward, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
     y: Tensor = (F.silu(x @ layer.gate.weight.T) * (x @ layer.up.weight.T) * mask) @ layer.down.weight.T
     return y
 
 
-def _with_gradients(layer: MoCFeedForward, y: Tensor) -> list[Tensor]:
+def with_gradients(layer: MoCFeedForward, y: Tensor) -> list[Tensor]:
     weights = [layer.gate.weight, layer.up.weight, layer.down.weight]
     return [y.detach(), *torch.autograd.grad(y.square().mean(), weights)]
 
@@ -56,8 +56,8 @@ def _moc(report: Report) -> None:
             layer = MoCFeedForward(WIDTH, CHANNELS, pattern=pattern, recompute=recompute).to(DEVICE)
             exact = copy.deepcopy(layer).double()
             x = _clear(layer, torch.randn(1024, WIDTH, device=DEVICE))[:256]
-            truth = _with_gradients(exact, _swiglu(exact, x.double(), _mask(layer, x)))
-            error = max(map(difference, _with_gradients(layer, layer(x)), truth))
+            truth = with_gradients(exact, swiglu(exact, x.double(), _mask(layer, x)))
+            error = max(map(difference, with_gradients(layer, layer(x)), truth))
             report.row(name, error < 1e-4, error=error)
 
 
@@ -70,12 +70,12 @@ def _decoded(report: Report) -> None:
             layer = MoCFeedForward(width, channels, pattern=pattern).to(DEVICE, dtype)
             x = torch.randn(1, width, device=DEVICE, dtype=dtype)
             exact = copy.deepcopy(layer).double()
-            error = difference(SelectedChannels(layer)(x), _swiglu(exact, x.double(), _mask(layer, x)).detach())
+            error = difference(SelectedChannels(layer)(x), swiglu(exact, x.double(), _mask(layer, x)).detach())
             # In 16 bits two gates may round to the same number, and either may be taken.
             right = error < (1e-4 if dtype == torch.float32 else 5e-2)
             decoder, times = SelectedChannels(layer), {}
             with torch.no_grad():
-                for variant, call in {"dense": lambda f=layer, x=x: _swiglu(f, x), "moc": partial(decoder, x)}.items():
+                for variant, call in {"dense": lambda f=layer, x=x: swiglu(f, x), "moc": partial(decoder, x)}.items():
                     call()
                     times[f"{variant}_us"] = 1e4 * min(
                         seconds_of(lambda c=call: [c() for _ in range(100)]) for _ in range(5)
@@ -91,8 +91,8 @@ def _times(report: Report) -> None:
             sparse = MoCFeedForward(WIDTH, CHANNELS).to(DEVICE, dtype)
             figures = {}
             for variant, call in {
-                "dense": lambda f=sparse, x=x: _with_gradients(f, _swiglu(f, x)),
-                "moc": lambda f=sparse, x=x: _with_gradients(f, f(x)),
+                "dense": lambda f=sparse, x=x: with_gradients(f, swiglu(f, x)),
+                "moc": lambda f=sparse, x=x: with_gradients(f, f(x)),
             }.items():
                 call()
                 if not SMALL:

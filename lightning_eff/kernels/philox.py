@@ -14,16 +14,19 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(seed: int, counter: Tensor, stream: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    seed: int, counter: Tensor, stream: int | Tensor, sequence: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words of each counter, in int64 arithmetic, as tensors of numbers in [0, 2^32).
 
-    Counter (counter, stream, 0, 0), key (seed mod 2^32, seed div 2^32). The constants are Python numbers: none has to
-    be copied to the device.
+    Counter (counter, stream, sequence, 0), key (seed mod 2^32, seed div 2^32). The constants are Python numbers: none
+    has to be copied to the device.
 
     Args:
         seed: in [0, 2^64).
         counter: int64 tensor (n,) of numbers in [0, 2^32).
         stream: in [0, 2^32), or an int64 tensor (n,) of such numbers.
+        sequence: an int64 tensor (n,) of such numbers; None: zeros. CUDA's generator counts its threads there.
 
     Example:
         >>> words = philox(0, torch.tensor([0]), 0)
@@ -32,7 +35,8 @@ def philox(seed: int, counter: Tensor, stream: int | Tensor) -> tuple[Tensor, Te
     """
     keys = seed & MASK, (seed >> 32) & MASK
     word_0, word_1 = counter, torch.full_like(counter, stream) if isinstance(stream, int) else stream
-    word_2 = word_3 = torch.zeros_like(counter)
+    word_3 = torch.zeros_like(counter)
+    word_2 = word_3 if sequence is None else sequence
     for _ in range(ROUNDS):
         # The low 64 bits of a product are right in int64 as well. The shift drags its sign along, and words 1 and 3
         # have more than 32 bits: the mask cuts both.

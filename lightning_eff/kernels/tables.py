@@ -163,11 +163,15 @@ def _chunks(device: torch.device, stream: int, sizes: tuple[int, ...], codes: tu
     )
 
 
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether the host can read it without waiting: it is in its memory, holds data, and nothing compiles or traces."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not traced
+
+
 def value_at_hand(number: Tensor) -> float | None:
-    """Of a 0-d tensor in the host's memory; None where reading it would wait for a device, or there is no data."""
-    if number.device.type != "cpu" or type(number) is not Tensor or torch.compiler.is_compiling():
-        return None
-    return number.item()
+    """Of a 0-d tensor; None where it is not at hand."""
+    return number.item() if is_at_hand(number) else None
 
 
 def to_device(values: Tensor | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from lightning_eff.arguments import check, check_choice, check_count, check_flag, check_instance
 from lightning_eff.kernels import moc as kernels
 from lightning_eff.kernels import moc_decode as decoding
+from lightning_eff.kernels import tables
 from lightning_eff.layers.autograd import Marked
 
 Pattern = Literal["global", "2:8"]
@@ -67,9 +68,7 @@ def select_channels(gates: Tensor, k: int, pattern: Pattern) -> tuple[Tensor, Te
 
 def _by_numpy(gates: Tensor) -> bool:
     """numpy's selection has vector instructions. Torch's has none on a CPU, and takes much of the step there."""
-    full = gates.dtype in (torch.float32, torch.float64) and gates.device.type == "cpu" and type(gates) is Tensor
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return full and not traced
+    return gates.dtype in (torch.float32, torch.float64) and tables.is_at_hand(gates)
 
 
 def _pairs(gates: Tensor) -> Tensor:
