@@ -48,7 +48,7 @@ class OperatorCounter:
     def __init__(self) -> None:
         self.operators: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        self._modes = (mock.patch.object(tables, "is_at_hand", return_value=False), _Dispatched(self), _Called(self))
+        self._modes = (mock.patch.object(tables, "value_at_hand", return_value=None), _Dispatched(self), _Called(self))
 
     @property
     def host_syncs(self) -> int:
