@@ -22,6 +22,7 @@ def main() -> None:
         "zclip": lambda: zclip.compare(given.names),
         "zclip-rates": zclip.rates,
         "zclip-report": zclip.report,
+        "zclip-relearn": zclip.relearn,
     }
     parser = argparse.ArgumentParser(prog="python -m benchmarks.worth", description=(__doc__ or "").split(";")[0])
     parser.add_argument("part", choices=parts)

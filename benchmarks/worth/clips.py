@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,10 +63,10 @@ class AGC:
 
 
 class Z:
-    """ZClip with its default arguments, by the very function that the callback calls."""
+    """ZClip, with its default arguments where none are given, by the very function that the callback calls."""
 
-    def __init__(self) -> None:
-        self.state = ZClipState(ZClipConfig())
+    def __init__(self, **arguments: Any) -> None:
+        self.state = ZClipState(ZClipConfig(**arguments))
 
     def __call__(self, norm: Tensor, *_: object) -> Tensor:
         return zclip_update(norm, self.state).float()

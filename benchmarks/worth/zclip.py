@@ -3,6 +3,7 @@
     python -m benchmarks.worth zclip-rates            # which rate each workload gets: the best of three without a clip
     python -m benchmarks.worth zclip [workload ...]   # all arms on clean and faulty runs, three seeds
     python -m benchmarks.worth zclip-report           # mean and worst regret of each arm, from the rows
+    python -m benchmarks.worth zclip-relearn          # ZClip's `relearn_after` on three other seeds
 
 **Regret**, fixed before anything was run: the part of what the best fixed clip learns that an arm does not learn,
 
@@ -17,7 +18,7 @@ An arm may beat it: its regret is then below 0.
 Faults: one batch in a hundred (two of 150) of random bytes or of noise at the scale of raw pixels ("noise"), with
 random labels, or of one byte or one example repeated; or a rate twice that which is best without a clip.
 
-Rows go to benchmarks/results/worth_zclip.csv, worth_zclip_rates.csv and worth_zclip_regret.csv.
+Rows go to benchmarks/results/worth_zclip.csv, and worth_zclip_rates, _regret and _relearn.csv.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks.worth.stacks import Stack
 from benchmarks.worth.workloads import WORKLOADS, Workload
 
 STEPS, SEEDS = 150, (0, 1, 2)
+RELEARN = (25, 50, 100)
 TWICE = "rate x 2"
 NONE, ONE, BEST = "no clip", "1.0", "best fixed"
 ARMS: dict[str, Callable[[], Clip]] = {
@@ -103,11 +105,45 @@ def cell(name: str, workload: Workload, fault: str, norms: torch.Tensor) -> list
             "score_before": f"{begin:.4g}",
             "score": f"{statistics.fmean(each):.4g}",
             "score_by_seed": " ".join(f"{score:.4g}" for score in each),
-            "regret": round(min(1.0, _or_inf((statistics.fmean(each) - least) / (begin - least))), 4),
+            "regret": _regret(statistics.fmean(each), least, begin),
             "steps": STEPS,
         }
         for arm, each in found.items()
     ]
+
+
+def relearn() -> None:
+    """The regret of each `relearn_after` on other seeds than the rows of `compare`, whose best fixed clip is taken."""
+    seeds, rows = [seed + len(SEEDS) for seed in SEEDS], []
+    for best in (row for row in read_rows("worth_zclip") if row["arm"] == BEST):
+        name, fault = best["workload"], best["fault"]
+        workload = replace(WORKLOADS[name], rate=best_rate(name))
+        clips = [partial(Fixed, float(best["limit"])), *(partial(Z, relearn_after=after) for after in RELEARN)]
+        rate = workload.rate * (2 if fault == TWICE else 1)
+        stack = Stack(workload, seeds * len(clips), [clip for clip in clips for _ in seeds], rate)
+        start, scores = stack.train(STEPS, "" if fault == "none" else fault)
+        least, begin = statistics.fmean(scores[: len(seeds)]), statistics.fmean(start)
+        for place, after in enumerate(RELEARN, start=1):
+            mine = slice(place * len(seeds), (place + 1) * len(seeds))
+            states = {player: [clip.state for clip in each[mine]] for player, each in stack.clips.items()}
+            shares = {
+                player: statistics.fmean(float(state["clipped"] / state["steps"]) for state in each)
+                for player, each in states.items()
+            }
+            rows.append(
+                {
+                    **{"workload": name, "fault": fault, "relearn_after": after},
+                    "regret": _regret(statistics.fmean(scores[mine]), least, begin),
+                    "clipped": " ".join(f"{player} {share:.3f}".strip() for player, share in shares.items()),
+                    "relearned": int(sum(state["relearned"] for each in states.values() for state in each)),
+                }
+            )
+            print(rows[-1], flush=True)
+    publish("ZClip's relearn_after on other seeds", "worth_zclip_relearn", rows)
+
+
+def _regret(score: float, least: float, begin: float) -> float:
+    return round(min(1.0, _or_inf((score - least) / (begin - least))), 4)
 
 
 def _or_inf(score: float) -> float:
