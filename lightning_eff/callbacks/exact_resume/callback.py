@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
@@ -19,7 +20,7 @@ from lightning_eff.callbacks.exact_resume.logged import logged, set_logged
 from lightning_eff.callbacks.exact_resume.run_place import RunPlace
 from lightning_eff.callbacks.exact_resume.seeds import Seeds
 from lightning_eff.training.hooks import Order
-from lightning_eff.training.namespaces import MisconfigurationException
+from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.random_state import seed_host, set_random_state
 from lightning_eff.training.rank_state import KEY as RANK_STATE
 from lightning_eff.training.rank_state import RankState
@@ -175,6 +176,10 @@ class ExactResume(Callback):
     def _load(self, saved: dict[str, Any] | None) -> None:
         if saved is not None:
             check_version("ExactResume", saved, known=2)
+            precision = self._trainer.precision_plugin
+            if is_a(precision, DoublePrecision):
+                # Lightning loads weights before it makes the module float64: the half of their digits would be lost.
+                precision.convert_module(self._trainer.lightning_module)
             seed = saved.get("seed")
             if (seed is None) == (self.randomness == "seeded"):
                 rank_zero_warn(

@@ -189,7 +189,7 @@ class Net(L.LightningModule):
         self.draws = torch.Generator().manual_seed(5)
 
     def forward(self, batch: Tensor) -> Tensor:
-        return self.layers(batch.float() / SAMPLES)
+        return self.layers(batch.to(self.layers[0].weight.dtype) / SAMPLES)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         first = batch if isinstance(batch, Tensor) else tensors(batch)[0]

@@ -59,6 +59,7 @@ FAST = {
     "only steps are counted": (loader, dict(hooks=BATCH_END, every=5, max_epochs=-1, max_steps=15)),
     "a GAN": (loader, dict(hooks=BATCH_END, every=5, gan=True)),
     "a step that asks for its batch": (loader, dict(hooks=BATCH_END, every=3, asking=True)),
+    "in float64": (loader, dict(hooks=BATCH_END, every=4, precision="64-true")),
     "workers": (partial(loader, 2), dict(every=13)),
     "workers that stay": (partial(loader, 2, persistent_workers=True), dict(every=17)),
     "a stream": (partial(loader, 0, lambda: Stream(sized=False)), dict(every=5)),
