@@ -63,6 +63,7 @@ def soaks(arguments: argparse.Namespace) -> None:
             settings = Settings(
                 Path(folder), strategy, arguments.model, steps=arguments.steps, save_every=arguments.save_every,
                 workers=arguments.workers, bad=bad_batches(2 * arguments.steps, arguments.rollbacks),
+                precision=arguments.precision,
             )  # fmt: skip
             outcome = soak(settings, faults, arguments.seed)
         rows.append(
@@ -70,6 +71,7 @@ def soaks(arguments: argparse.Namespace) -> None:
                 "strategy": strategy,
                 "ranks": RANKS[strategy],
                 "model": arguments.model,
+                "precision": arguments.precision,
                 "steps": arguments.steps,
                 "steps_made": outcome.steps,
                 "save_every": arguments.save_every,
@@ -83,9 +85,9 @@ def soaks(arguments: argparse.Namespace) -> None:
                 "first_difference": next(iter(outcome.different), ""),
             }
         )
-    columns = ("strategy", "model", "steps_made", "faults", "lives", "equal_to_the_bit", "first_difference")
+    columns = ("strategy", "precision", "steps_made", "faults", "lives", "equal_to_the_bit", "first_difference")
     show("A disturbed run beside one that was left alone", rows, columns)
-    CONSOLE.print(write_rows("together_soak", rows, key=("strategy", "model", "steps", "workers", "seed")))
+    CONSOLE.print(write_rows("together_soak", rows, key=("strategy", "model", "precision", "steps", "workers", "seed")))
 
 
 def points(arguments: argparse.Namespace) -> None:
@@ -304,6 +306,7 @@ def main() -> None:
     soaking = parts.add_parser("soak")
     soaking.add_argument("--strategy", nargs="+", default=["single"], choices=list(RANKS))
     soaking.add_argument("--model", default="gpt", choices=["gpt", "vit"])
+    soaking.add_argument("--precision", default="bf16-mixed", choices=PRECISIONS)
     soaking.add_argument("--steps", type=int, default=200)
     soaking.add_argument("--save-every", type=int, default=5, help="steps between two checkpoints")
     soaking.add_argument("--faults", type=int, default=10, help="how many")
