@@ -79,7 +79,12 @@ def _mean(values: Sequence[float], digits: int = 4) -> str:
 
 def zclip(spike: bool) -> None:
     """Each cap on each model, on a healthy run or with a spike in the warm-up."""
-    caps: dict[str, Any] = {"1.0, before": 1.0, "None": None, "auto": "auto"}
+    arms: dict[str, dict[str, Any]] = {
+        "1.0, before": {"max_grad_norm": 1.0},
+        "None": {"max_grad_norm": None},
+        "auto": {},
+        "auto, relearn_after=100, before": {"relearn_after": 100},
+    }
     rows = []
     for name in MODELS:
         extra, norms = [Spike()] if spike else [], Norms()
@@ -87,15 +92,15 @@ def zclip(spike: bool) -> None:
         row = {"model": name, "spike": f"step {SPIKE_STEP}, {SPIKE:g} times" if spike else "none"}
         row |= {"median_norm": f"{statistics.median(norms.norms):.3g}"}
         rows.append({**row, "cap": "no ZClip", "clipped": 0.0, "outliers": 0.0, "loss": _mean(plain)})
-        for cap, value in caps.items():
-            callbacks = [ZClip(max_grad_norm=value) for _ in SEEDS]
+        for cap, arguments in arms.items():
+            callbacks = [ZClip(**arguments) for _ in SEEDS]
             losses = [train(name, seed, *extra, callback)[2] for seed, callback in zip(SEEDS, callbacks, strict=True)]
             states = [state for callback in callbacks for state in callback.state_dict()["optimizers"]]
             steps = sum(state["steps"] for state in states)
             shares = {"clipped": "clipped", "outliers": "spikes"}
             figures = {key: round(sum(state[of] for state in states) / steps, 4) for key, of in shares.items()}
             rows.append({**row, "cap": cap, **figures, "loss": _mean(losses)})
-        print(*rows[-4:], sep="\n", flush=True)
+        print(*rows[-1 - len(arms) :], sep="\n", flush=True)
     show("Share of steps clipped, by the z-score (outliers) or the cap", rows)
     print(write_rows("defaults_zclip", rows, key=("spike",)))
 
