@@ -1,23 +1,36 @@
-"""Buffers that a forward pass changes, such as BatchNorm's running statistics."""
+"""Buffers that a step changes, such as BatchNorm's running statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_eff.strategies.fault_tolerant.operations import nothing
+from lightning_eff.strategies.fault_tolerant.operations import nothing, summed
 
 if TYPE_CHECKING:
     from lightning_eff.strategies.fault_tolerant.process_group import Gloo
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A buffer at one moment."""
+
+    tensor: Tensor | None
+    version: int
+    content: Tensor | None
+
+
 class Buffers:
     """They follow this replica's own micro-batches, and at the end of a step they are one replica's for all, as in DDP.
+
+    Which of them a step changes may depend on the batch, so the replicas tell each other in each step.
 
     Args:
         module: whose buffers they are.
@@ -25,75 +38,116 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.changing: set[str] = set()
-        """Names of those that a forward pass was seen to change."""
-        self._before: dict[str, Tensor] = {}
-        self._versions: dict[str, int] = {}
-        self._begun = False
+        self._begun: dict[str, _Held] = {}
+
+    def __bool__(self) -> bool:
+        """Whether there are any."""
+        return bool(self._begun)
 
     def begin(self) -> None:
         """A step begins; they are what they are."""
-        buffers = dict(self.module.named_buffers())
-        # Batch norm's kernels write its statistics without a new version, so that they would not be noticed.
-        for path, part in self.module.named_modules():
-            if isinstance(part, _NormBase) and part.training:
-                self.changing.update(f"{path}.{name}".lstrip(".") for name, _ in part.named_buffers(recurse=False))
-        if self._begun:
-            self._before = {name: buffers[name].clone() for name in self.changing if name in buffers}
-        else:  # nothing is known yet
-            self._before = {name: buffer.clone() for name, buffer in buffers.items()}
-        self._begun = True
-        self._versions = {name: buffer._version for name, buffer in buffers.items()}
-
-    def note_changes(self) -> None:
-        """After a forward pass."""
-        for name, buffer in self.module.named_buffers():
-            if buffer._version != self._versions.get(name):
-                self.changing.add(name)
+        self._begun = self._held()
 
     def restore(self) -> None:
         """As at the beginning of the step."""
-        self._copy({name: value for name, value in self._before.items() if name in self.changing})
+        self._put_back(self._begun)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Around passes that leave no trace in them."""
-        before = {name: buffer.clone() for name, buffer in self.module.named_buffers() if name in self.changing}
+        before = self._held()
         yield
-        self._copy(before)
+        self._put_back(before)
 
-    def share(self, group: Gloo) -> Tensor | None:
-        """Those of one replica, for all; None if none changes."""
-        if not self.changing:
+    def changes(self) -> Tensor:
+        """What `share` takes, as the largest over the processes of a replica: (buffers, 3).
+
+        Whether this process has changed it since the step began, its size, and its size with a minus.
+        """
+        rows, unseen = [], self._unseen()
+        for name, buffer in self._named():
+            changed = _is_another(buffer, self._begun.get(name)) or name in unseen
+            size = -1 if buffer is None else buffer.numel()
+            rows.append([changed and not _is_expanded(buffer), size, -size])
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def share(self, changes: Tensor, group: Gloo) -> list[Any] | None:
+        """Names and values of those that any replica has changed, as one has them, for all; None if there are none."""
+        if not len(changes):
             nothing(group)
             return None
-        buffers = dict(self.module.named_buffers())
+        found = summed(group, changes.clone(), ReduceOp.MAX).tolist()
+        # A table of positions, say, may have been made anew for a longer batch on some: each keeps its own.
+        names = [
+            name
+            for (name, _), (changed, largest, least) in zip(self._named(), found, strict=True)
+            if changed and largest == -least > 0
+        ]
+        if not names:
+            return None
+        buffers: dict[str, Any] = dict(self._named())
         # float64 holds the values of smaller types, and counts, exactly.
-        flat = torch.cat([buffers[name].detach().double().cpu().flatten() for name in sorted(self.changing)])
+        flat = torch.cat([buffers[name].detach().double().cpu().flatten() for name in names])
         group.broadcast_one(flat, 0).wait()
-        return flat
+        return [names, flat]
 
     @torch.no_grad()
-    def adopt(self, flat: Tensor | None) -> None:
+    def adopt(self, shared: list[Any] | None) -> None:
         """Take what `share` gave."""
-        if flat is None:
+        if shared is None:
             return
-        buffers = dict(self.module.named_buffers())
-        parts = torch.split(flat, [buffers[name].numel() for name in sorted(self.changing)])
-        for name, part in zip(sorted(self.changing), parts, strict=True):
-            buffers[name].copy_(part.view_as(buffers[name]))
+        names, flat = shared
+        present: dict[str, Any] = dict(self._named())
+        buffers = [present[name] for name in names]
+        for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def _named(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Also those that are None, which another replica may have set."""
+        for path, part in self.module.named_modules():
+            for name, buffer in part._buffers.items():
+                yield f"{path}.{name}".lstrip("."), buffer
+
+    def _held(self) -> dict[str, _Held]:
+        return {
+            name: _Held(buffer, _version(buffer), None if buffer is None else buffer.detach().clone())
+            for name, buffer in self._named()
+        }
 
     @torch.no_grad()
-    def _copy(self, values: dict[str, Tensor]) -> None:
-        for name, buffer in self.module.named_buffers():
-            if name in values:
-                buffer.copy_(values[name])
+    def _put_back(self, held: dict[str, _Held]) -> None:
+        present, unseen = dict(self._named()), self._unseen()
+        for name, before in held.items():
+            if present.get(name) is not before.tensor:
+                path, _, own = name.rpartition(".")
+                setattr(self.module.get_submodule(path), own, before.tensor)
+            # What nobody has written to stays as it is, so that it does not count as changed.
+            if before.tensor is not None and (_version(before.tensor) != before.version or name in unseen):
+                before.tensor.copy_(before.content)  # type: ignore[arg-type]
 
-    def handover(self) -> list[str]:
-        """For a replica that comes in."""
-        # In sharing, all broadcast the same buffers: not only those that a newcomer has seen to change.
-        return sorted(self.changing)
+    def _unseen(self) -> set[str]:
+        """Batch norm's kernels write its statistics without a new version, so that they would not be noticed."""
+        return {
+            f"{path}.{name}".lstrip(".")
+            for path, part in self.module.named_modules()
+            if isinstance(part, _NormBase) and part.training
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        }
 
-    def take_over(self, changing: list[str]) -> None:
-        """Take what a peer's `handover` gave."""
-        self.changing.update(changing)
+
+def _is_another(buffer: Tensor | None, before: _Held | None) -> bool:
+    """Whether it was written to, or another tensor is in its place, whose versions begin at 0 again."""
+    return before is None or buffer is not before.tensor or _version(buffer) != before.version
+
+
+def _version(buffer: Tensor | None) -> int:
+    """What grows when torch writes to it. Made by a validation in inference mode, it has none and is not written to."""
+    return 0 if buffer is None or buffer.is_inference() else buffer._version
+
+
+def _is_expanded(buffer: Tensor | None) -> bool:
+    """Several of its elements are one: torch writes nothing into such, and nor can we."""
+    return buffer is not None and any(
+        s > 1 and stride == 0 for s, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )

@@ -24,6 +24,7 @@ from lightning_eff.strategies.fault_tolerant.operations import (
 )
 from lightning_eff.strategies.fault_tolerant.replica_group import ReplicaGroup
 from lightning_eff.strategies.fault_tolerant.writer import NewerCheckpoints, begin_to_write
+from lightning_eff.training.namespaces import MisconfigurationException
 from lightning_eff.training.whole_files import Attempts, write_whole
 
 if TYPE_CHECKING:
@@ -192,7 +193,17 @@ class LivingReplicas(_Base):
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """From all processes of the living replicas, stacked."""
+        """From all processes of the living replicas, stacked; without gradients.
+
+        Raises:
+            MisconfigurationException: ``sync_grads=True`` where gradients would be lost.
+        """
+        if sync_grads and torch.is_grad_enabled() and tensor.requires_grad:
+            raise MisconfigurationException(
+                "all_gather(sync_grads=True) is not supported by ddp_ft: a backward pass through it would wait for "
+                "replicas that may die over it. Gather with sync_grads=False, and put this replica's own tensor into "
+                "its place, whose gradient is then that of its own loss alone; or train with strategy='ddp'"
+            )
         if self._alone or (self._met is None and self._group.size == 1):
             return tensor
         values = self._group.stack(tensor.detach().cpu())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -20,6 +21,9 @@ from lightning_eff.strategies.fault_tolerant.passes import OrphanPasses, Passes
 from lightning_eff.strategies.fault_tolerant.shard_values import ShardValues
 from lightning_eff.strategies.fault_tolerant.step_in_hand import Assignment, StepInHand
 from lightning_eff.training.logged import accumulators
+
+if TYPE_CHECKING:
+    from lightning_eff.strategies.fault_tolerant.process_group import Gloo
 
 
 class Steps(ABC):
@@ -101,6 +105,13 @@ class Steps(ABC):
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], update: Callable[[Once], Any]) -> Any:
         """Update when all replicas have the gradients, and only then; gives the closure's loss."""
 
+    def share_buffers(self, together: Callable[[Callable[[Gloo], Any], Any], Any]) -> None:
+        """All have the buffers of one replica, by the members' ``settle`` or ``agree``."""
+        changes = self.buffers.changes()
+        if self.buffers:
+            changes = self.gradients.sums.group.stack(changes).amax(0)
+        self.buffers.adopt(together(partial(self.buffers.share, changes), None))
+
     # What training_step reduces itself.
 
     def reduced(self, value: Tensor, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
@@ -118,11 +129,10 @@ class Steps(ABC):
 
     def handover(self) -> dict[str, Any]:
         """For a replica that takes this one's state."""
-        return {"changing": self.buffers.handover()}
+        return {}
 
-    def take_over(self, state: dict[str, Any]) -> None:
+    def take_over(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take what a peer's `handover` gave, after all else."""
-        self.buffers.take_over(state["changing"])
 
 
 class AutomaticSteps(Steps):
@@ -149,9 +159,7 @@ class AutomaticSteps(Steps):
             self.passes.random(self.step.shard, index),
             self.step.assignment.watching(),
         ):
-            output = training_step()
-        self.buffers.note_changes()
-        return output
+            return training_step()
 
     @override
     def backward(self, loss: Tensor, usual: Callable[[], Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -182,7 +190,7 @@ class AutomaticSteps(Steps):
                 break
             self.share_out()
             self._undo()
-        self.buffers.adopt(replicas.settle(self.buffers.share, None))
+        self.share_buffers(replicas.settle)
         self.end()
         return loss
 

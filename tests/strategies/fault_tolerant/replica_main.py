@@ -58,6 +58,9 @@ class Model(L.LightningModule):
         if settings.get("batch_norm"):
             self.net.append(nn.BatchNorm1d(width))
         self.head = nn.Linear(width, 1)
+        if settings.get("of_the_batch"):
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("large", torch.zeros((), dtype=torch.int64))
         self.metric = MeanMetric()
         self.settings, self.faults = settings, faults
 
@@ -74,14 +77,26 @@ class Model(L.LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         hurries = "until" in self.settings and Path(self.settings["until"]).exists()
         time.sleep(0.0 if hurries else self.settings.get("sleep", 0.0))
+        if self.settings.get("of_the_batch"):
+            self.follow(batch[0])
         loss = (self(batch[0]) - batch[1]).square().mean()
         self.log("loss", loss, sync_dist=True)
         if self.settings.get("gather"):
-            self.log("spread", cast(Tensor, self.all_gather(loss.detach())).std(correction=0))
+            gathered = self.all_gather(loss.detach(), sync_grads=True)  # of a tensor that has no gradient
+            self.log("spread", cast(Tensor, gathered).std(correction=0))
+        if self.settings.get("gather") == "with gradients":
+            self.all_gather(loss, sync_grads=True)
         self.faults.note(batch[2].tolist())
         if not self.trainer.strategy._fit.steps.aside:
             self.faults.at("forward")
         return loss
+
+    def follow(self, x: Tensor) -> None:
+        """A buffer that is replaced and then written to, and one that is written to for some batches alone."""
+        self.mean = 0.9 * self.mean
+        self.mean += 0.1 * x.mean(0)
+        if x.mean() > 0:
+            self.large += 1
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         loss = (self(batch[0]) - batch[1]).square().mean()

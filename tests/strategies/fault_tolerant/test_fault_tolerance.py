@@ -6,22 +6,27 @@ import contextlib
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
+pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
 from harness import REPOSITORY
 from lightning_eff.strategies.fault_tolerant.log import ReplicaLog
+from lightning_eff.strategies.fault_tolerant.sharded_loader import ShardedLoader
 from tests.strategies.fault_tolerant.replica_checks import REAL, STEPS, assert_same_run, check, killed, run_on_loopback
+from tests.strategies.fault_tolerant.replica_main import Model, Noisy, flat
 from tests.strategies.fault_tolerant.replica_runs import Fault, Lighthouse, Outcome, Server, run
-
-pytest.importorskip("torchft", reason="torchft has wheels for Linux on x86-64 only")
 
 
 @pytest.fixture(scope="session")
@@ -251,6 +256,32 @@ def test_the_lighthouse_killed(server: Server, undisturbed: Outcome, tmp_path: P
 def test_also_with(settings: dict[str, Any], server: Server, tmp_path: Path) -> None:
     outcome = check(run(server, tmp_path, steps=STEPS, faults=(Fault(1, 13, "allreduce"),), **settings, **REAL))
     assert killed(outcome) == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [("automatic", 1), ("manual", 1), pytest.param("automatic", 2, marks=pytest.mark.slow)],
+)
+def test_buffers_that_only_some_replicas_change(kind: str, processes: int, server: Server, tmp_path: Path) -> None:
+    """They are those of the first one, and a step that is repeated counts once, as does a dead replica's batch."""
+    settings = {"kind": kind, "of_the_batch": True, "replicas": 2, "processes": processes, "patience": 0.0}
+    outcome = run(server, tmp_path, steps=8, faults=(Fault(1, 4, "allreduce"),), restart=False, **settings)
+    check(outcome, steps=8, all_end=False, manual=kind == "manual")
+    assert killed(outcome) == [1]
+    first: Any = SimpleNamespace(replica=0, life=0, process=0)
+    model = Model({"of_the_batch": True}, first)
+    loader = ShardedLoader(DataLoader(Noisy(240), batch_size=4, shuffle=True), 2, seed=1, group_size=processes)
+    loader.own([0])
+    for step in range(8):
+        model.follow(loader.batch(0, step)[0])
+    assert 0 < model.large < 8
+    assert outcome.finals[0]["buffers"] == pytest.approx(flat(list(model.buffers())), rel=1e-6)
+
+
+def test_a_gather_with_gradients_is_refused(server: Server, tmp_path: Path) -> None:
+    outcome = run(server, tmp_path, steps=2, replicas=1, restart=False, patience=0.0, gather="with gradients")
+    assert [status for _, _, status in outcome.exits] == [1]
+    assert re.search(r"sync_grads=True\) is not supported.*sync_grads=False", outcome.logs()), outcome.logs()
 
 
 @pytest.mark.slow

@@ -87,11 +87,10 @@ class ManualSteps(Steps):
             with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a peer's is that of its batch
                 self._try_again()
             replay.start.restore()
-        self.buffers.note_changes()
         self._running = None
         self.replicas.goes_on(False)
-        if self.buffers.changing:
-            self.buffers.adopt(self.replicas.agree(self.buffers.share, None))
+        if self.buffers:
+            self.share_buffers(self.replicas.agree)
         self.end()
         return output
 
