@@ -118,6 +118,28 @@ def test_powersgd_survives_a_gradient_of_zeros():
     torch.testing.assert_close(ranks.average([{"w": low}] * 2)[0]["w"], low, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_powersgd_sends_a_matrix_with_a_side_below_its_rank_whole(dtype):
+    shapes = {"narrow": (2000, 3), "low": (3, 2000), "w": (100, 90)}
+    assert predict(PowerSGD(), shapes, 2, dtype).compressed == ("w",)
+    own = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in gradients(1, 2, shapes)]
+    found = average(PowerSGD(), own)
+    for name in ("narrow", "low"):
+        torch.testing.assert_close(found[0][name].double(), mean(own)[name])
+
+
+def test_powersgd_takes_another_rank_than_its_memory_has():
+    """As after a resume: Q is new, and the error of before is kept."""
+    own, ranks = gradients(1, 2, SHAPES), InProcessRanks(PowerSGD(rank=1, min_numel=1), 2)
+    ranks.average(own)
+    error = ranks.memories[0]["w"]["error"].clone()
+    ranks.compressor = PowerSGD(rank=3, min_numel=1)
+    found = ranks.average([{name: torch.zeros_like(tensor) for name, tensor in part.items()} for part in own])[0]["w"]
+    assert torch.linalg.matrix_rank(found, rtol=1e-4) == 3
+    assert ranks.memories[0]["w"]["q"].shape == (30, 3)
+    torch.testing.assert_close(found + ranks.memories[0]["w"]["error"], error)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_int8_is_unbiased_and_close(world_size):
     own = gradients(3, world_size, SHAPES)

@@ -316,9 +316,9 @@ def test_a_frozen_matrix_leaves_buckets_and_memory(pool, tmp_path):
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
-def _resumed(folder: Path, compressor: Compressor) -> list[str]:
+def _resumed(folder: Path, compressor: Compressor, unused: bool = False) -> list[str]:
     def strategy() -> CompressedDDPStrategy:
-        return CompressedDDPStrategy(compressor=compressor)
+        return CompressedDDPStrategy(compressor=compressor, find_unused_parameters=unused)
 
     unbroken, module = train(folder, strategy(), steps=6)
     path = folder / "three.ckpt"
@@ -329,10 +329,28 @@ def _resumed(folder: Path, compressor: Compressor) -> list[str]:
     return wrong + differences(copied(unbroken.strategy.memory), copied(resumed.strategy.memory), "memory")
 
 
-@pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if c.keeps_memory], ids=name_of)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=name_of)
 def test_resumes_exactly(pool, tmp_path, compressor):
-    for wrong in pool.run(_resumed, tmp_path, compressor):
+    # Int8 rounds by the bucket, and DDP keeps its first buckets if it is to find unused parameters.
+    for wrong in pool.run(_resumed, tmp_path, compressor, isinstance(compressor, Int8)):
         assert not wrong, wrong
+
+
+def _first_gradients(folder: Path) -> list[list[Tensor]]:
+    """Int8's averages of the fourth step: of a run, of its repetition, and of one that is resumed behind the third."""
+    path, found = folder / "three.ckpt", []
+    for resume in (None, None, path):
+        _, module = train(folder, CompressedDDPStrategy(Int8()), SaveAt(3, path), steps=4, resume=resume)
+        found.append([parameter.grad for parameter in module.parameters()])
+    return found
+
+
+def test_int8_rounds_the_first_step_behind_a_resume_otherwise(pool, tmp_path):
+    """DDP has its first buckets again there, in another order. Both ways round twice, by less than a step each."""
+    for usual, again, resumed in pool.run(_first_gradients, tmp_path):
+        assert all(map(torch.equal, usual, again))
+        difference = max(float((one - other).abs().max()) for one, other in zip(usual, resumed, strict=True))
+        assert 0 < difference <= 4 * max(float(gradient.abs().max()) for gradient in usual) / 127
 
 
 def _from_three_ranks(folder: Path, scheme: str) -> tuple[list[str], bool]:

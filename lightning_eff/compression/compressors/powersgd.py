@@ -63,7 +63,9 @@ class PowerSGD(Compressor):
         return True
 
     def bytes_sent(self, rows: int, columns: int, itemsize: int, world_size: int) -> float:
-        """See :class:`Compressor`: P and Q in float32."""
+        """See :class:`Compressor`: P and Q in float32. With a side below r there is no such basis: it goes dense."""
+        if min(rows, columns) < self.rank:
+            return all_reduce_bytes(itemsize * rows * columns, world_size)
         return all_reduce_bytes(4 * self.rank * (rows + columns), world_size)
 
     def exchange(self, bucket: Bucket) -> Exchange:
@@ -88,7 +90,10 @@ class PowerSGD(Compressor):
 
     def _start(self, bucket: Bucket, index: int) -> Tensor:
         columns = bucket.gradients[index].shape[1]
-        q = bucket.memory[index].get("q")
+        memory = bucket.memory[index]
+        if "q" in memory and memory["q"].shape[1] != self.rank:  # of a checkpoint that had another rank
+            del memory["q"]
+        q = memory.get("q")
         if q is None:
             q = signs(columns, self.rank, bucket.seed, bucket.streams[index], bucket.device)
         basis: Tensor = torch.linalg.qr(q).Q
