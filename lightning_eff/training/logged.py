@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection, _ResultMetric
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_eff.training.run_parts import is_last_batch
@@ -57,6 +57,20 @@ def set_logged_values(results: _ResultCollection, module: nn.Module, saved: dict
     for name, metric in _metrics(module):
         if name in saved["metrics"]:
             _set_fields(metric, saved["metrics"][name])
+
+
+@contextmanager
+def metrics_apart(module: nn.Module) -> Iterator[None]:
+    """Within the block the module's own metrics go on in copies of their states, and behind it from where they were."""
+    before = [(metric, dict(vars(metric))) for _, metric in _metrics(module)]
+    try:
+        for metric, _ in before:
+            for name, state in metric.metric_state.items():  # of a list the entries are never written into
+                vars(metric)[name] = state.clone() if isinstance(state, Tensor) else list(state)
+        yield
+    finally:
+        for metric, attributes in before:
+            vars(metric).update(attributes)
 
 
 def hook_in_hand(trainer: Trainer) -> str | None:

@@ -390,6 +390,6 @@ class _RankFiles:
 
     @property
     def is_fitting(self) -> bool:
-        """A checkpoint that is only validated or tested leaves the state of the training alone, as for callbacks."""
+        """A checkpoint that is only evaluated leaves this alone; Lightning gives callbacks their state even then."""
         module = self.strategy.lightning_module
         return module is None or module._trainer is None or module._trainer.state.fn == TrainerFn.FITTING

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,13 @@ class SnapshotWindow:
                 copy = self._allocate({name: tensor})[name].copy_(tensor)
             for snapshot in self._snapshots:
                 snapshot[name] = copy
+
+    def rename(self, renamed: Mapping[str, str], gone: Set[str]) -> None:
+        """Call tensors by new names, given by their old ones, and forget those that are gone."""
+        self._snapshots = [
+            {renamed.get(name, name): tensor for name, tensor in snapshot.items() if name not in gone}
+            for snapshot in self._snapshots
+        ]
 
     def clear(self) -> None:
         """Forget all snapshots."""

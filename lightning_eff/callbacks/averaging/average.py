@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -39,6 +39,10 @@ class Average(ABC):
     @abstractmethod
     def add(self, name: str, tensor: Tensor) -> None:
         """A tensor moves from now on and was the same until now."""
+
+    @abstractmethod
+    def follow(self, renamed: Mapping[str, str], gone: Set[str]) -> None:
+        """Tensors have new names, by their old ones, and others are there no longer."""
 
     @abstractmethod
     def reset(self) -> None:

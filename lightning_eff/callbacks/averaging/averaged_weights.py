@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -21,7 +20,6 @@ from lightning_eff.callbacks.averaging.evaluations import Evaluations, ValidateW
 from lightning_eff.callbacks.averaging.restored import in_parts, of_files
 from lightning_eff.callbacks.averaging.stand_in import StandIn
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
-from lightning_eff.training.dtensor import local
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.state_version import check_version
@@ -73,11 +71,13 @@ class AveragedWeights(Callback):
         who = type(self).__name__
         self._trainer: Trainer  # from `setup` on
         self._updates = UpdateCount()
+        self._optimizers: list[Optimizer] = []  # whose updates are counted
+        self._trained: list[int] = []  # the ids of what they train
         self._due = 0
         self._counted = False  # the updates are those of the checkpoint that the run resumes from
         self._restored: dict[str, Any] | None = None
         self._told_empty = False
-        self._paused: str | None = None  # the average that was in the weights' place before a checkpoint is saved
+        self._other_stage = False  # than "fit"
         self._tensors = TrainedTensors(buffers == "average")
         self._stand_in = StandIn(self.average, self._tensors, update_bn)
         self._evaluations = Evaluations(who, name, validate_with, self._stand_in, self._tell_empty)
@@ -99,6 +99,7 @@ class AveragedWeights(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+        self._other_stage = stage != "fit"
         refuse_flattened(trainer, type(self).__name__, "flattens or partitions parameters out of sight")
         if replicas_are_equal(trainer.strategy) and self.update_bn and stage == "fit":
             raise MisconfigurationException(
@@ -123,7 +124,14 @@ class AveragedWeights(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._updates.attach(trainer.optimizers)
+        self._count_updates(trainer.optimizers)
+
+    def _count_updates(self, optimizers: list[Optimizer]) -> None:
+        made = self._count()
+        self._optimizers = list(optimizers)
+        self._updates.attach(optimizers)
+        if self._count() < made:  # they are fewer or more than before
+            self._updates.load_state_dict({"updates": [made] * len(optimizers)})
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,6 +163,7 @@ class AveragedWeights(Callback):
                 fits = self.average.load(in_parts(restored["state"], self._tensors.originals(pl_module)), every)
             if not fits:
                 rank_zero_info(f"{type(self).__name__}: the saved average is of another model; it starts anew")
+        self._trained = []
         self._tensors.begin(pl_module, trained)
         for name, tensor in self._tensors.of(pl_module).items():
             self.average.add(name, tensor)  # one that is trained only now has been the same until now
@@ -178,20 +187,15 @@ class AveragedWeights(Callback):
             self._due = state["due"]
 
     def on_trainable_change(self, trainer: Trainer, pl_module: LightningModule, change: TrainableChange) -> None:
-        """A parameter that is trained for the first time has been the same in every snapshot until now."""
-        self._unfreeze(change.unfrozen)
+        """Average what is unfrozen."""
+        self._stand_in.unfreeze(change.unfrozen)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not any(optimizer is counted for counted in self._optimizers):  # made anew in the midst of the fit
+            self._count_updates(trainer.optimizers)
         # The last moment at which one that somebody else has unfrozen is what it was.
-        found = self._tensors.unfrozen_by_others(pl_module)
-        if found:
-            self._unfreeze(found)
-
-    def _unfreeze(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        for name, parameter in parameters.items():
-            if self._tensors.unfreeze(name, parameter):
-                self.average.add(name, local(parameter))
+        self._stand_in.unfreeze(self._tensors.unfrozen_by_others(pl_module))
 
     @override
     def on_train_batch_end(
@@ -203,6 +207,10 @@ class AveragedWeights(Callback):
         if step < self._due:
             return
         self._due = self._next_due(step)
+        trained = [id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+        if trained != self._trained:
+            self._trained = trained
+            self._stand_in.follow(pl_module)
         self.average.collect(step, self._tensors.now(pl_module))
 
     def _count(self) -> int:
@@ -236,7 +244,9 @@ class AveragedWeights(Callback):
         try:
             self._stand_in.take_out(trainer)
         finally:
+            self._other_stage = False
             self._updates.detach()
+            self._optimizers = []
             self._evaluations.detach()
             self._beside.detach()
 
@@ -285,6 +295,8 @@ class AveragedWeights(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._other_stage:
+            return  # of a checkpoint that is only evaluated: Lightning gives callbacks their state even then
         check_version(type(self).__name__, state_dict, known=1)
         self._updates.load_state_dict(state_dict)
         self._counted = bool(state_dict["updates"])
@@ -310,10 +322,7 @@ class AveragedWeights(Callback):
         )
 
     def _save_rank(self) -> dict[str, Any]:
-        # A module may save in a hook of its validation. The checkpoint's tensors are the model's own, so that putting
-        # the live weights back now puts them into the checkpoint; afterwards the evaluation goes on as it was.
-        self._paused = self._stand_in.inside
-        self._stand_in.take_out(self._trainer)
+        self._stand_in.follow(self._trainer.lightning_module)
         return {"version": 1, "trained": sorted(self._tensors.names), "state": self.average.state()}
 
     def _load_rank(self, state: dict[str, Any] | None) -> None:
@@ -321,17 +330,12 @@ class AveragedWeights(Callback):
         self._restored = state  # the model's tensors are not there yet under every strategy
 
     def _write_beside(self, checkpoint: dict[str, Any], path: str) -> None:
-        paused = self._stand_in.inside if self._paused is None else self._paused  # the main one's label is empty
-        self._paused = None
-        self._stand_in.take_out(self._trainer)
         self._beside.write(self._trainer, checkpoint, path, self._count())
-        if paused is not None:
-            self._evaluations.put_in(self._trainer, paused)
 
     def __getstate__(self) -> dict[str, Any]:
-        of_this_process = ("_files", "_trainer")
+        of_this_process = ("_files", "_trainer", "_optimizers")
         return {name: value for name, value in vars(self).items() if name not in of_this_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, _optimizers=[])
         self._files = self._rank_state()

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor
 
 from lightning_eff.callbacks.averaging.files import (
@@ -56,7 +56,11 @@ class BesideCheckpoints:
         self._wrappers: list[Wrapper] = []
 
     def attach(self, trainer: Trainer) -> None:
-        """Follow the links to checkpoints that ``ModelCheckpoint(save_last="link")`` makes, and what a fit loads."""
+        """Follow the links to checkpoints that ``ModelCheckpoint(save_last="link")`` makes, and what a fit loads.
+
+        Raises:
+            MisconfigurationException: something else is saved as the module's weights.
+        """
         self.detach()
         self._wrappers.append(Wrapper(trainer.strategy, "load_checkpoint", _refuse_average))
 
@@ -69,6 +73,12 @@ class BesideCheckpoints:
             make(trainer, filepath, linkpath)  # and then waits for rank zero
 
         for callback in callbacks_of(trainer):
+            if self.save != "none" and is_a(callback, ModelPruning) and callback._make_pruning_permanent:
+                raise MisconfigurationException(
+                    "ModelPruning(make_pruning_permanent=True) saves each weight times its mask in place of the two, "
+                    f"and {self.name!r}, the averaged weights beside a checkpoint, does not: give ModelPruning "
+                    "make_pruning_permanent=False, or the average save='none'"
+                )
             if is_a(callback, ModelCheckpoint) and callback.save_last == "link":
                 self._wrappers.append(Wrapper(callback, "_link_checkpoint", link))
 
@@ -89,12 +99,14 @@ class BesideCheckpoints:
             if not average.collected and label:
                 continue
             self.stand_in.update_statistics(trainer, label)
+            self.stand_in.follow(module)
             averages: dict[int, Tensor] = {}
             if average.collected:
                 tensors, own = self.stand_in.tensors.of(module), self.stand_in.tensors.originals(module)
                 averages = {id(own[name]): a for name, a in average.read(label, tensors, rounded=False)}
                 averages |= {id(buffer): other for buffer, other in self.stand_in.statistics_of(module, label)}
-            state = averaged_state(module, averages, keep=trainer.is_global_zero)
+            in_place = partial(self.stand_in.in_place, trainer, label)
+            state = averaged_state(module, averages, in_place, keep=trainer.is_global_zero)
             if trainer.is_global_zero:
                 safe, lightning = averaged_paths(path, name)
                 paths = (safe if self.save != "ckpt" else None, lightning if self.save != "safetensors" else None)

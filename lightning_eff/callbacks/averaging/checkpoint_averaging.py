@@ -69,7 +69,8 @@ class CheckpointAveraging(AveragedWeights):
     Raises:
         ValueError: an argument out of its range.
         MisconfigurationException: in ``setup``, for FSDP1, DeepSpeed, two averages of one name or two with
-            ``validate_with="average"``; at the start of ``fit``, for a window that does not fit into memory.
+            ``validate_with="average"``, ModelPruning unless it has ``make_pruning_permanent=False``; at the
+            start of ``fit``, for a window that does not fit into memory.
 
     Example:
         >>> import lightning as L

@@ -70,7 +70,7 @@ class EMA(AveragedWeights):
     Raises:
         ValueError: an argument out of its range, or more than one of ``decay``, ``half_life`` and ``widths``.
         MisconfigurationException: in ``setup``, for FSDP1, DeepSpeed, two averages of one name or two with
-            ``validate_with="average"``.
+            ``validate_with="average"``, ModelPruning unless it has ``make_pruning_permanent=False``.
 
     Example:
         >>> import lightning as L

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_eff.callbacks.averaging.side_evaluation import AroundEvaluations, evaluate_beside
 from lightning_eff.callbacks.averaging.stand_in import StandIn
 from lightning_eff.training.trainer import is_alone
+from lightning_eff.training.wrapping import Wrapper
 
 ValidateWith = Literal["average", "current", "both"]
 
@@ -39,17 +40,35 @@ class Evaluations:
         self.stand_in = stand_in
         self.empty = empty
         self._around = AroundEvaluations(self._evaluate, self._before_end)
+        self._saves: Wrapper | None = None
         self._replacing = False  # an evaluation is on its way that is one of the average
         self._beside: dict[str, Tensor] = {}
         self._module: weakref.ref[LightningModule] | None = None
 
     def attach(self, trainer: Trainer, stage: str) -> None:
         """Stand around the evaluations of a stage."""
+        self.detach()
         self._around.attach(trainer, stage)
+
+        def save(inner: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            # A module may save in a hook of its validation. The live weights have to be back before Lightning reads
+            # them: it may get copies. Afterwards the evaluation goes on as it was.
+            paused = self.stand_in.inside
+            self.stand_in.take_out(trainer)
+            try:
+                inner(*args, **kwargs)
+            finally:
+                if paused is not None:
+                    self.put_in(trainer, paused)
+
+        self._saves = Wrapper(trainer, "save_checkpoint", save)
 
     def detach(self) -> None:
         """Leave them as they were."""
         self._around.detach()
+        if self._saves is not None:
+            self._saves.remove()
+            self._saves = None
 
     def begin(self, module: LightningModule) -> None:
         """A run begins: it is the average of this module."""
@@ -124,7 +143,7 @@ class Evaluations:
         return False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": None, "_around": None, "_beside": {}, "_replacing": False}
+        return {**vars(self), "_module": None, "_around": None, "_saves": None, "_beside": {}, "_replacing": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _around=AroundEvaluations(self._evaluate, self._before_end))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 from torch import Tensor
@@ -82,6 +82,15 @@ class ExponentialAverage(Average):
             for shadows in self._shadows:
                 shadows.append(tensor, self._device)
             self._seen = None
+
+    @override
+    def follow(self, renamed: Mapping[str, str], gone: Set[str]) -> None:
+        if not gone.isdisjoint(self._names):
+            kept = [index for index, name in enumerate(self._names) if name not in gone]
+            self._names = [self._names[index] for index in kept]
+            self._shadows = [Shadows([old.tensors[index] for index in kept], self._device) for old in self._shadows]
+        self._names = [renamed.get(name, name) for name in self._names]
+        self._seen = None
 
     @override
     def reset(self) -> None:

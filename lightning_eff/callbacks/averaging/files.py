@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,7 +41,21 @@ def averaged_paths(checkpoint: str, name: str) -> tuple[str, str]:
     return os.path.join(folder, f"{stem}.safetensors"), os.path.join(folder, f"{stem}.ckpt")
 
 
-def averaged_state(module: nn.Module, averages: Mapping[int, Tensor], keep: bool) -> dict[str, Tensor]:
+def own_state(module: nn.Module) -> dict[str, Any]:
+    """The module's ``state_dict``, its tensors themselves as far as it does not make copies of them."""
+    try:
+        inspect.signature(module.state_dict).bind(keep_vars=True)
+    except TypeError:  # its own `state_dict` has not the arguments of torch's
+        return module.state_dict()
+    return module.state_dict(keep_vars=True)
+
+
+def averaged_state(
+    module: nn.Module,
+    averages: Mapping[int, Tensor],
+    in_place: Callable[[], AbstractContextManager[None]],
+    keep: bool,
+) -> dict[str, Tensor]:
     """The module's ``state_dict`` with averages in place of its tensors, whole and on the CPU.
 
     Collective under FSDP2.
@@ -47,24 +63,37 @@ def averaged_state(module: nn.Module, averages: Mapping[int, Tensor], keep: bool
     Args:
         module: whose state this is.
         averages: ``id`` of a parameter or buffer -> this rank's part of its average; under all names of a tied one.
+        in_place: puts the averages in the weights' place. Needed where the ``state_dict`` has copies, which a module's
+            own method or a hook may make to cast or to rename; then those of the averages are made in the same way.
         keep: whether this rank needs it; the others help to put shards together and get nothing.
     """
     reshard(module)
     state: dict[str, Tensor] = {}
     done: dict[int, Tensor] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
+    tensors = {name: tensor for name, tensor in own_state(module).items() if isinstance(tensor, Tensor)}
+    own = {id(tensor) for tensor in chain(module.parameters(), module.buffers())}
+    copies = {name for name, tensor in tensors.items() if id(tensor) not in own}
+    made: dict[str, Tensor] = {}
+    if copies and not averages.keys() <= {id(tensor) for tensor in tensors.values()}:  # else they are of something else
+        with in_place():
+            made = {
+                name: _whole(tensor, keep, copy=True) for name, tensor in module.state_dict().items() if name in copies
+            }
+    for name, tensor in tensors.items():
+        if name in made:
+            state[name] = made[name]
             continue
         if id(tensor) not in done:
             average = averages.get(id(tensor))
-            if average is not None:
-                whole = full(average, tensor)
-            else:
-                whole = tensor.detach()
-                whole = whole.full_tensor() if is_dtensor(whole) else whole  # type: ignore[attr-defined]
-            done[id(tensor)] = whole.cpu() if keep else whole.new_empty(0)
+            done[id(tensor)] = _whole(tensor if average is None else full(average, tensor), keep)
         state[name] = done[id(tensor)]
     return state if keep else {}
+
+
+def _whole(tensor: Tensor, keep: bool, copy: bool = False) -> Tensor:
+    whole = tensor.detach()
+    whole = whole.full_tensor() if is_dtensor(whole) else whole  # type: ignore[attr-defined]
+    return whole.to("cpu", copy=copy) if keep else whole.new_empty(0)
 
 
 def as_saved(saved: Mapping[str, Any], module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +107,7 @@ def as_saved(saved: Mapping[str, Any], module: nn.Module, state: dict[str, Tenso
     Returns:
         Those that the checkpoint has, under its names; all, if it has none that can be recognised.
     """
-    own = module.state_dict(keep_vars=True)
+    own = own_state(module)
     by_place = {_place(own[name]): tensor for name, tensor in state.items()}
     kept = {
         name: state[name] if name in state else by_place[_place(tensor)]

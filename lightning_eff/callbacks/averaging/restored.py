@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_eff.callbacks.averaging.files import own_state
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
 from lightning_eff.training.dtensor import part
 
@@ -46,10 +47,11 @@ def of_files(
         and what each file says.
     """
     originals = tensors.originals(module)
-    keys = {id(tensor): key for key, tensor in module.state_dict(keep_vars=True).items()}
+    own_keys = {id(tensor): key for key, tensor in own_state(module).items()}
+    keys = {name: own_keys.get(id(own), name) for name, own in originals.items()}  # of a copy it is the name at best
     parts: list[dict[str, Tensor]] = []
     for state, _ in averaged:
-        named = {name: state[keys[id(own)]] for name, own in originals.items() if keys.get(id(own)) in state}
+        named = {name: state[key] for name, key in keys.items() if key in state}
         own_parts = {name: part(whole, originals[name]) for name, whole in named.items() if name in every}
         parts.append({name: mean.to(every[name].device) for name, mean in own_parts.items()})
     trained = {

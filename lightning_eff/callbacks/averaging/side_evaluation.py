@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_eff.training.namespaces import is_a
+from lightning_eff.training.logged import metrics_apart
+from lightning_eff.training.run_parts import group_values, scheduler_states, set_group_values, set_scheduler_states
 from lightning_eff.training.trainer import callbacks_of
 from lightning_eff.training.wrapping import Wrapper
 
@@ -29,8 +28,9 @@ def evaluate_beside(trainer: Trainer, loop: _EvaluationLoop) -> Iterator[Callabl
     Yields:
         A function that runs the evaluation now and returns the metrics that it would have logged. The LightningModule
         sees a whole evaluation with all its hooks, so that metrics and lists which it keeps begin and end with it.
-        Callbacks and loggers see nothing of it. Random generators, the loop's progress and Lightning's metrics are as
-        before. Only the module's own calls to ``self.logger`` happen once more. Collectives and host syncs: those of a
+        Callbacks and loggers see nothing of it. Random generators, the loop's progress, Lightning's metrics, those of
+        the module, schedulers with their rates, and ``should_stop`` are as before. What else the module does in its
+        hooks, in a list of its own or by ``self.logger``, happens once more. Collectives and host syncs: those of a
         validation.
     """
     loop.setup_data()
@@ -45,34 +45,48 @@ def _evaluate(trainer: Trainer, loop: _EvaluationLoop) -> dict[str, Tensor]:
     connector: Any = trainer._logger_connector
     names = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")
     before = {name: getattr(connector, name) for name in names}
-    callbacks = callbacks_of(trainer)
-    # A progress bar stays, deaf: another thread draws it, and looks for it among the Trainer's callbacks.
-    bars: list[Callback] = [callback for callback in callbacks if is_a(callback, ProgressBar)]
+    rates, schedulers, should_stop = group_values(trainer), scheduler_states(trainer), trainer.should_stop
     generators = {generator: generator.get_state() for generator in _generators(loop)}
     side = _side_loop(loop)
     try:
         connector.reset_metrics()
         connector._first_loop_iter = None
         connector.log_metrics = _ignore
-        for bar in bars:
-            vars(bar).update(dict.fromkeys(_HOOKS, _ignore))
-        trainer.callbacks = bars  # type: ignore[attr-defined]
         _put(trainer, loop, side)
-        with isolate_rng():
+        with isolate_rng(), _deaf(callbacks_of(trainer)), metrics_apart(trainer.lightning_module):
             side.run()
         metrics = connector._callback_metrics
         return {name: value.detach() for name, value in metrics.items() if isinstance(value, Tensor)}
     finally:
         _put(trainer, side, loop)
         side._data_fetcher = None  # its teardown would reset the loader, which is the other loop's
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        for bar, name in itertools.product(bars, _HOOKS):
-            vars(bar).pop(name, None)
         connector.__dict__.pop("log_metrics", None)
         for name, value in before.items():
             setattr(connector, name, value)
         for generator, state in generators.items():
             generator.set_state(state)
+        set_scheduler_states(trainer, schedulers)
+        set_group_values(trainer, rates)
+        trainer.should_stop = should_stop
+
+
+@contextmanager
+def _deaf(callbacks: list[Callback]) -> Iterator[None]:
+    """Within the block callbacks hear nothing.
+
+    They stay among the Trainer's: the thread that draws a progress bar looks for it there, a module for its
+    ``trainer.checkpoint_callback``, and a checkpoint that it saves for the state of each.
+    """
+    own = [{name: vars(callback)[name] for name in _HOOKS if name in vars(callback)} for callback in callbacks]
+    try:
+        for callback in callbacks:
+            vars(callback).update(dict.fromkeys(_HOOKS, _ignore))
+        yield
+    finally:
+        for callback, hooks in zip(callbacks, own, strict=True):
+            for name in _HOOKS:
+                vars(callback).pop(name, None)
+            vars(callback).update(hooks)
 
 
 def _side_loop(beside: _EvaluationLoop) -> _EvaluationLoop:
@@ -96,7 +110,7 @@ def _generators(loop: _EvaluationLoop) -> set[torch.Generator]:
     return {generator for generator in found if isinstance(generator, torch.Generator)}
 
 
-_HOOKS = [name for name in vars(Callback) if name.startswith("on_")]
+_HOOKS = [name for name in vars(Callback) if name.startswith("on_") and not name.endswith("_checkpoint")]
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:

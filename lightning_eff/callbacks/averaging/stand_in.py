@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_eff.callbacks.averaging import batch_norm
 from lightning_eff.callbacks.averaging.average import Average
 from lightning_eff.callbacks.averaging.trained_tensors import TrainedTensors
 from lightning_eff.callbacks.averaging.weight_swap import WeightSwap
-from lightning_eff.training.dtensor import reshard
+from lightning_eff.training.dtensor import local, reshard
 from lightning_eff.training.hooks import ReadsWeights, tell
 
 
@@ -43,10 +44,29 @@ class StandIn:
         """A run begins, or goes back."""
         self._statistics = {}
 
+    def follow(self, module: LightningModule) -> None:
+        """Know the model's parameters as they are, whatever others have renamed, replaced or unfrozen.
+
+        A walk over the model: for where weights are read, and not for every step.
+        """
+        if not self.tensors.are_of(module):
+            return
+        renamed, gone = self.tensors.follow(module)
+        if renamed or gone:
+            self.average.follow(renamed, gone)
+        self.unfreeze(self.tensors.unfrozen_by_others(module))
+
+    def unfreeze(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Those that are trained for the first time have been the same in every snapshot until now."""
+        for name, parameter in parameters.items():
+            if self.tensors.unfreeze(name, parameter):
+                self.average.add(name, local(parameter))
+
     def put_in(self, trainer: Trainer, label: str) -> None:
         """Put an average in the place of the weights; there has to be one."""
         module = trainer.lightning_module
         tell(trainer, ReadsWeights)
+        self.follow(module)
         tensors = self.tensors.of(module)
         fresh = not self.update_bn or self._has_statistics(label)
         if not fresh:
@@ -63,18 +83,28 @@ class StandIn:
 
     def take_out(self, trainer: Trainer) -> None:
         """Put the live weights back. Doing it again is harmless."""
+        self.inside = None
         if self._swap.active:
             try:
                 tell(trainer, ReadsWeights)
             finally:
                 reshard(trainer.lightning_module)
                 self._swap.take_out()
-        self.inside = None
+
+    @contextmanager
+    def in_place(self, trainer: Trainer, label: str) -> Iterator[None]:
+        """Within the block an average is in the place of the weights."""
+        try:
+            self.put_in(trainer, label)
+            yield
+        finally:
+            self.take_out(trainer)
 
     def stay(self, trainer: Trainer) -> None:
         """Put the main average in the place of the weights for good."""
         module = trainer.lightning_module
         tell(trainer, ReadsWeights)
+        self.follow(module)
         tensors = self.tensors.of(module)
         with torch.no_grad():
             for name, average in self.average.read("", tensors, rounded=True):
@@ -95,10 +125,8 @@ class StandIn:
     def update_statistics(self, trainer: Trainer, label: str) -> None:
         """Take BatchNorm's statistics under an average, if they are wanted and not there."""
         if self.update_bn and self.average.collected and not self._has_statistics(label):
-            try:
-                self.put_in(trainer, label)
-            finally:
-                self.take_out(trainer)
+            with self.in_place(trainer, label):
+                pass
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "inside": None, "_swap": WeightSwap()}

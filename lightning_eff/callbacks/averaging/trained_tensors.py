@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -16,7 +18,7 @@ from lightning_eff.training.dtensor import local, reshard
 
 @dataclass
 class _Table:
-    """What a step needs to know of a model, whose parameters stay the objects that they are during a run."""
+    """What a step needs to know of a model as long as its parameters are the objects that they are."""
 
     untrained: dict[str, nn.Parameter]  # that could be trained and have not been
     sharded: list[FSDPModule]
@@ -45,13 +47,38 @@ class TrainedTensors:
     def __init__(self, buffers: bool) -> None:
         self.buffers = buffers
         self.names: set[str] = set()
+        self._module: weakref.ref[LightningModule] | None = None  # of the run
+        self._known: dict[str, nn.Parameter] = {}  # its parameters when `follow` looked
         self._table: _Table | None = None
 
     def begin(self, module: LightningModule, names: Iterable[str]) -> None:
         """A run begins: ``names`` are those that it has trained before."""
         self.names = set(names)
         self.names |= {name for name, p in clean_named_parameters(module).items() if p.requires_grad}
+        self._module = weakref.ref(module)
+        self._known = _usable(module)
         self._table = None
+
+    def are_of(self, module: LightningModule) -> bool:
+        """Whether it is the model of the run."""
+        return self._module is not None and self._module() is module
+
+    def follow(self, module: LightningModule) -> tuple[dict[str, str], set[str]]:
+        """Notice what others have renamed (pruning does) or replaced (a new head) since the last look.
+
+        Returns:
+            New names of parameters by their old ones, and the names of those that are there no longer. Another
+            parameter in the place of such a one is trained for the first time, see `unfrozen_by_others`.
+        """
+        before, self._known = self._known, _usable(module)
+        names = {id(parameter): name for name, parameter in self._known.items()}
+        gone = {name for name, parameter in before.items() if id(parameter) not in names}
+        renamed = {name: names[id(parameter)] for name, parameter in before.items() if name not in gone}
+        renamed = {old: new for old, new in renamed.items() if old != new}
+        if renamed or gone or len(before) < len(names):
+            self.names = {renamed.get(name, name) for name in self.names - gone}
+            self._table = None
+        return renamed, gone
 
     def unfreeze(self, name: str, parameter: Tensor) -> bool:
         """A parameter is trained from now on; True if for the first time, and it can be averaged."""
@@ -89,8 +116,7 @@ class TrainedTensors:
 
     def _of_run(self, module: LightningModule) -> _Table:
         if self._table is None:
-            reshard(module)
-            usable = {name: p for name, p in clean_named_parameters(module).items() if _can_be_averaged(p)}
+            usable = _usable(module)
             trained = {name: parameter for name, parameter in usable.items() if name in self.names}
             untrained = {name: parameter for name, parameter in usable.items() if name not in self.names}
             sharded: list[FSDPModule] = [part for part in module.modules() if isinstance(part, FSDPModule)]
@@ -107,8 +133,16 @@ class TrainedTensors:
         return named
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_table": None}
+        return {**vars(self), "_module": None, "_known": {}, "_table": None}
+
+
+def _usable(module: LightningModule) -> dict[str, nn.Parameter]:
+    reshard(module)
+    return {name: p for name, p in clean_named_parameters(module).items() if _can_be_averaged(p)}
 
 
 def _can_be_averaged(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Not one that is sparse, or expanded: several elements of the latter are one, which torch writes nothing into."""
+    if tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class _Exchange:
     """One weight and the tensor that it is exchanged with.
 
@@ -21,6 +21,17 @@ class _Exchange:
     other: Tensor
     values: tuple[Tensor, Tensor | None] | None
     exchanged: bool = False
+
+    def undo(self) -> None:
+        """Give both their own values again."""
+        if self.exchanged:
+            self.values = (self.other.clone(), self.weight.clone())
+            self.exchanged = False
+        assert self.values is not None
+        live, average = self.values
+        self.weight.copy_(live)
+        if average is not None:
+            self.other.copy_(average)
 
 
 class WeightSwap:
@@ -75,16 +86,19 @@ class WeightSwap:
             exchange.values = None  # two tensors at a time are held twice, not two models
 
     def take_out(self) -> None:
-        """Put every weight back, the last one first, since two may share memory. Doing it again is harmless."""
+        """Put every weight back, the last one first, since two may share memory. Doing it again is harmless.
+
+        One that fails holds up no other: its error is raised behind them, and the next call tries it again.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            while self._exchanges:
-                exchange = self._exchanges[-1]
-                if exchange.exchanged:
-                    exchange.values = (exchange.other.clone(), exchange.weight.clone())
-                    exchange.exchanged = False
-                assert exchange.values is not None
-                live, average = exchange.values
-                exchange.weight.copy_(live)
-                if average is not None:
-                    exchange.other.copy_(average)
-                self._exchanges.pop()
+            failures = [self._take_out(index) for index in reversed(range(len(self._exchanges)))]
+        for error in filter(None, failures):
+            raise error
+
+    def _take_out(self, index: int) -> Exception | None:
+        try:
+            self._exchanges[index].undo()
+        except Exception as error:
+            return error
+        del self._exchanges[index]
+        return None

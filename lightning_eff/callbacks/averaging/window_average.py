@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,10 @@ class WindowAverage(Average):
     def add(self, name: str, tensor: Tensor) -> None:
         if not any(name in snapshot for snapshot in self.window.read()):
             self.window.add(name, tensor)
+
+    @override
+    def follow(self, renamed: Mapping[str, str], gone: Set[str]) -> None:
+        self.window.rename(renamed, gone)
 
     @override
     def reset(self) -> None:

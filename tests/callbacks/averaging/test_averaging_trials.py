@@ -13,10 +13,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
+from torchmetrics import MinMetric
 
 from lightning_eff.callbacks import EMA, CheckpointAveraging
 from lightning_eff.callbacks.averaging import files
@@ -95,6 +97,115 @@ def test_an_average_added_at_a_resume_counts_the_updates_before(tmp_path: Path) 
     assert saved["step"] == 12
 
 
+def test_parameters_that_are_renamed_are_followed(tmp_path: Path) -> None:
+    class Prunes(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 4:
+                prune.l1_unstructured(pl_module.head, "weight", amount=0.5)
+
+    weights, save = Weights(), SaveAt(8, tmp_path / "run.ckpt")
+    averagings = [CheckpointAveraging(window=4, every_n_steps=2), EMA(0.5, warmup=False)]
+    fit(tmp_path, Prunes(), weights, *averagings, save, steps=8)
+    history = {step: state.get("head.weight_orig", state.get("head.weight")) for step, state in weights.history.items()}
+    state = averaged(tmp_path / "average-run.ckpt")
+    assert torch.equal(state["head.weight_orig"], weighted_average([history[s] for s in (2, 4, 6, 8)], [1 / 4] * 4))
+    mean = history[1]
+    for step in range(2, 9):
+        mean = mean.lerp(history[step], 0.5)
+    state = averaged(tmp_path / "ema-run.ckpt")
+    assert not differences(mean, state["head.weight_orig"], rtol=1e-6)
+    assert "head.weight_mask" in state
+
+
+def test_lightning_s_pruning_is_followed_where_it_saves_what_the_average_can_save(tmp_path: Path) -> None:
+    def fit_pruned(permanent: bool, ema: EMA) -> None:
+        pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], make_pruning_permanent=permanent)
+        fit(tmp_path, pruning, ema, SaveAt(8, tmp_path / "run.ckpt"), steps=8)
+
+    fit_pruned(False, EMA(0.5))
+    states = averaged(tmp_path / "run.ckpt"), averaged(tmp_path / "ema-run.ckpt")
+    assert states[0].keys() == states[1].keys()
+    assert not torch.equal(*(state["head.weight_orig"] for state in states))
+    with pytest.raises(MisconfigurationException, match=r"ModelPruning\(make_pruning_permanent=True\) saves"):
+        fit_pruned(True, EMA(0.5))
+    fit_pruned(True, EMA(0.5, save="none"))
+
+
+def test_a_parameter_in_the_place_of_another_begins_anew(tmp_path: Path) -> None:
+    class NewHead(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 4:
+                old = {id(parameter) for parameter in pl_module.head.parameters()}
+                for parameter in pl_module.head.parameters():
+                    del trainer.optimizers[0].state[parameter]
+                pl_module.head = nn.Linear(8, 1)
+                pl_module.scale = nn.Parameter(torch.zeros(8))
+                (group,) = trainer.optimizers[0].param_groups
+                kept = [parameter for parameter in group["params"] if id(parameter) not in old]
+                group["params"] = [*kept, *pl_module.head.parameters(), pl_module.scale]
+
+    class Scaled(Net):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs + getattr(self, "scale", 0))
+
+    weights, averaging, ema = Weights(), CheckpointAveraging(window=4, every_n_steps=2), EMA(0.5, warmup=False)
+    save = SaveAt(8, tmp_path / "run.ckpt")
+    fit(tmp_path, weights, averaging, ema, NewHead(), save, module=Scaled("sgd"), steps=8, limit_val_batches=0)
+    window, mean = averaged(tmp_path / "average-run.ckpt"), averaged(tmp_path / "ema-run.ckpt")
+    for name in ("head.weight", "head.bias", "scale"):
+        history = {step: weights.history[step][name] for step in range(5, 9)}
+        # What it was when it was first seen stands in the snapshots of before.
+        assert torch.equal(window[name], weighted_average([history[s] for s in (6, 6, 6, 8)], [1 / 4] * 4)), name
+        wanted = history[5]
+        for step in range(6, 9):
+            wanted = wanted.lerp(history[step], 0.5)
+        assert not differences(wanted, mean[name], rtol=1e-6, atol=1e-7), name
+    kept = "blocks.0.proj.weight"
+    wanted = weighted_average([weights.history[step][kept] for step in (2, 4, 6, 8)], [1 / 4] * 4)
+    assert torch.equal(window[kept], wanted)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_optimizers_that_are_made_anew_are_counted(count: int, tmp_path: Path) -> None:
+    class Anew(Net):
+        made = 1
+
+        def configure_optimizers(self) -> Any:
+            optimizers = [torch.optim.SGD(part.parameters(), lr=1e-3) for part in (self.blocks, self.head)]
+            return optimizers[: self.made]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            if batch_idx == 3:
+                self.made = count
+                self.trainer.strategy.setup_optimizers(self.trainer)
+            optimizers = self.optimizers()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    module, averaging, ema = Anew(), CheckpointAveraging(window=9, every_n_steps=2), EMA(0.9)
+    module.automatic_optimization = False
+    fit(tmp_path, averaging, ema, module=module, max_steps=-1, max_epochs=1, limit_val_batches=0, val_check_interval=1)
+    assert averaging.window.steps == [2, 4, 6]
+    assert ema.collected == 6
+    assert averaging._optimizers == []
+
+
+@pytest.mark.parametrize("build", [CheckpointAveraging, EMA])
+def test_an_expanded_buffer_is_left_alone(build: Any, tmp_path: Path) -> None:
+    class Masked(Net):
+        def __init__(self) -> None:
+            super().__init__("sgd")
+            self.register_buffer("mask", torch.ones(1, 8).expand(4, 8), persistent=False)
+            self.register_buffer("sparse", torch.eye(4).to_sparse(), persistent=False)
+
+    weights, averaging = Weights(), build(buffers="average", every_n_steps=2, validate_with="average")
+    _, module = fit(tmp_path, weights, averaging, module=Masked(), steps=6)
+    assert averaging.collected == 3
+    assert not differences(weights.history[6], {n: p.detach() for n, p in module.named_parameters()})
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +268,69 @@ def test_fsdp2_loads_what_others_saved(saved_by: Strategy, tmp_path: Path, pool:
     else:
         pool.run(_save, tmp_path, FSDP2)
     assert pool.run(_other_ranks, tmp_path, FSDP2) == [[], []]
+
+
+class _Casts(Net):
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        return {name: tensor.to(torch.bfloat16) for name, tensor in super().state_dict(*args, **kwargs).items()}
+
+
+class _Renames(Net):
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer)
+        self.register_state_dict_post_hook(self.rename)
+
+    @staticmethod
+    def rename(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if name.startswith("head")]:
+            state[f"new_{name}"] = state.pop(name).clone()
+
+
+class _TakesNothing(Net):
+    def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().state_dict()
+
+
+@pytest.mark.parametrize("kind", [_Casts, _Renames, _TakesNothing])
+def test_a_module_that_saves_copies_saves_such_of_the_average(kind: type[Net], tmp_path: Path) -> None:
+    weights, save = Weights(), SaveAt(4, tmp_path / "run.ckpt")
+    averagings = [CheckpointAveraging(window=2, every_n_steps=2), EMA(0.5, warmup=False)]
+    _, module = fit(tmp_path, weights, *averagings, save, module=kind("sgd"), steps=4)
+    assert not differences(weights.history[4], {n: p.detach() for n, p in module.named_parameters()})
+    live, window, ema = (averaged(tmp_path / f"{name}run.ckpt") for name in ("", "average-", "ema-"))
+    mean = _uniform(weights, [2, 4])
+    for name, tensor in live.items():
+        wanted = mean[name.removeprefix("new_")]
+        assert torch.equal(window[name], wanted.to(tensor.dtype)), name
+        assert ema[name].dtype == tensor.dtype
+    assert live.keys() == window.keys() == ema.keys()
+    assert any(not torch.equal(ema[name], live[name]) for name in live)
+
+
+@pytest.mark.filterwarnings("ignore:the state .* is taken from the files beside")
+def test_a_lost_window_goes_on_from_a_file_of_copies(tmp_path: Path) -> None:
+    fit(tmp_path, EMA(0.5), SaveAt(4, tmp_path / "4.ckpt"), module=_TakesNothing("sgd"), steps=4)
+    shutil.rmtree(tmp_path / "4.ckpt.ranks")
+    ema = EMA(0.5)
+    fit(tmp_path, ema, SaveAt(4, tmp_path / "4.ckpt"), module=_TakesNothing("sgd"), steps=5, resume=tmp_path / "4.ckpt")
+    assert ema.collected == 5
+    assert len(ema.average.state()["averages"][0]) == len([*Net().parameters()])
+
+
+def test_a_checkpoint_that_is_evaluated_is_not_gone_back_to(tmp_path: Path) -> None:
+    averagings = [CheckpointAveraging(window=3, every_n_steps=2), EMA(0.9)]
+    saves = [SaveAt(4, tmp_path / "4.ckpt"), SaveAt(8, tmp_path / "8.ckpt")]
+    trainer, module = fit(tmp_path, *averagings, *saves, steps=8)
+    before = [averaging.state_dict() for averaging in averagings]
+    trainer.test(module, ckpt_path=tmp_path / "4.ckpt", verbose=False)
+    trainer.validate(module, ckpt_path=tmp_path / "8.ckpt", verbose=False)
+    assert [averaging.state_dict() for averaging in averagings] == before
+    assert [averaging.collected for averaging in averagings] == [4, 8]
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    for name in ("average", "ema"):
+        assert not differences(averaged(tmp_path / f"{name}-8.ckpt"), averaged(tmp_path / f"{name}-after.ckpt"))
+    averagings[1].load_state_dict({"version": 1, "updates": [3]})
+    assert averagings[1].state_dict()["updates"] == [3]
 
 
 def test_a_full_disk_keeps_the_file_of_before_and_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
@@ -284,6 +458,96 @@ def test_live_and_averaged_weights_see_the_same_data_once_made(own_generator: bo
         states.append([torch.get_rng_state(), module.generator and module.generator.get_state()])
     assert losses[0] == losses[1]
     assert not differences(states[1], states[0])
+
+
+class _Saves(Net):
+    """Saves copies of its weights in its own validation."""
+
+    path: Path
+    weights_only = False
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.global_step == 6:
+            self.trainer.save_checkpoint(self.path, self.weights_only)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in checkpoint["state_dict"].items()}
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("validate_with", ["average", "both"])
+def test_a_checkpoint_of_copies_that_is_saved_within_a_validation_has_the_live_weights(
+    validate_with: Any, weights_only: bool, tmp_path: Path
+) -> None:
+    module, weights = _Saves("sgd"), Weights()
+    module.path, module.weights_only = tmp_path / "run.ckpt", weights_only
+    trainer, _ = fit(tmp_path, weights, EMA(0.5, validate_with=validate_with), module=module, steps=6)
+    assert not differences(weights.history[6], averaged(tmp_path / "run.ckpt"))
+    assert not differences(weights.history[6], {n: p.detach() for n, p in module.named_parameters()})
+    assert "save_checkpoint" not in vars(trainer)
+    state = averaged(tmp_path / "ema-run.ckpt")
+    assert not torch.equal(state["head.weight"], weights.history[6]["head.weight"])
+
+
+class _Steered(Net):
+    """Its validation decides: about the rate, about the end, and what was best so far."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.automatic_optimization = False
+        self.best = MinMetric()
+        self.rates: list[float] = []
+        self.checkpoints: list[Any] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+    def on_validation_epoch_end(self) -> None:
+        loss = self.trainer.callback_metrics["val_loss"]
+        self.lr_schedulers().step(loss)
+        self.best(loss)
+        self.log("best", self.best.compute())
+        self.checkpoints.append(self.trainer.checkpoint_callback)
+        self.trainer.should_stop = len(self.checkpoints) == 5  # the average's third
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, threshold=0.9)]
+
+
+def test_the_second_evaluation_decides_nothing(tmp_path: Path) -> None:
+    class Seen(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+            self.on_validation_end = self.note  # type: ignore[method-assign]  # as LambdaCallback has its hooks
+
+        def note(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.seen.append(trainer.callback_metrics["best"].item())
+
+    found = []
+    for averagings in ([], [EMA(0.5)]):
+        module, seen, keeps = _Steered(), Seen(), ModelCheckpoint(tmp_path, monitor="val_loss")
+        trainer, _ = fit(
+            tmp_path,
+            *averagings,
+            seen,
+            keeps,
+            module=module,
+            steps=12,
+            num_sanity_val_steps=0,
+            enable_checkpointing=True,
+        )
+        assert set(module.checkpoints) == {keeps}
+        assert len(module.checkpoints) == 4 * (1 + len(averagings))
+        found.append(
+            [trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"], seen.seen, keeps.best_model_score]
+        )
+        assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+        assert vars(seen)["on_validation_end"] == seen.note
+    assert not differences(*found)
 
 
 def test_a_loop_s_own_run_is_put_back(tmp_path: Path) -> None:

@@ -57,6 +57,22 @@ def test_two_views_of_one_memory_come_back():
     assert memory.tolist() == [0, 1, 2, 3]
 
 
+def test_a_pair_that_fails_holds_up_no_other():
+    pairs = _pairs()
+    swap = WeightSwap()
+    swap.put_in(pairs)
+    weight = pairs[1][0]
+    swap._exchanges[1].weight = weight[:1].expand(2)  # into which torch writes nothing
+    with pytest.raises(RuntimeError, match="single memory location"):
+        swap.take_out()
+    assert pairs[0][0].tolist() == [0, 0]
+    assert pairs[2][0].tolist() == [2, 2]
+    assert swap.active
+    swap._exchanges[0].weight = weight
+    swap.take_out()  # tries it again
+    assert weight.tolist() == [1, 1]
+
+
 def test_a_second_swap_waits_for_the_first():
     swap = WeightSwap()
     swap.put_in(_pairs())
