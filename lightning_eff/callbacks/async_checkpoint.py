@@ -45,6 +45,7 @@ class _Report(NamedTuple):
     """What the rank that writes tells the others."""
 
     behind: int
+    lost: list[int]
     busy: bool
     error: str | None
 
@@ -61,8 +62,8 @@ class AsyncCheckpoint(Callback):
     ranks have written (``plugins.sharded_saves``). It is Lightning's own.
 
     What ``ModelCheckpoint`` saves, links and removes keeps its order: a link is made, and an older checkpoint removed,
-    when the newer one is on disk, and neither behind a save that failed. Everything is on disk when ``fit`` ends,
-    fails, or is ended by ``Preemption``.
+    when the newer one is on disk, and neither behind a save that failed or was left out. Everything is on disk when
+    ``fit`` ends, fails, or is ended by ``Preemption``.
 
     Weights and optimizer state are copied while the next forward and backward run, and are complete before the next
     optimizer step; all else is copied at once. A fit's first save behind a batch, and the first behind a validation,
@@ -178,7 +179,7 @@ class AsyncCheckpoint(Callback):
         self._io.count()
         if report.busy and self.when_busy == "skip":
             self.skipped += 1
-            self._io.skip()
+            self._io.skip(str(filepath))
             return
         self._there[str(filepath)] = True
         inner(filepath, *args, **kwargs)
@@ -186,9 +187,9 @@ class AsyncCheckpoint(Callback):
     def _agree(self, trainer: Trainer) -> _Report:
         """All ranks hear what the one that writes knows; they act on it together."""
         error = self._io.take_error()
-        mine: Any = [self._io.behind, self._io.busy, None if error is None else str(error)]
+        mine: Any = [self._io.behind, self._io.lost, self._io.busy, None if error is None else str(error)]
         report = _Report(*trainer.strategy.broadcast(mine))  # plain values: the transport of `ddp_ft` takes no others
-        self._io.advance(report.behind)
+        self._io.advance(report.behind, report.lost)
         if report.error is not None and self.on_error == "raise":
             raise RuntimeError(report.error) from error
         if report.error is not None:

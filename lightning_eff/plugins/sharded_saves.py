@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -50,7 +50,8 @@ class ShardedSaves:
     - **Whole or absent.** A checkpoint is written beside its place and takes its name when all ranks have written and
       synced. One of the same name stays until then.
     - **In order.** One save is written after the other. What is removed or linked waits until the saves before it are
-      whole, and behind one that has failed for the next one that is. A third save waits for the first one's buffer.
+      whole, and behind one that has failed until that is removed or saved again. A third save waits for the first one's
+      buffer.
     - **Errors** of a disk, on whichever rank, are retried by all ranks together, and then raised on all ranks at the
       next save, by ``flush`` and by ``close``.
 
@@ -172,12 +173,17 @@ class ShardedSaves:
     def count(self) -> None:
         """A save begins, or is left out: every rank takes part and knows."""
 
-    def advance(self, behind: int) -> None:
-        """So many of the latest saves are not whole: every rank takes part and knows."""
+    @property
+    def lost(self) -> list[int]:
+        """Which of the saves before those something still waits for, since they failed or were left out."""
+        return self._writer.lost
 
-    def skip(self) -> None:
-        """A save is left out: what would wait for it waits for the next one. On all ranks."""
-        self._writer.skip()
+    def advance(self, behind: int, lost: Sequence[int]) -> None:
+        """So many of the latest saves, and those, are not whole: every rank takes part and knows."""
+
+    def skip(self, path: str) -> None:
+        """A save is left out: what would wait for it waits until that one is removed, or saved again. On all ranks."""
+        self._writer.skip(path)
 
     def after_saves(self, action: Callable[[], Any], here: bool = True, while_linked: str | None = None) -> None:
         """Do something when all saves so far are whole, in the thread. Every rank takes part in them: ``here`` or not.

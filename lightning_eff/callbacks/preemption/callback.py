@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,6 +22,7 @@ from lightning_eff.arguments import check, check_choice, check_count, check_flag
 from lightning_eff.callbacks.preemption.emergency import StepWatch, save_alone
 from lightning_eff.callbacks.preemption.notices import Notices, signal_numbers
 from lightning_eff.callbacks.preemption.vote import Vote
+from lightning_eff.callbacks.preemption.workers import Workers
 from lightning_eff.training.hooks import Order, WritesLater, tell
 from lightning_eff.training.namespaces import MisconfigurationException, is_a
 from lightning_eff.training.trainer import callbacks_of, replicas_are_equal, save_surely, sort_callbacks
@@ -72,8 +73,8 @@ class Preemption(Callback):
         every_n_steps: batches, of training or validation, between two all-reduces, >= 1. A notice is acted on after at
             most twice as many by all, at once by one rank alone, and one later where that is an epoch's last.
         exit_code: of the process, in [0, 255]. 143 is what a process has that SIGTERM ended; torchrun and Kubernetes
-            take all but 0 for a failure. None ends no process: ``fit`` returns, after a validation if one is due. Not
-            under ``ddp_ft``, where the others would wait for it.
+            take all but 0 for a failure. None ends no process: the state is saved, and ``fit`` returns, after a
+            validation if one is due. Not under ``ddp_ft``, where the others would wait for it.
         requeue: ``"auto"``: in a job of Slurm rank zero calls ``scontrol requeue``. ``"never"`` leaves it.
         emergency: when a rank fails by an exception, it saves ``last-emergency.ckpt``, the state before the step in
             flight, without asking the others, who may stand in a collective. One device and DDP. An exception within
@@ -128,6 +129,8 @@ class Preemption(Callback):
         self._notices = Notices(numbers, file, notice, poll_seconds, _seconds(max_time))
         self._vote = Vote(every_n_steps, timeout)
         self._watch = StepWatch()
+        self._workers = Workers(numbers)
+        self._loops: list[Wrapper] = []  # where loaders are made
         self._wrappers: list[Wrapper] = []
         self._savers: list[Wrapper] = []  # of what comes behind this callback's own `on_exception`
         self._reason: str | None = None  # agreed on
@@ -154,6 +157,16 @@ class Preemption(Callback):
         self._detach()
         self._reason, self.saved, self._ended = None, None, False
         self._vote.attach()
+        fit, validation = trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop
+        # Each comes between the making of the loaders and their first iteration.
+        self._loops = [
+            Wrapper(loop, name, lambda inner, loop=loop: self._follow(loop, inner))
+            for loop, name in ((fit, "_load_combined_loader_states"), (validation, "reset"))
+        ]
+
+    def _follow(self, loop: Any, inner: Callable[[], None]) -> None:
+        self._workers.follow(loop._combined_loader)
+        inner()
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,21 +208,16 @@ class Preemption(Callback):
         if replicas_are_equal(trainer.strategy):
             self._take_leave(trainer)
             inner(fetcher)
-        elif not self._agreed(trainer) or loop._should_accumulate() or not self.exits(trainer):
+        elif self._ended or not self._agreed(trainer) or loop._should_accumulate():
             inner(fetcher)
         elif loop._should_check_val_fx(fetcher):
             self._leave(trainer, validation_pending=True)
+            inner(fetcher)  # without an exit code
         else:
             inner(fetcher)
             # Behind an epoch's last batch Lightning would resume with one too many: then behind the next one's first.
             if not loop.batch_progress.is_last_batch:
                 self._leave(trainer)
-
-    def exits(self, trainer: Trainer) -> bool:
-        """Whether the process is ended, rather than the fit asked to stop; the latter is done here."""
-        if self.exit_code is None:
-            trainer.should_stop = True
-        return self.exit_code is not None
 
     @override
     def on_validation_batch_end(
@@ -223,10 +231,11 @@ class Preemption(Callback):
     ) -> None:
         if self._wrappers and replicas_are_equal(trainer.strategy):
             self._take_leave(trainer)
-        elif self._wrappers and self._agreed(trainer) and self.exits(trainer):
+        elif self._wrappers and not self._ended and self._agreed(trainer):
             if trainer.sanity_checking:
                 self._end(trainer, "the state is that of the start, and nothing is saved")
-            self._leave(trainer, validation_pending=True)
+            else:
+                self._leave(trainer, validation_pending=True)
 
     def _agreed(self, trainer: Trainer) -> bool:
         if self._reason is not None:
@@ -248,8 +257,8 @@ class Preemption(Callback):
         self._reason = self._reason or "a notice"
         self._announce(trainer, self._save(trainer))
 
-    def _leave(self, trainer: Trainer, validation_pending: bool = False) -> NoReturn:
-        """Save, and end the process."""
+    def _leave(self, trainer: Trainer, validation_pending: bool = False) -> None:
+        """Save, and end the process, or without an exit code the fit."""
         self._end(trainer, self._save(trainer, validation_pending))
 
     def _save(self, trainer: Trainer, validation_pending: bool = False) -> str:
@@ -268,9 +277,11 @@ class Preemption(Callback):
             progress.load_state_dict(before)
         return f"its state is saved in {path}, in {time.monotonic() - began:.1f} s"
 
-    def _end(self, trainer: Trainer, what: str) -> NoReturn:
+    def _end(self, trainer: Trainer, what: str) -> None:
         self._announce(trainer, what)
-        raise Preempted(self.exit_code)
+        if self.exit_code is not None:
+            raise Preempted(self.exit_code)
+        trainer.should_stop = True  # only now: Lightning validates before it stops, and what is saved knows of no such
 
     def _announce(self, trainer: Trainer, what: str) -> None:
         rank_zero_info(f"Preemption: the run ends at step {trainer.global_step} because of {self._reason}; {what}")
@@ -298,6 +309,11 @@ class Preemption(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         failed = isinstance(exception, Exception) and self._wrappers and not self._ended
+        if failed and self.saved is None and self._notices.reason is not None:
+            rank_zero_warn(
+                f"Preemption: {type(exception).__name__} came before the step at which this run was to end because of "
+                f"{self._notices.reason}"
+            )
         if self.emergency and failed and not trainer.sanity_checking:
             if self._watch.within:
                 rank_zero_warn("Preemption(emergency=True) saves nothing: weights are in the midst of an update")
@@ -315,15 +331,17 @@ class Preemption(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        for wrapper in (*self._wrappers, *self._savers):
+        for wrapper in (*self._loops, *self._wrappers, *self._savers):
             wrapper.remove()
-        self._wrappers, self._savers = [], []
+        self._loops, self._wrappers, self._savers = [], [], []
+        self._workers.detach()
         self._watch.detach()
         self._notices.end()
         self._vote.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_wrappers": [], "_savers": [], "_watch": StepWatch()}
+        nothing: dict[str, Any] = {"_loops": [], "_wrappers": [], "_savers": []}
+        return {**vars(self), **nothing, "_watch": StepWatch(), "_workers": Workers(self._workers.signals)}
 
 
 def _seconds(max_time: Any) -> float | None:

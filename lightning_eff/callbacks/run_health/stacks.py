@@ -48,6 +48,11 @@ def waits_for_replicas(stack: list[traceback.FrameSummary]) -> bool:
     return any(part in entry.filename for entry in stack[-6:] for part in ("/strategies/fault_tolerant/", "/torchft/"))
 
 
+def waits_for_a_disk(stack: list[traceback.FrameSummary]) -> bool:
+    """Whether a stack stands in what AsyncCheckpoint does until an earlier checkpoint is written."""
+    return any("/plugins/async_checkpoint/" in entry.filename for entry in stack[-6:])
+
+
 def all_stacks() -> str:
     """Of all threads, the main one first, with their names."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}

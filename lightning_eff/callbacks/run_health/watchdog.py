@@ -166,7 +166,8 @@ class Watchdog:
         stack = stacks.main_stack()
         if self.replicas and stacks.waits_for_replicas(stack):
             return False  # for another replica, which looks after itself
-        return stalled > self.limits.first_seconds or not stacks.is_compiling(stack)
+        patient = stacks.is_compiling(stack) or stacks.waits_for_a_disk(stack)
+        return stalled > self.limits.first_seconds or not patient
 
     def _kind(self) -> Kind:
         if self.phases.saving:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -108,6 +108,7 @@ class AsyncCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         self.flush()
         self._writer.close()
+        self._stager = Stager()  # the buffers go, and a fit that follows gets its own
         waiting, self._elsewhere = self._elsewhere, []
         for _, action in () if self.agreed else waiting:  # where ranks have agreed, these wait for what was not saved
             action()
@@ -128,6 +129,11 @@ class AsyncCheckpointIO(CheckpointIO):
     def behind(self) -> int:
         """How many of the latest saves of this process are not on disk, or not yet."""
         return self._writer.behind
+
+    @property
+    def lost(self) -> list[int]:
+        """Which of the saves before those something still waits for, since they failed or were left out."""
+        return self._writer.lost
 
     def settle(self) -> None:
         """Weights or optimizer state are about to be written: what is still read of them comes first."""
@@ -154,9 +160,9 @@ class AsyncCheckpointIO(CheckpointIO):
         """
         self._writer.write_later(kind, content, write)
 
-    def skip(self) -> None:
-        """A save is left out: what would wait for it waits for the next one."""
-        self._writer.skip()
+    def skip(self, path: str) -> None:
+        """A save is left out: what would wait for it waits until that one is removed, or saved again."""
+        self._writer.skip(path)
 
     def after_saves(self, action: Callable[[], Any], here: bool, while_linked: str | None = None) -> None:
         """Do something when all saves so far are on disk.
@@ -174,12 +180,14 @@ class AsyncCheckpointIO(CheckpointIO):
         while not self.agreed and len(self._elsewhere) > _ACTIONS_ELSEWHERE:
             self._elsewhere.pop(0)[1]()
 
-    def advance(self, behind: int) -> None:
-        """On all ranks, before a save and when all is flushed: so many of the latest saves are not on disk."""
-        due = [action for saves, action in self._elsewhere if saves <= self._saves - behind]
-        self._elsewhere = self._elsewhere[len(due) :]
-        for action in due:
-            action()
+    def advance(self, behind: int, lost: Sequence[int]) -> None:
+        """On all ranks, before a save and when all is flushed: so many of the latest saves, and those, are missing."""
+        held = [saves > self._saves - behind or self._saves - saves in lost for saves, _ in self._elsewhere]
+        waiting = list(zip(held, self._elsewhere, strict=True))
+        self._elsewhere = [one for waits, one in waiting if waits]
+        for waits, (_, action) in waiting:
+            if not waits:
+                action()
 
     def count(self) -> None:
         """On all ranks: a save begins, or is left out."""

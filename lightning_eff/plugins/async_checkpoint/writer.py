@@ -43,9 +43,10 @@ class Writer:
     """Does one thing after the other, in a thread of this process: nothing of it outlives the process.
 
     What has to wait for a save (a link to it, the removal of an older checkpoint) is done when the newest save is on
-    disk. Behind one that has failed it waits for the next one that does not, so that a disk which is full never takes
-    the last checkpoint that there is. Nor is one removed while a link points to it: ``ModelCheckpoint`` makes ``last``
-    anew behind the removal of what it has pointed to.
+    disk. Behind one that has failed or was left out it waits until that one is removed itself, or saved again: what
+    stays for lack of a successor goes with the one that succeeds that, and the saves of others, however many, do not
+    matter. Nor is one removed while a link points to it: ``ModelCheckpoint`` makes ``last`` anew behind the removal of
+    what it has pointed to.
 
     Args:
         retries: how often a save that failed is tried again.
@@ -57,6 +58,7 @@ class Writer:
         self.retry_seconds = retry_seconds
         self.begun = 0
         self._written = 0  # the number of the newest save on disk
+        self._lost: dict[int, str] = {}  # saves that never came to be and have not been replaced, for what is held
         self._held: list[_Waiting] = []
         self._error: RuntimeError | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -73,14 +75,20 @@ class Writer:
             return _ALL
         return max(self.begun - self._written, int(self._last is not None and not self._last.done()))
 
+    @property
+    def lost(self) -> list[int]:
+        """Which of the saves before those something still waits for: 0 is the latest. To be read behind ``behind``."""
+        return [self.begun - number for number in self._lost]
+
     def save(self, path: str, write: Callable[[], None]) -> None:
         """Write a file, which replaces one of that name."""
         self.begun += 1
         self.submit(partial(self._save, self.begun, path, write))
 
-    def skip(self) -> None:
-        """A save has been left out: what waits for it waits for the next one."""
+    def skip(self, path: str) -> None:
+        """A save has been left out."""
         self.begun += 1
+        self.submit(partial(self._lose, self.begun, path))
 
     def after_saves(
         self, action: Callable[[], Any], unless_saved: str | None = None, while_linked: str | None = None
@@ -164,10 +172,20 @@ class Writer:
         if error is not None:
             tried = f" in {attempt + 1} attempts" if attempt else ""
             message = f"{path} could not be written{tried}: {type(error).__name__}: {error}"
+            self._lose(number, path)
             self._note(f"{message}; checkpoints of before stay", error)
             return
+        self._replace({path})
         self._written = number
         self._do_what_is_due()
+
+    def _lose(self, number: int, path: str) -> None:
+        awaited = {waiting.number for waiting in self._held}
+        self._lost = {other: lost for other, lost in self._lost.items() if other in awaited} | {number: path}
+
+    def _replace(self, paths: set[str | None]) -> None:
+        """These were saved again, or are gone as their like are when a successor is there."""
+        self._lost = {number: lost for number, lost in self._lost.items() if lost not in paths}
 
     def _write(self, turns: Turns, buffers: Buffers, write: Callable[[], Any]) -> None:
         try:
@@ -185,9 +203,10 @@ class Writer:
             self._held = [waiting for waiting in self._held if waiting not in due]
             for waiting in due:
                 self._guarded(waiting.action)
+            self._replace({waiting.while_linked for waiting in due})
 
     def _is_due(self, waiting: _Waiting) -> bool:
-        if waiting.number > self._written:
+        if waiting.number > self._written or waiting.number in self._lost:
             return False
         return waiting.while_linked is None or not _is_linked(waiting.while_linked)
 
@@ -241,7 +260,9 @@ def _is_linked(path: str) -> bool:
 
 
 def link(target: str, path: str) -> None:
-    """A link to a checkpoint in place of what has that name: at no moment there is none."""
+    """A link to a checkpoint in place of what has that name: at no moment there is none, or one to nothing."""
+    if not os.path.lexists(target):  # it was left out, or could not be written
+        return
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     part = f"{path}.part"

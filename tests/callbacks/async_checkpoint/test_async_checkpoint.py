@@ -265,6 +265,33 @@ def test_skip_leaves_a_save_out_and_removes_nothing_for_it(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["step=12.ckpt"]
 
 
+@pytest.mark.parametrize("how", ["skip", "warn"])
+def test_the_best_stays_when_its_successor_was_never_written_and_others_are(tmp_path, monkeypatch, how):
+    gate = Gate(monkeypatch)
+
+    class Metric(Model):
+        def training_step(self, batch, batch_idx):
+            self.log("metric", 1.0 if self.global_step == 3 else 5.0 + self.global_step)
+            return super().training_step(batch, batch_idx)
+
+    class Disk(L.Callback):  # step 4's checkpoint does not come to be
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step in (3, 4, 5):
+                gate.open.set()
+                trainer.strategy.checkpoint_io.flush()
+            if trainer.global_step == 3:
+                gate.open.clear() if how == "skip" else gate.failures.append(OSError(28, "No space left on device"))
+                for name in "ab" if how == "skip" else "":
+                    trainer.save_checkpoint(tmp_path / name)
+
+    best = ModelCheckpoint(tmp_path, "best-{step}", monitor="metric", save_top_k=1, every_n_train_steps=1)
+    regular = ModelCheckpoint(tmp_path, "regular-{step}", every_n_train_steps=5, save_top_k=-1)
+    asynchronous = AsyncCheckpoint(when_busy="skip" if how == "skip" else "wait", on_error="warn", retries=0)
+    warnings.simplefilter("ignore")  # pytest puts the filters back
+    _fit(tmp_path, Disk(), asynchronous, best, regular, model=Metric(), max_steps=6, max_epochs=1)
+    assert {"best-step=1.ckpt", "regular-step=5.ckpt"} == {*os.listdir(tmp_path)} - {"a", "b"}
+
+
 def _full(gate, times=3):
     gate.failures = times * [OSError(28, "No space left on device")]
 
@@ -376,6 +403,21 @@ def test_what_preemption_saves_is_not_left_out(tmp_path, monkeypatch):
     assert _load(tmp_path / "last-preemption.ckpt")["global_step"] == 6
 
 
+def test_a_save_that_failed_before_does_not_keep_preemption_from_saving(tmp_path, monkeypatch):
+    _full(Gate(monkeypatch), 1)
+
+    class Signal(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4)
+    with pytest.raises(RuntimeError, match=r"step=4\.ckpt could not be written"):
+        _fit(tmp_path, AsyncCheckpoint(retries=0), Signal(), Preemption(), saver)
+    assert os.listdir(tmp_path) == ["last-preemption.ckpt"]
+    assert _load(tmp_path / "last-preemption.ckpt")["global_step"] == 5
+
+
 @pytest.mark.parametrize("action", ["stop", "rollback"])
 def test_what_the_guard_saves_is_not_left_out(tmp_path, monkeypatch, action):
     asynchronous = AsyncCheckpoint(when_busy="skip")
@@ -464,10 +506,15 @@ def test_memory_is_stated_and_one_buffer_is_used_where_two_do_not_fit(tmp_path, 
     from lightning_eff.callbacks import async_checkpoint
 
     monkeypatch.setattr(async_checkpoint, "free_host_memory", lambda: 1000)
-    callback = AsyncCheckpoint()
+    callback, buffers = AsyncCheckpoint(), []
+
+    class Look(L.Callback):
+        def on_train_end(self, *_):
+            buffers.extend(callback._io._stager.take_idle(2))
+
     with pytest.warns(UserWarning, match=r"1 kB of host memory are free, too little for two buffers"):
-        _fit(tmp_path, callback, ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1))
-    assert len(callback._io._stager.take_idle(2)) == 1
+        _fit(tmp_path, callback, Look(), ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1))
+    assert len(buffers) == 1
     assert len(os.listdir(tmp_path)) == 12
 
 

@@ -177,12 +177,39 @@ def test_the_clock_ends_the_run(tmp_path):
     assert run.global_step == 6
 
 
-def test_without_an_exit_code_fit_returns(tmp_path):
-    run = trainer(tmp_path, Act("on_train_batch_end", 5, send), Preemption(exit_code=None))
+@pytest.mark.parametrize(
+    ("hook", "at", "step"),
+    [
+        ("on_train_batch_end", 5, 5),
+        ("on_train_batch_end", 8, 8),  # a validation is due
+        ("on_validation_batch_end", 2, 4),  # one is in progress
+        ("on_train_batch_end", 12, 12),
+    ],
+)
+def test_without_an_exit_code_the_state_is_saved_and_fit_returns(tmp_path, hook, at, step):
+    whole, _ = _unbroken(tmp_path / "whole")
+    preemption = Preemption(exit_code=None)
+    L.seed_everything(1, verbose=False)
+    run, first = trainer(tmp_path, Act(hook, at, send), preemption), Model()
+    run.fit(first)
+    assert run.global_step == step
+    assert run.state.finished
+    assert preemption.saved == str(tmp_path / FILE)
+    assert torch.load(preemption.saved, weights_only=True)["global_step"] == step
+    second = Model()
+    trainer(tmp_path, Preemption()).fit(second, ckpt_path="last")
+    assert _same(whole, second)
+    assert first.seen + second.seen == whole.seen
+    due = step % 4 == 0  # the fit that returns validates too, and the one that resumes does so anew
+    assert first.validated[: len(first.validated) - due] + second.validated == whole.validated
+
+
+def test_without_an_exit_code_nothing_of_a_sanity_check_is_saved(tmp_path):
+    run = trainer(tmp_path, _OnLate(), Preemption(exit_code=None), num_sanity_val_steps=2)
     model = Model()
     run.fit(model)
-    assert run.global_step == 5
-    assert run.state.finished
+    assert model.seen == []
+    assert not (tmp_path / FILE).exists()
 
 
 def test_slurm_is_asked_to_requeue_and_finds_its_checkpoint(tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import replace
 
 import pytest
+import torch
 
 from harness.processes import eventually
 from lightning_eff.callbacks.run_health import stacks, watchdog
@@ -17,6 +19,7 @@ from lightning_eff.callbacks.run_health.connections import Peer
 from lightning_eff.callbacks.run_health.limits import Limits
 from lightning_eff.callbacks.run_health.phases import Phases
 from lightning_eff.callbacks.run_health.watchdog import Watchdog
+from lightning_eff.plugins.async_checkpoint.staging import Stager
 
 LIMIT = 2.0  # seconds
 
@@ -128,6 +131,28 @@ def test_what_compiles_gets_the_time_of_a_first_step(watch, monkeypatch, seconds
     monkeypatch.setattr(stacks, "main_stack", compiler["f"])
     watch.phases.since = watch._awake = time.perf_counter() - seconds
     watch._look(time.perf_counter())
+    assert watch.connections.sent == ([] if seconds < 60 else ["ask"])
+
+
+@pytest.mark.parametrize("seconds", [LIMIT + 0.1, 61.0])
+def test_so_does_a_save_that_waits_until_a_slow_disk_has_written_another(watch, seconds):
+    watch.limits = Limits(LIMIT, 12.0, 60.0)
+    for _ in range(3):
+        watch.limits.note("save", 0.01)
+    watch.kind = "save"
+    stager = Stager()
+    staged = [stager.stage({"weight": torch.zeros(2)}) for _ in range(2)]
+
+    def look():
+        eventually(lambda: stacks.main_stack()[-1].name == "stage")
+        watch.phases.since = watch._awake = time.perf_counter() - seconds
+        watch._look(time.perf_counter())
+        stager.release(staged[0])
+
+    looks = threading.Thread(target=look)
+    looks.start()
+    stager.stage({"weight": torch.zeros(2)})
+    looks.join()
     assert watch.connections.sent == ([] if seconds < 60 else ["ask"])
 
 

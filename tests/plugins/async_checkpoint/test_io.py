@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import threading
+import weakref
 
 import fsspec
 import lightning as L
@@ -109,7 +110,7 @@ def test_what_a_link_points_to_is_removed_when_the_link_is_made_anew(tmp_path, g
     assert _loaded(tmp_path / "last.ckpt") == [0, 0]
 
 
-def test_behind_a_failed_save_nothing_is_removed_until_one_succeeds(tmp_path, gate, saver):
+def test_behind_a_failed_save_nothing_is_removed_until_one_succeeds_in_its_place(tmp_path, gate, saver):
     saver.save_checkpoint({"weight": torch.zeros(2)}, tmp_path / "1.ckpt")
     saver.flush()
     gate.failures = 3 * [OSError(28, "No space left on device")]
@@ -122,8 +123,33 @@ def test_behind_a_failed_save_nothing_is_removed_until_one_succeeds(tmp_path, ga
         saver.save_checkpoint({"weight": torch.ones(2)}, tmp_path / "3.ckpt")
     saver.save_checkpoint({"weight": torch.ones(2)}, tmp_path / "3.ckpt")  # an error is said once
     saver.flush()
+    assert sorted(os.listdir(tmp_path)) == ["1.ckpt", "3.ckpt"]  # it may be somebody else's
+    assert (saver.behind, saver.lost) == (0, [1])
+    saver.remove_checkpoint(tmp_path / "2.ckpt")
+    saver.flush()
     assert os.listdir(tmp_path) == ["3.ckpt"]
-    assert saver.behind == 0
+    assert (saver.behind, saver.lost) == (0, [])
+
+
+def test_no_link_points_to_what_was_left_out(tmp_path, gate, saver):
+    saver.save_checkpoint({"weight": torch.zeros(2)}, tmp_path / "1.ckpt")
+    saver.link_checkpoint(str(tmp_path / "1.ckpt"), str(tmp_path / "last.ckpt"))
+    saver.skip(str(tmp_path / "2.ckpt"))
+    saver.link_checkpoint(str(tmp_path / "2.ckpt"), str(tmp_path / "last.ckpt"))
+    for name in ("other.ckpt", "3.ckpt"):
+        saver.save_checkpoint({"weight": torch.ones(2)}, tmp_path / name)
+    saver.remove_checkpoint(str(tmp_path / "2.ckpt"))
+    saver.flush()
+    assert os.readlink(tmp_path / "last.ckpt") == "1.ckpt"
+
+
+def test_at_the_end_its_memory_is_given_back_and_a_later_save_gets_its_own(tmp_path, saver):
+    for name in "ab":
+        saver.save_checkpoint({"weight": torch.zeros(50_000)}, tmp_path / name)
+        arena = weakref.ref(saver._stager._latest._arena)
+        saver.teardown()
+        assert arena() is None
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_a_name_that_is_saved_anew_is_not_removed_by_what_waited(tmp_path, gate, saver):
