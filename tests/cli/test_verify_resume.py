@@ -9,11 +9,13 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness.processes import environment
 from lightning_eff import _witness
 from lightning_eff.cli.verify_resume.run import main
+from lightning_eff.cli.verify_resume.witness import _digest, _numpy_state
 from tests.suite.table import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +115,19 @@ def test_the_first_difference_is_the_cause(tmp_path, capsys):
         (tmp_path / f"{role}.rank0.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert _report(tmp_path, 2) == 1
     assert "differs first in batch 3, rank 0: sample 0" in capsys.readouterr().out
+
+
+def test_one_draw_of_numpys_is_seen():
+    before = np.random.get_state()
+    try:
+        np.random.seed(0)
+        seen = [_digest(repr(_numpy_state()))]
+        for draw in (np.random.random, np.random.standard_normal):
+            draw()
+            seen.append(_digest(repr(_numpy_state())))
+    finally:
+        np.random.set_state(before)
+    assert len(set(seen)) == 3
 
 
 def test_without_orders_there_is_no_witness_and_nothing_is_imported(monkeypatch):

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
@@ -46,6 +45,7 @@ class PlacedLoader:
         loader: any DataLoader without a state of its own.
         tag: gives the number of the batch that is being fetched.
         within: whether it is asked within a training batch, where a loader of a ``CombinedLoader`` begins again.
+        ahead: whether batches are fetched one ahead: for all loaders, where the length of one is not known.
         seeds: from which the order and each batch are drawn; None: from the generators as they are.
         number: tells loaders that draw from the same seeds apart.
     """
@@ -55,6 +55,7 @@ class PlacedLoader:
         loader: DataLoader[Any],
         tag: Callable[[], int],
         within: Callable[[], bool],
+        ahead: Callable[[], bool],
         seeds: Seeds | None = None,
         number: int = 0,
     ) -> None:
@@ -62,9 +63,8 @@ class PlacedLoader:
         self.seeds, self.number = seeds, number
         self.held = False
         """Iterators are empty until `resume`: the state to begin with is not there yet."""
-        self._tag, self._within = tag, within
+        self._tag, self._within, self._ahead = tag, within, ahead
         self._generators = Generators(loader=loader, dataset=None if loader.num_workers else loader.dataset)
-        self.is_ahead = sized_len(loader) is None
         self.is_seeded = seeds is not None and not isinstance(loader.dataset, IterableDataset)
         self.target: dict[str, Any] | None = None
         self.anew = False
@@ -316,6 +316,11 @@ class PlacedLoader:
                 last.batch = None
                 self._workers[worker] = (0, last)
             self._places[-1].workers = dict(self._workers)
+
+    @property
+    def is_ahead(self) -> bool:
+        """As `Delivery` asks."""
+        return self._ahead()
 
     @property
     def _dataset_keeps_state(self) -> bool:

@@ -88,7 +88,7 @@ class Loaders:
             self._check(loader)
             if isinstance(loader, DataLoader):
                 same = index in before and before[index].loader is loader  # whose workers may stay
-                asked = (self._batch_in_hand, self._is_within_batch)
+                asked = (self._batch_in_hand, self._is_within_batch, self._is_ahead)
                 self._placed[index] = before.pop(index) if same else PlacedLoader(loader, *asked, self.seeds, index)
                 self._placed[index].held = saved is not None
         left: list[PlacedLoader | KeptLoader] = [*before.values(), *kept_before.values()]
@@ -156,6 +156,11 @@ class Loaders:
 
     def _is_within_batch(self) -> bool:
         return self.place.within_batch
+
+    def _is_ahead(self) -> bool:
+        """Lightning does not know the length of all loaders together, and looks ahead for the epoch's last batch."""
+        fetcher = self.trainer.fit_loop._data_fetcher
+        return fetcher is not None and fetcher.length is None
 
     def _batch_in_hand(self) -> int:
         fetcher = self.trainer.fit_loop._data_fetcher

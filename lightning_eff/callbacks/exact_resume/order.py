@@ -58,8 +58,11 @@ class Place:
 class Delivers(Protocol):
     """What ``Delivery`` knows of who follows a loader."""
 
-    is_ahead: bool
     is_seeded: bool
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a batch is fetched before the one in front of it is trained on."""
 
     def deliver(self, iterator: Any, data: Any, worker: int | None, before: RawState | None) -> Any:
         """A batch has come."""

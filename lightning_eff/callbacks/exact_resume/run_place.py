@@ -57,6 +57,8 @@ class RunPlace:
         self._validated: dict[str, Any] = {}
         """Progress of the validations before the one that runs."""
         self._saved: dict[str, Any] | None = None
+        self._accumulated = 1
+        """Batches for a step, as the Trainer was told; a schedule of a callback sets others while it trains."""
         self._wrappers: list[Wrapper] = []
         self._generators: Any = None
 
@@ -82,6 +84,7 @@ class RunPlace:
         self.detach()
         self._generators = generators
         self.stage, self.within_batch, self.ahead = "outside", False, False
+        self._accumulated = trainer.accumulate_grad_batches
         fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
 
         def loaders(inner: Callable[[], None]) -> None:
@@ -99,6 +102,7 @@ class RunPlace:
             inner()
             generators.find()
             begin()
+            self._go_on_accumulating(trainer)
             if self._saved is not None and self._saved["stage"] == "epoch_end":
                 self._end_epoch(trainer)
 
@@ -197,6 +201,7 @@ class RunPlace:
             "hook": moment.hook,
             "epochs": trainer.fit_loop.epoch_progress.current.completed,
             "reloaded": trainer.fit_loop._last_train_dl_reload_epoch,
+            "accumulated": [self._accumulated, trainer.accumulate_grad_batches],
         }
 
     def batches(self, trainer: Trainer) -> int | None:
@@ -257,6 +262,15 @@ class RunPlace:
         loop._batches_that_stepped = saved["steps"]
         trainer._logger_connector._first_loop_iter = saved["epoch_begins"]
         trainer._logger_connector._current_fx = saved["hook"]
+
+    def _go_on_accumulating(self, trainer: Trainer) -> None:
+        """As a callback had set it: in the midst of an epoch Lightning does not tell it that the epoch begins.
+
+        A run that is told another number than the one that was broken off keeps it.
+        """
+        told, set_since = (self._saved or {}).get("accumulated", (None, None))
+        if told == self._accumulated:
+            trainer.accumulate_grad_batches = set_since
 
     def _end_epoch(self, trainer: Trainer) -> None:
         """What was still to be done of the epoch behind its last hooks."""

@@ -102,7 +102,7 @@ def _seen(trainer: Any, module: Any, outputs: Any, batch: Any) -> Iterator[tuple
     if torch.cuda.is_available():
         yield "random stream cuda", _digest(torch.cuda.get_rng_state(trainer.strategy.root_device))
     yield "random stream python", _digest(repr(random.getstate()))
-    yield "random stream numpy", _digest(repr(np.random.get_state(legacy=True)[1].tolist()))  # type: ignore[index, union-attr]
+    yield "random stream numpy", _digest(repr(_numpy_state()))
     yield from ((f"output {name}", _digest(value)) for name, value in _leaves(outputs))
     yield from ((f"parameter {name}", _digest(value)) for name, value in module.named_parameters())
     yield from ((f"buffer {name}", _digest(value)) for name, value in module.named_buffers())
@@ -112,6 +112,12 @@ def _seen(trainer: Any, module: Any, outputs: Any, batch: Any) -> Iterator[tuple
         for number, group in enumerate(optimizer.param_groups):
             values = {name: value for name, value in group.items() if name != "params"}
             yield f"optimizer {index}: group {number}", _digest(repr(values))
+
+
+def _numpy_state() -> list[Any]:
+    """All of it: its place among its numbers tells of a draw, long before they are made anew."""
+    name, keys, *rest = np.random.get_state()
+    return [name, keys.tolist(), *rest]  # type: ignore[attr-defined, union-attr]
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import RandomSampler, WeightedRandomSampler
 
@@ -49,6 +49,11 @@ def combined(mode: str) -> Callable[[], CombinedLoader]:
     return lambda: CombinedLoader([loader(), loader(0, partial(Noisy, 10))], mode)
 
 
+def beside_a_stream(mode: str, workers: int = 0) -> Callable[[], CombinedLoader]:
+    """A loader of a known length; the two together have none."""
+    return lambda: CombinedLoader([loader(), loader(workers, lambda: Stream(10, sized=False))], mode)
+
+
 BATCH_END = ("on_train_batch_end",)
 EPOCHS = ("on_train_epoch_start", "on_train_epoch_end")
 
@@ -76,6 +81,7 @@ FAST = {
     ),
     "seeded": (loader, dict(every=7, val_check_interval=2, randomness="seeded")),
     "several loaders": (lambda: [loader(), loader(0, partial(Noisy, 10))], dict(hooks=BATCH_END, every=2)),
+    "a loader beside a stream": (beside_a_stream("max_size_cycle"), dict(hooks=BATCH_END, every=4)),
 }
 
 SLOW = {
@@ -113,6 +119,9 @@ SLOW = {
     "a DataLoader that keeps its place, in three workers": (partial(KeptDataLoader, 3), dict(every=3)),
     "loaders that end with the shorter": (combined("min_size"), dict(every=2)),
     "loaders that end with the longer": (combined("max_size"), dict(every=2)),
+    "a loader beside a stream": (beside_a_stream("max_size_cycle"), dict(every=2)),
+    "a loader beside a stream, to the longer": (beside_a_stream("max_size"), dict(every=2)),
+    "a loader beside a stream in workers": (beside_a_stream("max_size_cycle", 2), dict(hooks=BATCH_END, every=3)),
     "batches that the data make": (partial(loader, 0, Pairs, batch_size=None), dict(every=5, limit_train_batches=6)),
     "batches that the data make, in workers": (
         partial(loader, 2, Pairs, batch_size=None),
@@ -143,6 +152,21 @@ def test_goes_on_as_it_did(tmp_path, loaders, how):
     tried, wrong = first_differences(loaders, tmp_path, **how)
     assert tried >= 3
     assert wrong == {}
+
+
+def test_a_schedule_of_accumulation_goes_on_within_its_epoch(tmp_path):
+    events, saver, _ = run(loader, tmp_path, hooks=BATCH_END, max_epochs=2, callbacks=(_scheduled(),))
+    for _, happened, path in (saver.saved[2], saver.saved[8]):
+        resumed = run(loader, tmp_path, resume=path, seed=5, max_epochs=2, callbacks=(_scheduled(),))
+        assert resumed[0].events == events.events[happened:]
+        assert resumed[2].accumulate_grad_batches == 4
+    # One that begins with another number has been told it by its user.
+    trainer = run(loader, tmp_path, resume=path, max_epochs=2, accumulate_grad_batches=3)[2]
+    assert trainer.accumulate_grad_batches == 3
+
+
+def _scheduled() -> GradientAccumulationScheduler:
+    return GradientAccumulationScheduler({0: 2, 1: 4})
 
 
 def test_the_run_is_plain_lightnings(tmp_path):
