@@ -16,6 +16,10 @@ from lightning_eff.cli.parser import did_you_mean
 
 _LONGEST = 300
 _EXTRAS = {"tensorboard": "tensorboard", "sklearn": "examples", "matplotlib": "plots", "torchft": "ft"}
+_OF_TYPES = re.compile(
+    r"[ -]*(Does not validate|Subtypes:|Errors:|Expected a <|Given val"
+    r"|Not a valid|Subclass types|a class path|a dict with)"
+)
 _IN_WORDS = {"NoneType": "null", "int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
 
 
@@ -27,9 +31,8 @@ def complaint(message: str, args: Sequence[str], names: Sequence[str] = ()) -> s
         args: the command line.
         names: of the arguments that there are, for a guess.
     """
-    # A constructor of ours has said it well already.
-    if found := re.search(r"\w[\w.\[\]]*=[^\n]* is not allowed: it must be [^\n]*", message):
-        return found[0]
+    if (sentence := refusal(message)) is not None:
+        return sentence
     # Within a class that was found: what is wrong with its arguments is told below, further in.
     if found := re.search(r"^( *)(?:- )?Problem with given class_path '([^']+)':\n((?:\1   .*\n?|\n)+)", message, re.M):
         return _within(found[2], dedent(found[3]), args)
@@ -43,7 +46,15 @@ def complaint(message: str, args: Sequence[str], names: Sequence[str] = ()) -> s
         return _not_valid(_as_given(found[1], args), found[2])
     if found := re.search(r"invalid strategy name: `strategy='?([^'`]*)'?`", message):
         return _no_strategy(found[1])
-    return _in_one_line(message)
+    if found := re.search(r"\b(\w+)\(\) takes no arguments", message):
+        return _no_class(found[1])
+    return _in_one_line(_without_types(message))
+
+
+def refusal(message: str) -> str | None:
+    """The sentence in which a constructor of ours refuses an argument: it has been said well already."""
+    found = re.search(r"\w[\w.\[\]]*=[^\n]* is not allowed: it must be [^\n]*", message)
+    return found and found[0]
 
 
 def _within(path: str, message: str, args: Sequence[str]) -> str:
@@ -51,12 +62,23 @@ def _within(path: str, message: str, args: Sequence[str]) -> str:
         module, _, name = path.rpartition(".")
         cls = getattr(import_module(module), name)
         if inspect.isabstract(cls) or name in ("LightningModule", "LightningDataModule"):
-            return f"the arguments of a {name} are given, and not its class: name it by class_path."
+            return _no_class(name)
         return complaint(message, args, list(inspect.signature(cls).parameters))
     except ImportError:
         return f"{path} cannot be imported: {_in_one_line(message)}"
     except (AttributeError, ValueError):  # no such class in the module, or one without a signature
         return f"{path}: {complaint(message, args)}"
+
+
+def _no_class(base: str) -> str:
+    return f"the arguments of a {base} are given, and not its class: name it by class_path."
+
+
+def _without_types(message: str) -> str:
+    """What a constructor says, where jsonargparse lists what each type of the argument has said."""
+    if not message.startswith("Does not validate against any"):
+        return message
+    return "\n".join(line for line in message.splitlines() if not _OF_TYPES.match(line))
 
 
 def _missing(names: Sequence[str]) -> str:

@@ -98,7 +98,9 @@ def _add_kernels(report: dict[str, Any], compile_for: str | None) -> None:
             report["compiled_for"] = compile_for
             report["compiled"] = [row._asdict() for row in kernels.compile_report(compile_for)]
     except (ImportError, RuntimeError, ValueError) as error:  # a wrong environment variable or target, no Triton
-        report["problems"].append(f"kernels: {error}")
+        # Of a compiler that stopped, which is a process of its own, the last line says why.
+        first, *rest = str(error).splitlines()
+        report["problems"].append(f"kernels: {' '.join([first, *rest[-1:]])}")
 
 
 def _in_words(package: environment.Package) -> str:

@@ -1,23 +1,29 @@
 """`lightning-eff fit | validate | test | predict`."""
 
+import inspect
 import os
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import Strategy
 from typing_extensions import override
 
 # LightningCLI knows a class by its short name once it is imported, and a strategy once it is registered.
 import lightning_eff.callbacks
-import lightning_eff.strategies  # noqa: F401
+import lightning_eff.strategies
 from lightning_eff import __version__
 from lightning_eff.callbacks.model_surgery import missing_surgery
 from lightning_eff.cli import TRAINING
-from lightning_eff.cli.complaints import complaint
+from lightning_eff.cli.complaints import complaint, refusal
 
 _DEBUG = "JSONARGPARSE_DEBUG"
+
+# Of these are the frames between a command line and what refuses an argument. Any other is of the user's own code.
+_PACKAGES = {"contextlib", "importlib", "jsonargparse", "lightning", "lightning_eff", "lightning_utilities", "torch"}
 
 
 class _WrongArgumentError(Exception):
@@ -31,22 +37,29 @@ class _TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
             super().parse_arguments(parser, args)
+            self._take_strategy_by_name()
         except ArgumentError as error:
             raise _WrongArgumentError(str(error), self.options()) from error
+
+    def _take_strategy_by_name(self) -> None:
+        """A class of the suite, which jsonargparse takes for text where no argument of the class is given."""
+        command = self.config.subcommand
+        name, room = self.config[command].trainer.strategy, lightning_eff.strategies
+        named = getattr(room, name.removeprefix(f"{room.__name__}."), None) if isinstance(name, str) else None
+        if inspect.isclass(named) and issubclass(named, Strategy):
+            strategy = {"class_path": f"{room.__name__}.{named.__name__}"}
+            self.config = self.parser.parse_object({command: {"trainer": {"strategy": strategy}}}, self.config)
 
     @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            return
         except Exception as error:
-            # jsonargparse lists what it has tried; the class's own complaint is the innermost. Only what says that an
-            # argument is wrong, or a package missing, is a message: a fault of the model itself has its traceback.
-            inner: BaseException = error
-            while (deeper := inner.__cause__ or inner.__context__) is not None:
-                inner = deeper
-            if isinstance(inner, ValueError | MisconfigurationException | ImportError):
-                raise _WrongArgumentError(str(inner), []) from error
-            raise inner from None  # its traceback is its own
+            raised = _raised_by_the_class(error)
+            if (message := _refused(error, raised)) is not None:
+                raise _WrongArgumentError(message, []) from error
+        raise raised  # out here, for its traceback and what it was raised from are its own
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -64,6 +77,35 @@ class _TrainingCLI(LightningCLI):
         return [option for option in actions if option.startswith("--")]
 
 
+def _raised_by_the_class(error: BaseException) -> BaseException:
+    """jsonargparse puts errors of its own around it; what it was raised from belongs to it."""
+    while _came_through(error)[-1:] == ["jsonargparse"]:
+        deeper = error.__cause__ or error.__context__
+        if deeper is None:
+            break
+        error = deeper
+    return error
+
+
+def _refused(error: BaseException, raised: BaseException) -> str | None:
+    """The message, where an argument is wrong or a package missing; None for a fault, which has its traceback."""
+    # For a strategy, which may be text too, jsonargparse raises from that: what the class said is in its message alone.
+    for each in (error, raised):
+        if (sentence := refusal(str(each))) is not None:
+            return sentence
+    packages = _came_through(raised)
+    if packages[-1:] == ["jsonargparse"]:
+        return str(error)
+    refuses = isinstance(raised, ValueError | MisconfigurationException | ImportError)
+    return str(raised) if refuses and set(packages) <= _PACKAGES else None
+
+
+def _came_through(error: BaseException) -> list[str]:
+    """The packages of the frames, down to where it was raised."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run LightningCLI on these arguments, or on those of the process; return 2 for arguments that are wrong."""
     # As with `python -m`: a model in the current directory can be named, `--model=examples.gpt.GPTModule`.
@@ -73,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # None and not the list: given arguments, LightningCLI warns that those of the process are not read.
         _build(_TrainingCLI, None if argv is None else list(argv))
     except (_WrongArgumentError, MisconfigurationException) as error:
-        if os.environ.get(_DEBUG) == "true":
+        if os.environ.get(_DEBUG) == "true" or not _PACKAGES.issuperset(_came_through(error)):
             raise
         args = list(sys.argv[1:] if argv is None else argv)
         message, options = error.args if isinstance(error, _WrongArgumentError) else (str(error), [])

@@ -145,6 +145,26 @@ trainer:
 
 
 @pytest.mark.needs("jsonargparse")
+@pytest.mark.parametrize("name", ["CompressedDDPStrategy", "FSDP2Strategy", "FaultTolerantDDPStrategy"])
+def test_a_strategy_goes_by_its_class_alone_on_the_command_line_and_in_the_config_it_prints(
+    monkeypatch, run, tmp_path, capsys, name
+):
+    from lightning_eff.cli.training import _TrainingCLI
+
+    monkeypatch.setenv("NUM_REPLICA_GROUPS", "2")  # what `lightning-eff launch` tells
+    monkeypatch.setenv("REPLICA_GROUP_ID", "0")
+    monkeypatch.setattr(_TrainingCLI, "_run_subcommand", lambda cli, subcommand: built.append(cli.trainer.strategy))
+    built: list[Strategy] = []
+    line = [MODEL, *SHORT, f"--trainer.strategy={name}"]
+    assert run("fit", *line) == 0
+    with pytest.raises(SystemExit, match="0"):
+        run("fit", *line, "--print_config")
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert run("fit", "--config=run.yaml") == 0
+    assert [type(strategy).__name__ for strategy in built] == [name, name]
+
+
+@pytest.mark.needs("jsonargparse")
 def test_options_may_come_before_the_command(run, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("fit:\n  trainer:\n    max_steps: 7\n")
     with pytest.raises(SystemExit) as exit:

@@ -216,6 +216,19 @@ def test_compile_shows_what_the_kernels_take(doctor, monkeypatch):
     assert json.loads(out)["compiled"] == [row._asdict()]
 
 
+def test_kernels_that_do_not_compile_are_a_problem_of_one_line(doctor, monkeypatch, tmp_path):
+    # What the compiler's process cannot import, as on a machine without Triton.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, out = doctor("--compile", "cuda:90", "--json")
+    (problem,) = json.loads(out)["problems"]
+    assert status == 1
+    assert problem.startswith("kernels: compiling the kernels for cuda:90 failed: ")
+    assert problem.count("\n") == 0
+    assert "triton" in problem
+    assert "Traceback" not in problem
+
+
 def test_a_target_that_does_not_exist_is_refused_with_those_that_do(doctor, capsys):
     with pytest.raises(SystemExit, match="2"):
         doctor("--compile", "cuda:99")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_eff.cli import main
 
@@ -21,7 +22,49 @@ FILES = {
     "trainer:\n  callbacks:\n    - class_path: ZClp\n",
     "bad_argument.yaml": "model: lightning.pytorch.demos.boring_classes.BoringModel\n"
     "trainer:\n  callbacks:\n    - class_path: ZClip\n      init_args: {z_tresh: 3}\n",
+    "bad_value.yaml": "model: lightning.pytorch.demos.boring_classes.BoringModel\n"
+    "trainer:\n  strategy:\n    class_path: CompressedDDPStrategy\n    init_args:\n"
+    "      compressor: {class_path: ArcTopK, init_args: {ratio: 2}}\n",
     "no_class.yaml": "model:\n  lr: 3\n",
+    "no_class_path.yaml": "model: lightning.pytorch.demos.boring_classes.BoringModel\n"
+    "trainer:\n  callbacks:\n    - ZClip: {}\n",
+    "faulty.py": """
+from lightning import LightningModule
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+class NoneHas(LightningModule):
+    def __init__(self):
+        None.x
+
+class TooMany(LightningModule):
+    def __init__(self):
+        first, second = 1, 2, 3
+
+class FromAnother(LightningModule):
+    def __init__(self):
+        try:
+            {}["task"]
+        except KeyError as error:
+            raise ValueError("width=4 is not in the table") from error
+
+class WithinAnother(LightningModule):
+    def __init__(self):
+        try:
+            import no_such_module
+        except ImportError:
+            raise RuntimeError("set fast=False")
+
+class InItsStep(BoringModel):
+    def training_step(self, batch, batch_idx):
+        raise MisconfigurationException("in a step")
+
+class Unlinked(DDPStrategy):
+    def __init__(self, link: int = 3):
+        raise ValueError("there is no link")
+""",
 }
 
 # Command line -> what is said.
@@ -44,6 +87,11 @@ TRAINING = {
     f"fit {MODEL} --trainer.strategy=CompressedDDPStrategy --trainer.strategy.compressor=ArcTopKK": (
         "--trainer.strategy.compressor: there is no class ArcTopKK. Did you mean `ArcTopK`?"
     ),
+    f"fit {MODEL} --trainer.strategy=CompressedDDPStrategy --trainer.strategy.bucket_cap_mb=-1": (
+        "fit: bucket_cap_mb=-1.0 is not allowed: it must be a number of MiB above 0, or None"
+    ),
+    f"fit {MODEL} --trainer.strategy=FSDP2Strategy --trainer.strategy.exclude=[]": "fit: exclude=[] is not allowed",
+    f"fit {MODEL} --trainer.strategy=faulty.Unlinked --trainer.strategy.link=4": "fit: there is no link\n",
     f"fit {MODEL} --trainer.accelerator=gpuu": "invalid accelerator name: `accelerator='gpuu'`. Available names are",
     f"fit {MODEL} --trainer.precision=17": "--trainer.precision=17 is not allowed: it must be one of 64, 32, 16",
     f"fit {MODEL} --trainer.logger=TensorBoardLoger": "Did you mean `TensorBoardLogger`?",
@@ -53,6 +101,12 @@ TRAINING = {
     "fit --config bad_key.yaml": "there is no argument trainer.max_step. Did you mean `--trainer.max_steps`?",
     "fit --config bad_class.yaml": "there is no class ZClp. Did you mean `ZClip`?",
     "fit --config bad_argument.yaml": "there is no argument z_tresh. Did you mean `z_thresh`?",
+    "fit --seed_everything 1 --config bad_value.yaml": (
+        "fit: ratio=2.0 is not allowed: it must be a number above 0 and at most 1"
+    ),
+    "fit --seed_everything 1 --config no_class_path.yaml": (
+        "the arguments of a Callback are given, and not its class: name it by class_path"
+    ),
     "fit --config no_class.yaml": "the arguments of a LightningModule are given, and not its class",
     f"validate {MODEL} --ckpt_pth=x": "there is no argument --ckpt_pth. Did you mean `--ckpt_path`?",
 }
@@ -87,6 +141,7 @@ def run(monkeypatch, tmp_path, capsys):
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "faulty", raising=False)
 
     def run(line):
         monkeypatch.setattr(sys, "argv", ["lightning-eff", *shlex.split(line)])
@@ -116,12 +171,21 @@ def test_a_wrong_command_line_ends_with_status_2_and_few_lines(run, line):
 
 
 @pytest.mark.needs("jsonargparse")
-def test_a_fault_of_the_model_itself_keeps_its_traceback(run, monkeypatch, tmp_path):
-    (tmp_path / "faulty.py").write_text(
-        "import lightning as L\nclass Faulty(L.LightningModule):\n    def __init__(self):\n        None.x\n"
-    )
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'x'"):
-        run("fit --seed_everything 1 --model faulty.Faulty")
+@pytest.mark.parametrize(
+    ("model", "error", "said", "raised_from"),
+    [
+        ("NoneHas", AttributeError, "'NoneType' object has no attribute 'x'", type(None)),
+        ("TooMany", ValueError, "too many values to unpack", type(None)),
+        ("FromAnother", ValueError, "width=4 is not in the table", KeyError),
+        ("WithinAnother", RuntimeError, "set fast=False", ImportError),
+        ("InItsStep", MisconfigurationException, "in a step", type(None)),
+    ],
+)
+def test_a_fault_of_the_model_itself_keeps_its_traceback(run, model, error, said, raised_from):
+    with pytest.raises(error, match=said) as found:
+        run(f"fit --seed_everything 1 --trainer.fast_dev_run 1 --trainer.accelerator cpu --model faulty.{model}")
+    assert isinstance(found.value.__cause__ or found.value.__context__, raised_from)
+    assert "faulty.py" in str(found.traceback[-1].path)
 
 
 @pytest.mark.needs("jsonargparse")

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_eff.functional.gradients import is_dtensor
-from lightning_eff.structure import clean_named_modules, find_blocks
+from lightning_eff.structure import clean_named_modules, clean_named_parameters, find_blocks
 from lightning_eff.structure.select import select
 from lightning_eff.training.namespaces import MisconfigurationException
 
@@ -34,9 +34,10 @@ def shard(
     Returns:
         The names of the blocks.
     """
-    _check(module)
+    _check_dimensions(module)
     modules = clean_named_modules(module)
     blocks = blocks_to_shard(module, exclude)
+    _check_types(module, blocks)
     for name in (*blocks, ""):
         part = modules[name] if name else module
         held = [tensor for tensor in (*part.parameters(), *part.buffers()) if not is_dtensor(tensor)]
@@ -81,12 +82,29 @@ def broadcast_from_rank_zero(tensors: Iterable[Tensor]) -> None:
         tensor.copy_(piece.view(tensor.dtype).view(tensor.shape))
 
 
-def _check(module: LightningModule) -> None:
+def _check_dimensions(module: LightningModule) -> None:
     for name, parameter in module.named_parameters():
         if parameter.dim() == 0:
             raise MisconfigurationException(
                 f"FSDP2 shards the first dimension of a parameter, and {name} has none: give it the shape (1,), as in "
                 "nn.Parameter(torch.ones(1))"
+            )
+
+
+def _check_types(module: LightningModule, blocks: Sequence[str]) -> None:
+    """FSDP2 reduces the gradients of a group in one tensor: torch itself says so at the first step only."""
+    groups: dict[str, dict[torch.dtype, str]] = {}
+    for name, parameter in clean_named_parameters(module).items():
+        if parameter.requires_grad:
+            group = next((block for block in blocks if name.startswith(f"{block}.")), "")
+            groups.setdefault(group, {}).setdefault(parameter.dtype, name)
+    for group, types in groups.items():
+        if len(types) > 1:
+            found = " and ".join(f"{name} is {dtype}" for dtype, name in types.items())
+            raise MisconfigurationException(
+                f"FSDP2 shards {group or 'all that lies in no block'} as one, with trainable parameters of one type: "
+                f"{found}. Give them one, with precision='bf16-mixed' where they are to be computed with in bfloat16, "
+                "or freeze those of the other"
             )
 
 

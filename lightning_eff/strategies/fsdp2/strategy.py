@@ -256,7 +256,8 @@ class FSDP2Strategy(FSDP2, ModelParallelStrategy):
 
     Raises:
         ValueError: an argument that is not allowed; in ``setup`` a name or a glob that fits nothing.
-        MisconfigurationException: in ``setup``, for a parameter without dimensions, and for ``precision="16-mixed"``.
+        MisconfigurationException: in ``setup``, for a parameter without dimensions, for trainable parameters of several
+            types in a block or in the rest, and for ``precision="16-mixed"``.
 
     Example:
         >>> from lightning_eff.strategies import FSDP2Strategy

@@ -144,7 +144,10 @@ def _of_shards(error: Exception) -> bool:
 
 
 def _own_methods(cls: type) -> set[str]:
-    """What the user's classes define, down to LightningModule."""
+    """What the user's classes define, down to LightningModule.
+
+    A loss or a metric that a class holds can be called too, and is no method: nothing binds it.
+    """
     bases = both(LightningModule)
     classes = itertools.takewhile(lambda each: each not in bases, cls.__mro__)
     return {
@@ -152,5 +155,6 @@ def _own_methods(cls: type) -> set[str]:
         for each in classes
         if not issubclass(each, FSDPModule)
         for name, value in vars(each).items()
-        if callable(value) and not isinstance(value, type | staticmethod) and not name.startswith("__")
+        if callable(value) and hasattr(type(value), "__get__")
+        if not isinstance(value, staticmethod) and not name.startswith("__")
     }

@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
 
 import lightning_eff  # noqa: F401  (registers the string)
 from benchmarks.fsdp2_models import BATCHES, GPT, MLP, ZOO, Base, ViT
@@ -218,6 +219,29 @@ class _Scalar(MLP):
         self.scale = nn.Parameter(torch.ones(()))
 
 
+class _TwoTypes(GPT):
+    """The embedding and the block, each beside parameters in float32."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.get_submodule(part).bfloat16()
+
+
+class _HoldsAMetric(MLP):
+    """On the class, and not on the module."""
+
+    metric = MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.metric.update(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self):
+        self.mean = self.metric.compute()
+        self.metric.reset()
+
+
 def _others():
     module = _Configured()
     trainer = fit(module, strategy="fsdp2", **OPTIONS)
@@ -226,6 +250,15 @@ def _others():
     assert len(module.losses) == BATCHES
     with pytest.raises(MisconfigurationException, match=r"scale has none: give it the shape \(1,\)"):
         fit(_Scalar(), strategy="fsdp2", **OPTIONS)
+    with pytest.raises(MisconfigurationException, match=r"that lies in no block as one.*embedding.weight is torch.bfl"):
+        fit(_TwoTypes("embedding"), strategy="fsdp2", **OPTIONS)
+    with pytest.raises(
+        MisconfigurationException, match=r"shards blocks.layers.0 as one.*0.linear1.weight is torch.bfl"
+    ):
+        fit(_TwoTypes("blocks.layers.0.linear1"), strategy="fsdp2", **OPTIONS)
+    module = _HoldsAMetric()
+    fit(module, strategy="fsdp2", **OPTIONS)
+    torch.testing.assert_close(module.mean, torch.stack(module.losses).mean())
     with pytest.raises(ValueError, match=r"exclude='blocks\.9' matches no block.*There are: blocks\.layers\.0"):
         fit(GPT(), strategy=FSDP2Strategy(exclude=["blocks.9"]), **OPTIONS)
     with pytest.raises(ValueError, match=r"forward_methods=.*GPT, which has no beam"):
