@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_eff.arguments import check_count, check_flag, check_globs
-from lightning_eff.functional.gradients import is_dtensor, local_grad
+from lightning_eff.functional.gradients import as_real, is_dtensor, local_grad
 from lightning_eff.kernels.tensor_stats import tensor_stats
 from lightning_eff.structure import clean_named_parameters, find_blocks
 from lightning_eff.structure.select import select
@@ -133,7 +133,8 @@ class GradientStats(Callback):
     def _measure(self, optimizer: Optimizer, scale: Tensor | None) -> Tensor | None:
         """The numbers of each group, (groups, 4); what is not there is NaN."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p in self._groups_of]
-        pairs = [(p, gradient) for p in parameters if (gradient := local_grad(p)) is not None and gradient.numel()]
+        found = [(p, local_grad(p)) for p in parameters]
+        pairs = [(p, as_real(gradient)) for p, gradient in found if gradient is not None and gradient.numel()]
         if not pairs:
             return None
         gradients = [gradient for _, gradient in pairs]

@@ -85,14 +85,18 @@ def join(path: str, name: str) -> str:
 
 
 def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path of `clean_named_modules`; frozen, where all parameters of what it replaces are.
+    """Put a module at a path of `clean_named_modules`, and wherever else what it replaces is, as in shared blocks.
+
+    It is frozen, where all parameters of what it replaces are.
 
     Raises:
         KeyError: nothing is at that path.
     """
-    parent, _, name = path.rpartition(".")
-    modules = clean_named_modules(root)[parent]._modules
-    before = modules[name]
-    if before is not None and {parameter.requires_grad for parameter in before.parameters()} == {False}:
+    modules = clean_named_modules(root)
+    before = modules[path]
+    if {parameter.requires_grad for parameter in before.parameters()} == {False}:
         module.requires_grad_(False)
-    modules[name] = module
+    for parent in modules.values():
+        for name, child in parent._modules.items():
+            if child is not None and unwrap(child) is before:
+                parent._modules[name] = module

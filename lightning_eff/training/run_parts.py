@@ -134,9 +134,11 @@ def trainable(module: nn.Module) -> dict[str, bool]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Not an expanded buffer, several of whose elements are one: torch writes nothing into such, and nor can we."""
     yield from clean_named_parameters(module).items()
     for name, buffer in module.named_buffers():
-        yield f"buffer {name}", buffer
+        if not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+            yield f"buffer {name}", buffer
 
 
 def _passing_buffers(module: nn.Module) -> set[str]:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationSchedule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_eff.functional.gradients import sparse_gradients
@@ -43,8 +44,15 @@ def accumulates(trainer: Trainer, pl_module: LightningModule) -> bool:
 
 
 def save_surely(trainer: Trainer, path: str, weights_only: bool = False) -> None:
-    """Save a checkpoint that is not to be left out because earlier ones are still being written. Collective."""
-    tell(trainer, WritesLater)
+    """Save a checkpoint that is not to be left out because earlier ones are still being written. Collective.
+
+    Nor because one of them could not be: that is raised behind it.
+    """
+    try:
+        tell(trainer, WritesLater)
+    except Exception:  # on all ranks
+        trainer.save_checkpoint(path, weights_only)
+        raise
     trainer.save_checkpoint(path, weights_only)
 
 
@@ -157,6 +165,20 @@ def refuse_sparse_gradients(module: LightningModule, parameters: Iterable[Tensor
             raise MisconfigurationException(
                 f"{who} does not support sparse gradients, and {name} has sparse ones: build its layer "
                 "with sparse=False"
+            )
+
+
+def refuse_lazy(module: LightningModule, who: str) -> None:
+    """Refuse parameters that have no shape before their first forward pass, in ``on_train_start`` at the latest.
+
+    Raises:
+        MisconfigurationException: with the parameter's name and the mend.
+    """
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise MisconfigurationException(
+                f"{who} needs the shapes of all parameters before the first step, and {name} of a lazy module has none "
+                "yet: call the model once on an example batch, in configure_model or setup"
             )
 
 

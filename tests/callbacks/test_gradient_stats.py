@@ -90,6 +90,21 @@ def test_what_is_not_finite_stays_in_its_own_group():
     assert logged["gradients/attention/zeros"] > 0.05
 
 
+class Complex(Net):
+    def __init__(self):
+        super().__init__()
+        self.turn = nn.Parameter(torch.tensor([1 + 1j, 2 - 1j]))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self.turn * (3 + 4j)).real.sum()
+
+
+def test_a_complex_gradient_is_pairs_of_numbers():
+    keep = _run(GradientStats(every_n_steps=1, include=["turn"]), Complex())
+    _check(keep.logged[0], "gradients", [torch.view_as_real(keep.gradients[0]["turn"])])
+    assert keep.logged[0]["gradients/norm"] == pytest.approx(50**0.5)
+
+
 def test_what_is_measured_and_not_yet_logged_is_logged_by_the_resumed_run(tmp_path):
     runs = []
     for path in (None, tmp_path / "step=3.ckpt"):

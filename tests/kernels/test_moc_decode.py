@@ -116,6 +116,12 @@ def test_a_network_decodes_through_the_kernels(
     torch.testing.assert_close(y, layer(x.transpose(0, 1)).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("pattern", ["global", "2:8"])
+def test_no_token_gives_none(pattern: Any) -> None:
+    layer = MoCFeedForward(16, 24, pattern=pattern)
+    assert SelectedChannels(layer)(torch.zeros(0, 16)).shape == (0, 16)
+
+
 def test_bad_input_is_named(device: torch.device) -> None:
     x, gate, up, values, channels = given((3, 5, 16, 2), torch.float32, device)
     for call, words in (

@@ -367,6 +367,16 @@ def test_both_factors_have_the_role_of_the_projection_that_they_are(model):
     assert set(after.values()) == {"attention", "ffn"}
 
 
+def test_a_network_that_all_blocks_share_is_replaced_in_all():
+    model = swiglu()
+    for block in model.blocks[1:]:
+        block.mlp = model.blocks[0].mlp
+    plan = replace_layers(model, feed_forward=MoC(k=2))
+    assert list(plan["replaced"]) == ["blocks.0.mlp"]
+    assert isinstance(model.blocks[0].mlp, MoCFeedForward)
+    assert all(block.mlp is model.blocks[0].mlp for block in model.blocks)
+
+
 def test_what_replaces_frozen_layers_is_frozen():
     model = gpt()
     model.blocks[1].requires_grad_(False)

@@ -93,6 +93,16 @@ class TestModel:
         assert module.count.tolist() == [1]
         assert module.table.tolist() == [0, 1, 2, 3, 4]
 
+    def test_an_expanded_buffer_stays(self):
+        """Several of its elements are one, which nothing can have been written to."""
+        module = _Buffers(3)
+        module.register_buffer("mask", torch.ones(1, 2).expand(4, 2))
+        saved = {name: tensor.clone() for name, tensor in model_tensors(module).items()}
+        module.count.fill_(7)
+        set_model_tensors(module, saved)
+        assert module.count.tolist() == [1]
+        assert module.mask.stride() == (0, 1)
+
     def test_another_shape_is_named(self):
         module = _Buffers(3)
         saved = {**model_tensors(module), "weight": torch.ones(3)}

@@ -21,7 +21,7 @@ from lightning_eff.training.optimizer_state import allow_absent_states, check_re
 from lightning_eff.training.rank_state import RankState
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import check_trainable_support, refuse_other_deciders
-from lightning_eff.training.trainer import log_values, logs_now
+from lightning_eff.training.trainer import log_values, logs_now, refuse_lazy
 
 _COPIES = "lightning_eff_grades"  # in the checkpoint, where the ranks are equal
 
@@ -194,6 +194,7 @@ class GradES(Callback):
                 f"GradES(alpha={self.alpha}, max_events={self.max_events}) are parts of a run without an end: give the "
                 "Trainer max_steps, or max_epochs with data of a known length, or set alpha=0 and max_events=None"
             )
+        refuse_lazy(pl_module, "GradES")
         if trainer.global_step < self._saved["step"]:  # another run
             self._saved, self._saved_copies = dict(NEW), {}
         if self._fit is not None:  # a run within this fit, such as the learning rate finder's

@@ -71,6 +71,7 @@ class Freezing:
         self.half = max(settings.alpha, 0.5)
         self.noted: float | None = None  # the part of the run at which the metric was noted for the forecast
         self.foretold = False
+        self._heard_loss = False
         self._outlook: HostCopy | None = None  # what the forecast is made from, of a check before this step
         self._frozen: dict[str, nn.Parameter] = {}  # parameters by name
         self.load_state_dict(state, copies)
@@ -101,7 +102,10 @@ class Freezing:
         self.checked = False
         self.step = self.trainer.global_step
         if checked and self.settings.unfreeze == "loss":
-            self.watch.hear_loss(mean_loss(self.trainer, outputs))
+            loss = mean_loss(self.trainer, outputs, known=self._heard_loss)
+            if loss is not None:
+                self._heard_loss = True
+                self.watch.hear_loss(loss)
         decision, self.decision = self.decision, None
         outlook, self._outlook = self._outlook, None
         if decision is not None:

@@ -260,14 +260,21 @@ def _of_rule(state: Mapping[str, Any], rule: list[str]) -> Tensor:
     return values
 
 
-def mean_loss(trainer: Trainer, outputs: Any) -> Tensor:
-    """The loss that a training step has returned, its mean over the ranks; collective.
+def mean_loss(trainer: Trainer, outputs: Any, known: bool) -> Tensor | None:
+    """The loss that a training step has returned, its mean over the ranks; None for a batch that it skips. Collective.
+
+    Args:
+        trainer: whose step has ended.
+        outputs: what ``training_step`` has returned.
+        known: whether it has returned a loss before.
 
     Raises:
-        MisconfigurationException: it has returned none.
+        MisconfigurationException: it has never returned one, as with manual optimization it need not.
     """
     loss = loss_of(outputs)
     if loss is None:
+        if known or trainer.lightning_module.automatic_optimization:
+            return None
         raise MisconfigurationException(
             "GradES(unfreeze='loss') needs training_step to return the loss, and it returned "
             f"{type(outputs).__name__}: return it, or take unfreeze='neighbours'"

@@ -18,7 +18,7 @@ from lightning_eff.functional.misa import Auto, SamplerConfig, Sampling, Variant
 from lightning_eff.training.optimizer_state import allow_absent_states
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainable import check_trainable_support, refuse_other_deciders
-from lightning_eff.training.trainer import log_values, logs_now
+from lightning_eff.training.trainer import log_values, logs_now, refuse_lazy
 from lightning_eff.training.update_count import UpdateCount
 
 _NEW: dict[str, Any] = {"names": [], "sampler": None, "active": [], "due": 0, "measured": None, "maps": {}}
@@ -146,6 +146,7 @@ class MISA(Callback):
         self._updates = UpdateCount()
         self._fit: Intervals | None = None  # what there is only within a fit
         self._saved = dict(_NEW)  # its state, from outside of one
+        self._evaluates = False  # this is no fit
         self._loaded = False  # from a checkpoint, and no run has begun with it yet
         self._module: weakref.ref[LightningModule] | None = None  # of the last fit
 
@@ -164,7 +165,8 @@ class MISA(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        self._evaluates = stage != "fit"
+        if self._evaluates:
             return
         check_trainable_support(trainer)
         refuse_other_deciders(trainer, self)
@@ -172,13 +174,13 @@ class MISA(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._fit = Intervals(self, trainer, pl_module, self._updates)
         self._updates.attach(trainer.optimizers)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (fit := self._fit) is None:
-            return
+        refuse_lazy(pl_module, "MISA")
+        if (fit := self._fit) is None:  # not before the module's own `on_fit_start`, which may freeze what it likes
+            fit = self._fit = Intervals(self, trainer, pl_module, self._updates)
         loaded, self._loaded = self._loaded, False
         another = self._module is not None and self._module() is not pl_module
         self._module = weakref.ref(pl_module)
@@ -224,6 +226,7 @@ class MISA(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Unfreeze all, and keep the state alone: what is trained belongs to the run and not to the model."""
         self._updates.detach()
+        self._evaluates = False
         if self._fit is not None:
             self._saved = self.state_dict()
             self._fit.leave()
@@ -241,6 +244,8 @@ class MISA(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version("MISA", state_dict, known=1)
+        if self._evaluates:  # `Trainer.test(ckpt_path=...)` gives callbacks their states too, and no run goes on
+            return
         self._saved, self._loaded = dict(state_dict), True  # the matrices are not there yet
         self._updates.load_state_dict(state_dict)
 

@@ -33,7 +33,7 @@ MAPS: dict[str, Scale] = {"importance": "log", "probability": "linear"}
 
 
 class Intervals:
-    """What MISA knows and does from ``on_fit_start`` to ``teardown``.
+    """What MISA knows and does from ``on_train_start`` to ``teardown``.
 
     Args:
         settings: the callback, for its arguments.
@@ -50,14 +50,17 @@ class Intervals:
         self.units = units = ModuleUnits(
             pl_module, trainer.optimizers, settings.granularity, settings.include, settings.exclude, settings.always
         )
-        self.optimizer = trainer.optimizers[units.optimizer]
-        check_release_support([self.optimizer])
-        if settings.momentum_step and not has_momentum_tail(self.optimizer):
+        self._take_optimizer(trainer.optimizers[units.optimizer])
+        self._new()
+
+    def _take_optimizer(self, optimizer: Optimizer) -> None:
+        check_release_support([optimizer])
+        if self.settings.momentum_step and not has_momentum_tail(optimizer):
             raise MisconfigurationException(
-                f"MISA's momentum step is known for Adam, AdamW and SGD, and not for {type(self.optimizer).__name__}: "
+                f"MISA's momentum step is known for Adam, AdamW and SGD, and not for {type(optimizer).__name__}: "
                 "set momentum_step=False"
             )
-        self._new()
+        self.optimizer = optimizer
 
     def _new(self) -> None:
         """As before the first sample."""
@@ -98,7 +101,7 @@ class Intervals:
 
     def observe(self, optimizer: Optimizer) -> None:
         """Take the gradients of the active units, if it is their optimizer that steps."""
-        if optimizer is not self.optimizer:
+        if optimizer is not self.optimizer and not self._follows(optimizer):
             return
         squares = squared_grad_norms(self.units.tensors(self.active))
         if squares is None:  # training_step returned None
@@ -107,6 +110,24 @@ class Intervals:
         if scale is not None:
             squares = squares / scale.to(squares).square()
         self.measured.add(squares.sqrt() if self.settings.config.variant == "official" else squares)
+
+    def _follows(self, optimizer: Optimizer) -> bool:
+        """Whether it is the units' optimizer, made anew in the midst of the fit: from now on it is the one."""
+        optimizers = self.trainer.optimizers
+        if any(each is self.optimizer for each in optimizers):
+            return False
+        if self.units.optimizer >= len(optimizers) or optimizers[self.units.optimizer] is not optimizer:
+            return False
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        every = [parameter for members in self.units.tensors(range(len(self.units.names))) for parameter in members]
+        if not stepped.issuperset(map(id, every)):
+            raise MisconfigurationException(
+                "MISA: the optimizers were made anew within the fit, and do not have all matrices that are sampled: "
+                "give them all parameters, also those that are not trained at the moment"
+            )
+        self._take_optimizer(optimizer)
+        self.updates.attach(optimizers)
+        return True
 
     def pass_over(self, loss: Tensor) -> None:
         """The loss comes from none of what is trained now: matrices that the model has and does not use.

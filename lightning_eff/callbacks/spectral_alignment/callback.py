@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal
 
 import torch
@@ -30,7 +29,8 @@ from lightning_eff.training.alarms import Alarm, sound
 from lightning_eff.training.heat_map import HeatMap
 from lightning_eff.training.namespaces import MisconfigurationException, is_a, overrides
 from lightning_eff.training.state_version import check_version
-from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, refuse_flattened
+from lightning_eff.training.trainer import callbacks_of, log_values, logs_now, refuse_flattened, refuse_lazy
+from lightning_eff.training.uncompiled import Uncompiled
 
 Action = Literal["log", "warn", "stop", "rollback"]
 
@@ -152,7 +152,7 @@ class SpectralAlignmentMonitor(Callback):
         self._told = self._called = False  # that no layer is armed; any layer, on this rank
         self._window = ProbeWindow()
         self._global_step = -1  # when the batch began
-        self._eager: Any = None  # what keeps compiled modules from running as such
+        self._uncompiled = Uncompiled()
 
     @property
     def majority(self) -> dict[str, float]:
@@ -212,8 +212,7 @@ class SpectralAlignmentMonitor(Callback):
         self._global_step = trainer.global_step
         if self._steps % self.every_n_steps == 0 and self._probe is not None:
             self._probe.attach()
-            if "torch._dynamo" in sys.modules:  # else nothing can be compiled
-                self._eager = torch.compiler.set_stance("force_eager")
+            self._uncompiled.begin()
 
     @override
     def on_train_batch_end(
@@ -282,9 +281,7 @@ class SpectralAlignmentMonitor(Callback):
     def _detach(self) -> None:
         if self._probe is not None:
             self._probe.detach()
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-            self._eager = None
+        self._uncompiled.end()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -310,6 +307,7 @@ class SpectralAlignmentMonitor(Callback):
         self._probe = None
 
     def _find_layers(self, pl_module: LightningModule) -> dict[str, nn.Module]:
+        refuse_lazy(pl_module, "SpectralAlignmentMonitor")
         try:
             return watched_layers(pl_module, self.include, self.exclude)
         except ValueError as error:
@@ -376,7 +374,7 @@ class SpectralAlignmentMonitor(Callback):
             self._probe.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_probe": None, "_eager": None}
+        return {**vars(self), "_probe": None}
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         state, armed = self._state, self._state.armed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from contextlib import ExitStack
 from math import inf
 from typing import Any
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from lightning_eff.training.dtensor import local
+from lightning_eff.training.uncompiled import Uncompiled
 
 MOST_LOGITS = 2**22  # that are computed once more for one attention: of longer ones some rows of queries are taken
 
@@ -25,7 +25,8 @@ class AttentionWatch:
     What counts as one, whoever calls it: ``F.scaled_dot_product_attention``, whose logits are computed once more, of
     long sequences for some queries spread over them; ``nn.MultiheadAttention``, likewise; and a softmax over the last
     dimension of four, or of three where the last two are equal, as attention that is written out has it. Masked
-    places do not count. Not seen: kernels of other packages, FlexAttention, and what a backward pass computes again.
+    places do not count. Not seen: kernels of other packages, FlexAttention, queries and keys of different numbers of
+    dimensions, and what a backward pass computes again.
 
     Nothing waits for the device. A compiled module runs uncompiled in between.
 
@@ -41,13 +42,14 @@ class AttentionWatch:
     def __init__(self) -> None:
         self._largest: Tensor | None = None
         self._open: ExitStack | None = None
+        self._uncompiled = Uncompiled()
 
     def begin(self) -> None:
         """Look from now on."""
         if self._open is None:
             self._open = ExitStack()
-            if "torch._dynamo" in sys.modules:  # else nothing can be compiled
-                self._open.enter_context(torch.compiler.set_stance("force_eager"))
+            self._uncompiled.begin()
+            self._open.callback(self._uncompiled.end)
             self._open.enter_context(_Mode(self))
 
     def end(self) -> None:
@@ -67,7 +69,7 @@ class AttentionWatch:
         return largest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_largest": None, "_open": None}
+        return {"_largest": None, "_open": None, "_uncompiled": Uncompiled()}
 
 
 class _Mode(TorchFunctionMode):
@@ -103,7 +105,7 @@ def _of_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> None:
-    if not query.is_nested:
+    if not query.is_nested and query.ndim == key.ndim:  # else neither heads nor queries are where they are looked for
         mask = None if attn_mask is None else local(attn_mask)
         _note_products(watch, local(query), local(key), mask, is_causal, scale)
 

@@ -171,7 +171,7 @@ class TrainingGuard(Callback):
         self._step = 0
         self._due = 0
         self._stopped = False
-        self._resumed = False
+        self._resumed = self._evaluates = False
         self._told = False  # how much memory the snapshots take
         self._fresh = self.state_dict()
 
@@ -182,7 +182,8 @@ class TrainingGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
+        self._evaluates = stage != "fit"
+        if self._evaluates:
             return
         if self.rolls_back:
             check_rollback_support(trainer, pl_module)
@@ -194,7 +195,6 @@ class TrainingGuard(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.rolls_back:
             check_optimizers(trainer)
-            self._rates.attach(trainer.optimizers)
         if not self._resumed and trainer.global_step == 0:
             self._load(self._fresh)  # a new run begins; the callback may have been in another one before
         self._resumed = self._stopped = self._told = False
@@ -215,8 +215,10 @@ class TrainingGuard(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.rolls_back and not self._snapshots.steps:
-            self._take(trainer)
+        if self.rolls_back:
+            self._rates.attach(trainer.optimizers)  # which a module may make anew in the midst of a fit
+            if not self._snapshots.steps:
+                self._take(trainer)
         self._listener.before_batch(trainer, pl_module)
 
     @override
@@ -334,6 +336,7 @@ class TrainingGuard(Callback):
         self._listener.after_forward()
         self._rates.detach()
         self._snapshots.clear()
+        self._evaluates = False
 
     def run_state(self) -> dict[str, Any]:
         """What the rules have seen, and the counts, which the guard itself keeps in a rollback."""
@@ -354,8 +357,9 @@ class TrainingGuard(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version("TrainingGuard", state_dict, known=2)
-        self._load(state_dict)
-        self._resumed = True
+        if not self._evaluates:  # `Trainer.test(ckpt_path=...)` gives callbacks their states too, and no run goes on
+            self._load(state_dict)
+            self._resumed = True
 
     def _load(self, state: dict[str, Any]) -> None:
         self._listener.load_state_dict(state)

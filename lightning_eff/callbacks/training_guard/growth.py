@@ -291,17 +291,19 @@ def squared_norm(optimizers: Sequence[Optimizer]) -> Tensor | None:
 
     A shard counts as often as there are shards. Nothing is gathered, and nothing waits for the device.
     """
-    groups: dict[tuple[torch.device, int], list[Tensor]] = {}
+    groups: dict[tuple[torch.device, int, torch.dtype], list[Tensor]] = {}
     for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         part, shards = parameter, 1
         if is_dtensor(parameter):
             sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
             part, shards = local(parameter), prod(size for size, placement in sizes if placement.is_shard())
         if part.numel() and part.is_floating_point():
-            groups.setdefault((part.device, shards), []).append(part)
+            # Summed up in at least float32.
+            dtype = torch.promote_types(part.dtype, torch.float32)
+            groups.setdefault((part.device, shards, dtype), []).append(part)
     total: Tensor | None = None
     with torch.no_grad():
-        for (_, shards), parts in groups.items():
-            squared = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square().sum() * shards
+        for (_, shards, dtype), parts in groups.items():
+            squared = torch.stack(torch._foreach_norm(parts, 2, dtype=dtype)).square().sum() * shards
             total = squared if total is None else total + squared.to(total.device)
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -33,12 +34,16 @@ class RateFactor:
 
     def __init__(self) -> None:
         self.factor = 1.0
+        self._optimizers: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self._own: list[tuple[dict[str, Any], float | Tensor]] = []  # groups with their own rates, within a step
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Act on the steps of these optimizers from now on."""
+        """Act on the steps of these optimizers from now on; nothing is done for those of the last call."""
+        if len(optimizers) == len(self._optimizers) and all(map(is_, optimizers, self._optimizers)):
+            return
         self.detach()
+        self._optimizers = list(optimizers)
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._scale))
             self._handles.append(optimizer.register_step_post_hook(self._restore))
@@ -48,14 +53,16 @@ class RateFactor:
         self._restore()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._optimizers = [], []
 
     def _scale(self, optimizer: Optimizer, *_: Any) -> None:
         self._restore()  # the step before has ended with an exception that somebody has caught
         if self.factor == 1.0:
             return
         for group in optimizer.param_groups:
-            rate = group["lr"]
+            rate = group.get("lr")
+            if rate is None:  # an optimizer that finds its step by itself
+                continue
             if isinstance(rate, Tensor):  # compiled and captured optimizers hold on to the tensor itself
                 self._own.append((group, rate.clone()))
                 rate.mul_(self.factor)
@@ -73,4 +80,4 @@ class RateFactor:
                 group["lr"] = rate
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"factor": self.factor, "_handles": [], "_own": []}
+        return {"factor": self.factor, "_optimizers": [], "_handles": [], "_own": []}

@@ -12,8 +12,12 @@ from torch.optim import Optimizer
 
 
 def highest_rate(optimizers: Sequence[Optimizer]) -> Tensor | float | None:
-    """The highest rate of all parameter groups, without waiting for those that are tensors; None: there are none."""
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+    """The highest rate of all parameter groups, without waiting for those that are tensors; None: there are none.
+
+    A group without one, or with None, is of an optimizer that finds its step by itself.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [rate for group in groups if (rate := group.get("lr")) is not None]
     tensors = [rate.detach().reshape(()) for rate in rates if isinstance(rate, Tensor)]
     numbers = [float(rate) for rate in rates if not isinstance(rate, Tensor)]
     if not tensors:

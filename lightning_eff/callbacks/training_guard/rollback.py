@@ -36,7 +36,7 @@ from lightning_eff.training.run_parts import (
     load_training_state,
     training_state,
 )
-from lightning_eff.training.trainer import callbacks_of
+from lightning_eff.training.trainer import callbacks_of, refuse_lazy
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 
@@ -79,8 +79,9 @@ def check_optimizers(trainer: Trainer) -> None:
     """Refuse optimizers whose state is divided over the ranks; in ``on_train_start``, where there are some.
 
     Raises:
-        MisconfigurationException: for ZeroRedundancyOptimizer.
+        MisconfigurationException: for ZeroRedundancyOptimizer, and for parameters that have no shape yet.
     """
+    refuse_lazy(trainer.lightning_module, "TrainingGuard")
     if any(isinstance(optimizer, ZeroRedundancyOptimizer) for optimizer in trainer.optimizers):
         raise MisconfigurationException(
             "ZeroRedundancyOptimizer divides its state over the ranks, which a rollback cannot put back: use "

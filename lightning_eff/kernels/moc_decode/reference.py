@@ -11,7 +11,7 @@ GROUP, OF_GROUP = 8, 2
 
 def selected_up(x: Tensor, up: Tensor, values: Tensor, channels: Tensor) -> Tensor:
     """silu(v) times the product of the selected rows with the token."""
-    rows = up.index_select(0, channels.flatten()).view(*channels.shape, -1)
+    rows = up.index_select(0, channels.flatten()).view(*channels.shape, up.shape[1])
     return F.silu(values) * torch.bmm(rows, x[:, :, None]).squeeze(-1)
 
 
@@ -23,6 +23,6 @@ def selected_down(z: Tensor, channels: Tensor, down: Tensor) -> Tensor:
 
 def pairs_up(x: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """z and channels of the two largest gates of each eight neighbours."""
-    values, local = (x @ gate.T).view(len(x), -1, GROUP).topk(OF_GROUP, dim=-1)
+    values, local = (x @ gate.T).view(len(x), len(gate) // GROUP, GROUP).topk(OF_GROUP, dim=-1)
     channels = local + torch.arange(0, len(gate), GROUP, device=x.device)[:, None]
     return selected_up(x, up, values.flatten(1), channels.flatten(1)), channels.flatten(1)

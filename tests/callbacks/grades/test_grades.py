@@ -418,6 +418,24 @@ def test_a_matrix_is_unfrozen_when_the_loss_rises():
         fit(Told([], unfreeze="loss"), model=ReturnsNothing())
 
 
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_batch_that_is_skipped_says_nothing_of_the_loss(manual):
+    class Skips(ReturnsNothing):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch, batch_idx):
+            if manual:
+                super().training_step(batch, batch_idx)
+            return None if batch_idx == 4 else Model.training_step(self, batch, batch_idx)
+
+    told = Told([], unfreeze="loss")
+    fit(told, model=Skips(), max_steps=7)
+    assert told.state_dict()["step"] == 7
+
+
 def test_a_matrix_is_unfrozen_when_its_neighbours_move():
     class Rising(Told):
         def on_before_optimizer_step(self, trainer, *arguments):

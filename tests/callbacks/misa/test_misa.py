@@ -115,6 +115,36 @@ def test_what_the_user_froze_stays_frozen(tmp_path):
     assert not any(parameter.requires_grad for parameter in run.model.blocks[0].parameters())
 
 
+def test_what_the_module_freezes_as_the_fit_starts_stays_frozen(tmp_path):
+    class Freezes(Net):
+        def on_fit_start(self):
+            self.blocks[0].requires_grad_(False)
+
+    misa, watch = MISA(budget=0.3, every_n_steps=3, eta=SHARP), Watch()
+    runs.fit(Freezes(), misa, watch, limit_val_batches=0)
+    assert set(misa.importance) == set(MATRICES[4:])
+    assert not any(name.startswith("blocks.0") for trained in watch.trained for name in trained)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_optimizers_that_are_made_anew_are_counted_on(whole):
+    class Anew(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:  # step 6
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if whole or p.requires_grad], lr=1e-2)
+
+    misa, watch = MISA(budget=0.3, every_n_steps=3, eta=SHARP, sampling="cyclic", first_every_n_steps=3), Watch()
+    if not whole:
+        with pytest.raises(MisconfigurationException, match="made anew within the fit, and do not have all matrices"):
+            runs.fit(Anew(), misa, limit_val_batches=0)
+        return
+    runs.fit(Anew(), misa, watch, max_steps=12, limit_val_batches=0)
+    assert [n for n in range(1, 12) if watch.active[n] != watch.active[n - 1]] == [3, 6, 9]
+
+
 def test_lora_pairs_are_sampled_as_one(tmp_path):
     class LoRA(nn.Module):
         def __init__(self, base):
@@ -283,6 +313,17 @@ def test_nothing_waits_inside_an_interval():
     start, four, eight = extra(1), extra(4), extra(8)
     assert start == four  # three more steps
     assert 0 < eight - four <= 8  # the end of an interval
+
+
+def test_a_checkpoint_that_is_only_validated_is_no_run_that_goes_on(tmp_path):
+    """With the same callback the next run, another fold, begins as with a new one."""
+    first, misa, _ = train(tmp_path, 8, SaveAt(4, tmp_path / "step=4.ckpt"))
+    before = misa.state_dict()
+    first.trainer.validate(first.model, ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
+    assert differences(misa.state_dict(), before) == []
+    fit(None, tmp_path, callback=misa, steps=5)
+    _, new, _ = train(tmp_path, 5)
+    assert differences(misa.state_dict(), new.state_dict()) == []
 
 
 # --- together with others -------------------------------------------------------------------------------------------

@@ -43,6 +43,11 @@ def test_sdpa(qkv):
     assert doubled == pytest.approx(_logits(q, k).max().item() * 2 * math.sqrt(8))
 
 
+def test_keys_of_fewer_dimensions_are_passed_by(qkv):
+    q, k, v = qkv
+    assert _seen(lambda: F.scaled_dot_product_attention(q, k[0, 0], v[0, 0])) is None
+
+
 @pytest.mark.parametrize("kind", ["causal", "bool", "float", "one row for all"])
 def test_what_the_mask_leaves_out_does_not_count(qkv, kind):
     q, k, v = qkv

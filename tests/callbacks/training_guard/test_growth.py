@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch.utils.data import DataLoader
 from harness.faults import InjectedError
 from harness.operators import OperatorCounter
 from harness.runs import fit
-from lightning_eff.callbacks import AlarmRule, AttentionLogits, ExplodingLoss, TrainingGuard, WeightGrowth
+from lightning_eff.callbacks import (
+    AlarmRule,
+    AttentionLogits,
+    ExplodingLoss,
+    SpectralAlignmentMonitor,
+    TrainingGuard,
+    WeightGrowth,
+)
 from lightning_eff.callbacks.training_guard.growth import squared_norm
 from tests.callbacks.training_guard.guard_models import AtBatch, kill
 from tests.suite.runs import SaveAt
@@ -210,6 +218,23 @@ def test_an_exception_in_the_forward_pass_leaves_no_watch():
     assert rule._watch.take() is None
 
 
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+@pytest.mark.parametrize("gives", [InjectedError, None], ids=["an error", "no loss"])
+def test_two_that_look_at_a_step_leave_compilation_as_it_was(gives):
+    import torch._dynamo
+
+    class Once(Attends):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            if batch_idx == 0 and gives is not None:
+                raise gives
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    monitor = SpectralAlignmentMonitor(include=["head"], every_n_steps=1)
+    with pytest.raises(InjectedError) if gives else nullcontext():
+        fit(Once(), monitor, TrainingGuard("warn", rules="default"), data=DATA)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 # --- the norm, and sharded weights -----------------------------------------------------------------------------------
 
 
@@ -246,8 +271,9 @@ def test_parameters_that_are_added_are_no_growth():
 
 def test_it_is_the_optimizers_parameters_of_any_type():
     tensors = [nn.Parameter(torch.full((3, 2), 2.0)), nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))]
+    tensors.append(nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64)))
     optimizers = [torch.optim.SGD([tensor], lr=1.0) for tensor in (*tensors, nn.Parameter(torch.zeros(0)))]
-    assert squared_norm(optimizers).item() == pytest.approx(6 * 4.0 + 4.0)
+    assert squared_norm(optimizers).item() == pytest.approx(6 * 4.0 + 4.0 + 18.0)
     assert squared_norm([]) is None
 
 

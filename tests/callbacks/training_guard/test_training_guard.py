@@ -14,17 +14,22 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAvera
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from harness.faults import InjectedError
 from lightning_eff.callbacks import (
     EMA,
+    MISA,
     Alarm,
     AlarmRule,
     CheckpointAveraging,
     ExactResume,
     ExplodingLoss,
+    GradES,
     GradientSpikes,
+    NonFiniteLoss,
+    SpectralAlignmentMonitor,
     TrainingDivergedError,
     TrainingGuard,
     ZClip,
@@ -428,6 +433,45 @@ class TestLearningRate:
         assert rates.set == plain.set[:5] + plain.set[3:4] * 0 + [plain.set[5]] + plain.set[4:]
         assert rates.used[6:] == [rate / 2 for rate in plain.used[4:]]
 
+    def test_optimizers_that_are_made_anew_have_it_too(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(MODELS, "anew", OptimizersAnew)
+        guard = TrainingGuard(**{**GUARD, "lr_factor": 0.5})
+        run = fit(None, tmp_path, callback=guard, around=[Sounder(5)], steps=10, model="anew")
+        assert run.model.used == [5e-3] * 6  # the first epoch ends with a rollback from 6 to 4
+
+    @pytest.mark.parametrize("lr", [{}, {"lr": None}], ids=["none", "None"])
+    def test_an_optimizer_without_a_rate_has_no_factor(self, tmp_path, monkeypatch, lr):
+        class OwnRate(Net):
+            def configure_optimizers(self):
+                return FindsItsRate(self.parameters(), lr)
+
+        monkeypatch.setitem(MODELS, "own rate", OwnRate)
+        guard = TrainingGuard(**{**GUARD, "lr_factor": 0.5})
+        run = fit(None, tmp_path, callback=guard, around=[Sounder(5)], steps=10, model="own rate")
+        assert (guard.rollbacks, run.trainer.global_step) == (1, 10)
+
+
+class OptimizersAnew(Net):
+    """Makes them in its second epoch."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.used: list[float] = []
+            self.trainer.strategy.setup_optimizers(self.trainer)
+            (optimizer,) = self.trainer.optimizers
+            optimizer.register_step_post_hook(lambda o, *_: self.used.append(o.param_groups[0]["lr"]))
+
+
+class FindsItsRate(torch.optim.Optimizer):
+    """Like an Adafactor with relative steps."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter -= 1e-3 * parameter.grad
+
 
 class Scored(Net):
     """The batch that leads to step 6 has the best score."""
@@ -600,6 +644,13 @@ class TestRefused:
     def test_a_rule_without_what_it_looks_at(self, tmp_path):
         self._refused(tmp_path, "no ZClip", TrainingGuard("warn", rules=[GradientSpikes()]))
 
+    def test_parameters_without_a_shape(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(MODELS, "lazy", LazyNet)
+        for callback in (TrainingGuard(), GradES(), MISA(), SpectralAlignmentMonitor()):
+            words = rf"{type(callback).__name__} needs the shapes .* head\.weight of a lazy module"
+            with pytest.raises(MisconfigurationException, match=words):
+                fit(None, tmp_path, callback=callback, model="lazy", num_sanity_val_steps=0)
+
     def test_more_than_fits(self, tmp_path, monkeypatch):
         guard = TrainingGuard(**GUARD)
         monkeypatch.setattr(guard._snapshots.window, "free_bytes", lambda device: 10_000)
@@ -615,6 +666,12 @@ class TestRefused:
         assert all("ZeroRedundancyOptimizer" in words for words in pool.run(_zero, tmp_path))
 
 
+class LazyNet(Net):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.head = nn.LazyLinear(1)
+
+
 class Divided(Net):
     def configure_optimizers(self):
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=1e-3)
@@ -625,6 +682,19 @@ def _zero(folder: Path) -> str:
     with pytest.raises(MisconfigurationException) as error:
         fit(None, folder, strategy=DDP, callback=TrainingGuard(), model="divided")
     return str(error.value)
+
+
+def test_a_checkpoint_that_is_only_validated_is_no_run_that_goes_on(tmp_path):
+    """With the same guard the next run, another fold, begins as with a new one."""
+    guard, saved, rules = TrainingGuard(rules=[NonFiniteLoss(), ExplodingLoss()]), tmp_path / "step=4.ckpt", []
+    first = fit(None, tmp_path, callback=guard, around=[SaveAt(4, saved)], steps=8)
+    before = guard.state_dict()
+    first.trainer.validate(first.model, ckpt_path=saved, verbose=False)
+    assert differences(guard.state_dict(), before) == []
+    for each in (guard, TrainingGuard(rules=[NonFiniteLoss(), ExplodingLoss()])):
+        fit(None, tmp_path, callback=each, steps=3)
+        rules.append(each.state_dict())
+    assert differences(*rules) == []
 
 
 @pytest.mark.needs("jsonargparse")
