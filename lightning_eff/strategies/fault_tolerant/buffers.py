@@ -64,7 +64,7 @@ class Buffers:
 
         Whether this process has changed it since the step began, its size, and its size with a minus.
         """
-        rows, unseen = [], self._unseen()
+        rows, unseen = [], self._norms(training=True)
         for name, buffer in self._named():
             changed = _is_another(buffer, self._begun.get(name)) or name in unseen
             size = -1 if buffer is None else buffer.numel()
@@ -109,14 +109,18 @@ class Buffers:
                 yield f"{path}.{name}".lstrip("."), buffer
 
     def _held(self) -> dict[str, _Held]:
+        """A table that no step writes to, such as a mask, is copied once and not in each."""
+        unseen = self._norms(training=False)
         return {
             name: _Held(buffer, _version(buffer), None if buffer is None else buffer.detach().clone())
+            if name in unseen or _is_another(buffer, self._begun.get(name))
+            else self._begun[name]
             for name, buffer in self._named()
         }
 
     @torch.no_grad()
     def _put_back(self, held: dict[str, _Held]) -> None:
-        present, unseen = dict(self._named()), self._unseen()
+        present, unseen = dict(self._named()), self._norms(training=True)
         for name, before in held.items():
             if present.get(name) is not before.tensor:
                 path, _, own = name.rpartition(".")
@@ -125,12 +129,12 @@ class Buffers:
             if before.tensor is not None and (_version(before.tensor) != before.version or name in unseen):
                 before.tensor.copy_(before.content)  # type: ignore[arg-type]
 
-    def _unseen(self) -> set[str]:
+    def _norms(self, training: bool) -> set[str]:
         """Batch norm's kernels write its statistics without a new version, so that they would not be noticed."""
         return {
             f"{path}.{name}".lstrip(".")
             for path, part in self.module.named_modules()
-            if isinstance(part, _NormBase) and part.training
+            if isinstance(part, _NormBase) and (part.training or not training)
             for name, buffer in part._buffers.items()
             if buffer is not None
         }
