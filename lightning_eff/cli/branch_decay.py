@@ -95,9 +95,9 @@ def _run(parser: Parser, args: argparse.Namespace) -> int:
     if step is None:
         raise ValueError(f"{args.checkpoint} does not say its step: it is no checkpoint that training resumes from")
     need_jsonargparse("branch-decay")
-    from lightning_eff.cli.validation import built, read_config
+    from lightning_eff.cli.validation import TRAINING_PARTS, built, read_config
 
-    settings = read_config(Path(args.config), {"model": args.model, "data": args.data})
+    settings = read_config(Path(args.config), {"model": args.model, "data": args.data}, TRAINING_PARTS)
     end = step + args.steps
     cli = built(settings, {"max_steps": end, "max_epochs": -1, "max_time": None})
     trainer, decay = cli.trainer, Decay(args.curve, args.least)

@@ -28,6 +28,7 @@ _QUIET: dict[str, Any] = {
     "strategy": "auto",
 }
 _PARTS = ("seed_everything", "trainer", "model", "data")  # of a config; a saved one also has those of its command
+TRAINING_PARTS = ("optimizer", "lr_scheduler")  # in place of the module's `configure_optimizers`
 
 
 class Validation:
@@ -94,8 +95,8 @@ def built(settings: dict[str, Any], trainer: dict[str, Any]) -> LightningCLI:
         return LightningCLI(run=False, save_config_callback=None, args=settings)
 
 
-def read_config(config: Path, classes: Mapping[str, str | None]) -> dict[str, Any]:
-    """What a config of LightningCLI, or one that a run has saved, says of the Trainer, the model and the data."""
+def read_config(config: Path, classes: Mapping[str, str | None], more: Sequence[str] = ()) -> dict[str, Any]:
+    """What a config of LightningCLI, or one that a run has saved, says of the Trainer, the model, the data and more."""
     if not config.is_file():
         raise FileNotFoundError(f"{config}: no such config")
     try:
@@ -104,7 +105,7 @@ def read_config(config: Path, classes: Mapping[str, str | None]) -> dict[str, An
         raise ValueError(f"{config} is no YAML: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{config} is no config of LightningCLI: it holds no `model:`")
-    settings = {part: found[part] for part in _PARTS if part in found}
+    settings = {part: found[part] for part in (*_PARTS, *more) if part in found}
     for part, name in classes.items():
         if name is not None:
             given = settings.get(part) or {}

@@ -152,7 +152,10 @@ def rank_state_owners(strategy: Strategy) -> dict[str, RankState]:
 
 
 def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
-    """The files that should be beside a checkpoint that has been loaded, of all ranks."""
+    """The files that should be beside a checkpoint that has been loaded, of all ranks.
+
+    Those of a copy are where its original has them, as a run that resumes finds them.
+    """
     entry = checkpoint.get(KEY)
     if entry is None or "replicated" not in entry:  # the latter of version 0.1, which had other names
         return []
@@ -161,7 +164,10 @@ def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
         for name in entry["names"]
         for rank in ([None] if name in entry["replicated"] else range(entry["world_size"]))
     ]
-    return [os.path.join(os.path.realpath(path) + _SUFFIX, name) for name in names]
+    own = os.path.realpath(path) + _SUFFIX
+    beside = [folder.path for folder in os.scandir(os.path.dirname(own)) if folder.name.endswith(_SUFFIX)]
+    places = [[os.path.join(folder, name) for folder in (own, *sorted(beside))] for name in names]
+    return [next(filter(os.path.exists, each), each[0]) for each in places]
 
 
 class _RankFiles:

@@ -55,11 +55,12 @@ def branch(monkeypatch, tmp_path, capsys):
     ]
     quiet = {"logger": False, "enable_progress_bar": False, "limit_val_batches": 0, "accelerator": "cpu"}
 
-    def run(*options, falls=1.0):
+    def run(*options, falls=1.0, **more):
         config = {
             "seed_everything": 0,
             "trainer": {**quiet, "max_epochs": 1, "callbacks": callbacks},
             "model": {"class_path": "tests.cli.test_branch_decay.Net", "init_args": {"falls": falls}},
+            **more,
         }
         with open("config.yaml", "w") as file:
             yaml.safe_dump(config, file)
@@ -88,6 +89,17 @@ def test_it_is_the_run_that_decays(branch, tmp_path):
     status, out, err = branch("--steps", "6")
     assert status == 1
     assert "out.ckpt exists; --overwrite replaces it" in err
+
+
+@pytest.mark.needs("jsonargparse")
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. will be overridden")
+def test_the_optimizer_of_the_config_is_the_one_that_decays(branch):
+    adam = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}}
+    schedule = {"class_path": "torch.optim.lr_scheduler.ConstantLR", "init_args": {"factor": 1.0}}
+    status, _, err = branch("--steps", "2", optimizer=adam, lr_scheduler=schedule)
+    assert status == 0, err
+    (schedule,) = torch.load("out.ckpt", weights_only=True)["lr_schedulers"]
+    assert schedule["factor"] == 1.0
 
 
 @pytest.mark.needs("jsonargparse")

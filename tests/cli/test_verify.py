@@ -67,6 +67,13 @@ def test_rank_files_that_are_damaged_or_missing(checkpoint, capsys):
     assert "missing, with the whole folder" in capsys.readouterr().err
 
 
+def test_a_copy_has_the_files_of_its_original(checkpoint, capsys):
+    copy = checkpoint.with_name("copy.ckpt")
+    copy.write_bytes(checkpoint.read_bytes())
+    assert main(["verify", str(copy)]) == 0
+    assert f"{checkpoint}.ranks/" in capsys.readouterr().out
+
+
 def test_what_is_no_file_or_not_there(tmp_path, capsys):
     assert main(["verify", str(tmp_path), str(tmp_path / "none.ckpt")]) == 1
     captured = capsys.readouterr().err.splitlines()
