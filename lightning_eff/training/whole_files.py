@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
@@ -36,8 +37,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[str]:
         ['state']
     """
     path = os.fspath(path)
+    fs, own = url_to_fs(path)
+    if isinstance(fs, LocalFileSystem):
+        path = own  # without `file://` and `~`, which Lightning takes
     part = f"{path}.part"
-    fs = get_filesystem(path)
     fs.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     if isinstance(fs, LocalFileSystem):
         # Not written over: a process that was stopped in the midst of it goes on writing later, into what it has open.

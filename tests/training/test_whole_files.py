@@ -28,6 +28,14 @@ def test_who_slept_while_it_wrote_does_not_write_into_what_another_has_written(t
     assert path.read_text() == "whole"
 
 
+@pytest.mark.parametrize("written", ["~/deep/state", "file://{}/deep/state"])
+def test_a_path_as_lightning_takes_it(tmp_path, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with whole_file(written.format(tmp_path)) as part, open(part, "w") as file:
+        file.write("whole")
+    assert (tmp_path / "deep" / "state").read_text() == "whole"
+
+
 def test_remote_file_systems_too(tmp_path):
     with whole_file("memory://whole/state") as part:
         import fsspec
