@@ -164,13 +164,17 @@ def _full_disk(folder, rank):
     dist.barrier()
     saves.save(_checkpoint(3.0), folder / "third")
     saves.flush()
+    held = sorted(os.listdir(folder))
+    dist.barrier()
+    saves.remove(folder / "new")  # as who has saved it does behind its successor
+    saves.flush()
     _ends(saves)
-    return errors, left, values, _values(folder / "third")
+    return errors, left, values, _values(folder / "third"), held
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_there_stays(pool, tmp_path, rank):
-    for errors, left, values, third in pool.run(_full_disk, tmp_path, rank):
+    for errors, left, values, third, held in pool.run(_full_disk, tmp_path, rank):
         assert errors == [
             f"{tmp_path}/new could not be written in 3 attempts: OSError: rank {rank}: [Errno 28] No space left on "
             "device; checkpoints of before stay"
@@ -178,6 +182,7 @@ def test_a_full_disk_is_an_error_on_all_ranks_and_what_was_there_stays(pool, tmp
         assert left == ["old"]
         assert values == {1.0}
         assert third == {3.0}
+        assert held == ["old", "third"]  # which may be another's, and no successor of the old one
     assert os.listdir(tmp_path) == ["third"]  # and what was to be removed has gone behind it
 
 

@@ -68,7 +68,7 @@ def test_a_folder_that_becomes_read_only(tmp_path: Path) -> None:
     for parent in tmp_path.parents[:3]:
         parent.chmod(parent.stat().st_mode | 0o055)
     unbroken = fit(None, tmp_path, around=_callbacks(tmp_path / "unbroken")).outcome()
-    with _without_privileges(), pytest.raises(PermissionError):
+    with _without_privileges(), pytest.raises(PermissionError, match="checkpoints"):
         fit(None, tmp_path, around=[_ReadOnlyFrom(5, folder), *_callbacks(folder)])
     before = sorted(path.name for path in folder.iterdir())
     assert not [name for name in before if "part" in name or "tmp" in name]

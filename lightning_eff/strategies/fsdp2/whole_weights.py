@@ -155,6 +155,8 @@ def _own_methods(cls: type) -> set[str]:
         for each in classes
         if not issubclass(each, FSDPModule)
         for name, value in vars(each).items()
-        if callable(value) and hasattr(type(value), "__get__")
-        if not isinstance(value, staticmethod) and not name.startswith("__")
+        if callable(value)
+        and hasattr(type(value), "__get__")
+        and not isinstance(value, staticmethod)
+        and not name.startswith("__")
     }
