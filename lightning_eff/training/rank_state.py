@@ -152,7 +152,7 @@ def rank_state_owners(strategy: Strategy) -> dict[str, RankState]:
 
 
 def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
-    """The files of all ranks that should be beside a checkpoint that has been loaded, or beside that it is a copy of."""
+    """The files of all ranks that should be beside a loaded checkpoint, or beside the one that it is a copy of."""
     entry = checkpoint.get(KEY)
     if entry is None or "replicated" not in entry:  # the latter of version 0.1, which had other names
         return []
