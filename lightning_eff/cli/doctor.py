@@ -99,8 +99,8 @@ def _add_kernels(report: dict[str, Any], compile_for: str | None) -> None:
             report["compiled"] = [row._asdict() for row in kernels.compile_report(compile_for)]
     except (ImportError, RuntimeError, ValueError) as error:  # a wrong environment variable or target, no Triton
         # Of a compiler that stopped, which is a process of its own, the last line says why.
-        first, *rest = str(error).splitlines()
-        report["problems"].append(f"kernels: {' '.join([first, *rest[-1:]])}")
+        lines = str(error).splitlines()
+        report["problems"].append(f"kernels: {' '.join(lines[:1] + lines[1:][-1:])}")
 
 
 def _in_words(package: environment.Package) -> str:
