@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,9 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_eff.training.whole_files import failure_of, whole_file
+
+# Lightning looks for "last*.ckpt" and for the number in "hpc_ckpt_3.ckpt": a folder of this name does not disturb it.
+SUFFIX = ".ranks"
 
 _PREFIX = "lightning_eff/written/"
 _WELL = "well"
@@ -52,6 +56,14 @@ def _write(content: Any, path: str, save: Save) -> None:
 def file_name(identity: str, name: str, rank: int | None) -> str:
     """Of an owner's state beside the checkpoint of an id; of one rank, or of all."""
     return f"{identity}.{name}.pt" if rank is None else f"{identity}.{name}.rank{rank}.pt"
+
+
+def folders_of(path: str) -> list[str]:
+    """Where the files of a checkpoint may be: in its own folder, or in that of one that it was copied from."""
+    fs = get_filesystem(path)
+    fs.invalidate_cache()
+    beside = fs.ls(os.path.dirname(path) or ".", detail=False)
+    return [path + SUFFIX, *(folder for folder in beside if folder.endswith(SUFFIX))]
 
 
 def is_newer(identity: str, than: str) -> bool:

@@ -35,7 +35,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_eff.arguments import check, check_flag, check_text
-from lightning_eff.training.later_files import Others, file_name, is_newer, saver_of, write_all
+from lightning_eff.training.later_files import SUFFIX, Others, file_name, folders_of, is_newer, saver_of, write_all
 from lightning_eff.training.namespaces import is_a
 from lightning_eff.training.state_version import check_version
 from lightning_eff.training.trainer import replicas_are_equal
@@ -44,8 +44,6 @@ from lightning_eff.training.wrapping import Wrapper
 
 KEY = "lightning_eff_rank_state"  # in the checkpoint: which files belong to it
 
-# Lightning looks for "last*.ckpt" and for the number in "hpc_ckpt_3.ckpt": a folder of this name does not disturb it.
-_SUFFIX = ".ranks"
 _ATTRIBUTE = "_lightning_eff_rank_files"
 _WRAPPED = ("save_checkpoint", "load_checkpoint", "remove_checkpoint")
 
@@ -161,9 +159,8 @@ def rank_state_files(path: str, checkpoint: dict[str, Any]) -> list[str]:
         for name in entry["names"]
         for rank in ([None] if name in entry["replicated"] else range(entry["world_size"]))
     ]
-    own = os.path.realpath(path) + _SUFFIX
-    beside = [folder.path for folder in os.scandir(os.path.dirname(own)) if folder.name.endswith(_SUFFIX)]
-    places = [[os.path.join(folder, name) for folder in (own, *sorted(beside))] for name in names]
+    folders = folders_of(os.path.realpath(path))
+    places = [[os.path.join(folder, name) for folder in folders] for name in names]
     return [next(filter(os.path.exists, each), each[0]) for each in places]
 
 
@@ -244,7 +241,7 @@ class _RankFiles:
         for name, state in states.items():
             replicated = self.owners[name].replicated
             if not replicated or self.rank == 0:
-                file = os.path.join(path + _SUFFIX, file_name(identity, name, None if replicated else self.rank))
+                file = os.path.join(path + SUFFIX, file_name(identity, name, None if replicated else self.rank))
                 files[file] = {"id": identity, "rank": self.rank, "state": state}
         saver = saver_of(self.strategy)
         if not hasattr(saver, "write_later"):
@@ -333,11 +330,9 @@ class _RankFiles:
         """A state, beside the checkpoint that a link points to or that this one was copied from."""
         if os.path.lexists(path):
             path = os.path.realpath(path)
-        fs = get_filesystem(path)
-        fs.invalidate_cache()
-        beside = [folder for folder in fs.ls(os.path.dirname(path) or ".", detail=False) if folder.endswith(_SUFFIX)]
+        fs, folders = get_filesystem(path), folders_of(path)
         names = (file_name(identity, name, rank), f"{identity}.rank{rank or 0}.pt")  # the latter of version 0.1
-        for file in (os.path.join(folder, own) for own in names for folder in (path + _SUFFIX, *beside)):
+        for file in (os.path.join(folder, own) for own in names for folder in folders):
             if fs.exists(file):
                 # Whatever is wrong with a file, the run can go on without it, and says so.
                 with suppress(Exception), fs.open(file, "rb") as stream:
@@ -357,7 +352,7 @@ class _RankFiles:
             return
         fs = get_filesystem(path)
         fs.invalidate_cache()
-        folder = path + _SUFFIX
+        folder = path + SUFFIX
         if not fs.isdir(folder):
             return
         try:

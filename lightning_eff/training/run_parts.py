@@ -134,11 +134,15 @@ def trainable(module: nn.Module) -> dict[str, bool]:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Not an expanded buffer, several of whose elements are one: torch writes nothing into such, and nor can we."""
     yield from clean_named_parameters(module).items()
     for name, buffer in module.named_buffers():
-        if not any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)):
+        if not is_expanded(buffer):
             yield f"buffer {name}", buffer
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several of its elements are one in memory: torch writes nothing into such a tensor, and nor can we."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _passing_buffers(module: nn.Module) -> set[str]:

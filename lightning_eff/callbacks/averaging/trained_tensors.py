@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_eff.functional.gradients import is_dtensor
 from lightning_eff.structure import clean_named_parameters
 from lightning_eff.training.dtensor import local, reshard
+from lightning_eff.training.run_parts import is_expanded
 
 
 @dataclass
@@ -142,7 +143,5 @@ def _usable(module: LightningModule) -> dict[str, nn.Parameter]:
 
 
 def _can_be_averaged(tensor: Tensor) -> bool:
-    """Not one that is sparse, or expanded: several elements of the latter are one, which torch writes nothing into."""
-    if tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
-        return False
-    return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return numbers and tensor.layout == torch.strided and not is_expanded(tensor)

@@ -13,6 +13,7 @@ from torch.distributed import ReduceOp
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_eff.strategies.fault_tolerant.operations import nothing, summed
+from lightning_eff.training.run_parts import is_expanded
 
 if TYPE_CHECKING:
     from lightning_eff.strategies.fault_tolerant.process_group import Gloo
@@ -68,7 +69,7 @@ class Buffers:
         for name, buffer in self._named():
             changed = _is_another(buffer, self._begun.get(name)) or name in unseen
             size = -1 if buffer is None else buffer.numel()
-            rows.append([changed and not _is_expanded(buffer), size, -size])
+            rows.append([changed and not (buffer is not None and is_expanded(buffer)), size, -size])
         return torch.tensor(rows, dtype=torch.int64)
 
     def share(self, changes: Tensor, group: Gloo) -> list[Any] | None:
@@ -130,7 +131,7 @@ class Buffers:
                 before.tensor.copy_(before.content)  # type: ignore[arg-type]
 
     def _norms(self, training: bool) -> set[str]:
-        """Batch norm's kernels write its statistics without a new version, so that they would not be noticed."""
+        """Batch norm's statistics, of all or of those that train: kernels write them without a new version."""
         return {
             f"{path}.{name}".lstrip(".")
             for path, part in self.module.named_modules()
@@ -148,10 +149,3 @@ def _is_another(buffer: Tensor | None, before: _Held | None) -> bool:
 def _version(buffer: Tensor | None) -> int:
     """What grows when torch writes to it. Made by a validation in inference mode, it has none and is not written to."""
     return 0 if buffer is None or buffer.is_inference() else buffer._version
-
-
-def _is_expanded(buffer: Tensor | None) -> bool:
-    """Several of its elements are one: torch writes nothing into such, and nor can we."""
-    return buffer is not None and any(
-        s > 1 and stride == 0 for s, stride in zip(buffer.shape, buffer.stride(), strict=True)
-    )

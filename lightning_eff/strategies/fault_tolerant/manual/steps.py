@@ -302,12 +302,11 @@ class ManualSteps(Steps):
         state = {"kind": self._kind, "gradients": gradients, "own": own, "results": results}
         # One optimizer may be toggled just now.
         trained = {} if replay is None else {"trainable": replay.start.trained()}
-        return {**super().handover(), "manual": state, **trained}
+        return {"manual": state, **trained}
 
     @override
     def take_over(self, state: dict[str, Any]) -> None:
         """Take what a peer's `handover` gave, after all else."""
-        super().take_over(state)
         self._handed = state["manual"]
         for name, parameter in self.module.named_parameters():
             gradient = self._handed["gradients"].get(name)
