@@ -52,6 +52,11 @@ class UpdateCount:
         for index, optimizer in enumerate(optimizers):
             self._handles.append(optimizer.register_step_post_hook(_Counter(self, index)))
 
+    def counts(self, optimizer: Optimizer) -> bool:
+        """Whether the steps of this optimizer are counted; not of one that is made anew in the midst of a fit."""
+        hooks = optimizer._optimizer_step_post_hooks.values()
+        return any(isinstance(hook, _Counter) and hook.updates is self for hook in hooks)
+
     def detach(self) -> None:
         """Stop counting; the counts stay."""
         for handle in self._handles:

@@ -71,13 +71,12 @@ class AveragedWeights(Callback):
         who = type(self).__name__
         self._trainer: Trainer  # from `setup` on
         self._updates = UpdateCount()
-        self._optimizers: list[Optimizer] = []  # whose updates are counted
         self._trained: list[int] = []  # the ids of what they train
         self._due = 0
         self._counted = False  # the updates are those of the checkpoint that the run resumes from
         self._restored: dict[str, Any] | None = None
         self._told_empty = False
-        self._other_stage = False  # than "fit"
+        self._evaluates = False  # this is no fit
         self._tensors = TrainedTensors(buffers == "average")
         self._stand_in = StandIn(self.average, self._tensors, update_bn)
         self._evaluations = Evaluations(who, name, validate_with, self._stand_in, self._tell_empty)
@@ -99,7 +98,7 @@ class AveragedWeights(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
-        self._other_stage = stage != "fit"
+        self._evaluates = stage != "fit"
         refuse_flattened(trainer, type(self).__name__, "flattens or partitions parameters out of sight")
         if replicas_are_equal(trainer.strategy) and self.update_bn and stage == "fit":
             raise MisconfigurationException(
@@ -128,7 +127,6 @@ class AveragedWeights(Callback):
 
     def _count_updates(self, optimizers: list[Optimizer]) -> None:
         made = self._count()
-        self._optimizers = list(optimizers)
         self._updates.attach(optimizers)
         if self._count() < made:  # they are fewer or more than before
             self._updates.load_state_dict({"updates": [made] * len(optimizers)})
@@ -192,7 +190,7 @@ class AveragedWeights(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not any(optimizer is counted for counted in self._optimizers):  # made anew in the midst of the fit
+        if not self._updates.counts(optimizer):  # made anew in the midst of the fit
             self._count_updates(trainer.optimizers)
         # The last moment at which one that somebody else has unfrozen is what it was.
         self._stand_in.unfreeze(self._tensors.unfrozen_by_others(pl_module))
@@ -207,7 +205,8 @@ class AveragedWeights(Callback):
         if step < self._due:
             return
         self._due = self._next_due(step)
-        trained = [id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        trained = [id(parameter) for group in groups for parameter in group["params"]]
         if trained != self._trained:
             self._trained = trained
             self._stand_in.follow(pl_module)
@@ -244,9 +243,8 @@ class AveragedWeights(Callback):
         try:
             self._stand_in.take_out(trainer)
         finally:
-            self._other_stage = False
+            self._evaluates = False
             self._updates.detach()
-            self._optimizers = []
             self._evaluations.detach()
             self._beside.detach()
 
@@ -295,8 +293,8 @@ class AveragedWeights(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._other_stage:
-            return  # of a checkpoint that is only evaluated: Lightning gives callbacks their state even then
+        if self._evaluates:
+            return  # `Trainer.test(ckpt_path=...)` gives callbacks their states too, and no run goes on
         check_version(type(self).__name__, state_dict, known=1)
         self._updates.load_state_dict(state_dict)
         self._counted = bool(state_dict["updates"])
@@ -333,9 +331,9 @@ class AveragedWeights(Callback):
         self._beside.write(self._trainer, checkpoint, path, self._count())
 
     def __getstate__(self) -> dict[str, Any]:
-        of_this_process = ("_files", "_trainer", "_optimizers")
+        of_this_process = ("_files", "_trainer")
         return {name: value for name, value in vars(self).items() if name not in of_this_process}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _optimizers=[])
+        vars(self).update(state)
         self._files = self._rank_state()

@@ -95,11 +95,11 @@ class BesideCheckpoints:
         average, module = self.stand_in.average, trainer.lightning_module
         if not average.collected:
             self.empty()
+        self.stand_in.follow(module)
         for label, name in zip(average.saved_labels, self._names(), strict=True):
             if not average.collected and label:
                 continue
             self.stand_in.update_statistics(trainer, label)
-            self.stand_in.follow(module)
             averages: dict[int, Tensor] = {}
             if average.collected:
                 tensors, own = self.stand_in.tensors.of(module), self.stand_in.tensors.originals(module)
